@@ -1,0 +1,367 @@
+"""Plan to model: check every decision, build the chains, put them in place."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+
+from rankopt import measure, surgery
+from rankopt._progress import progress_bar
+from rankopt.decompositions.base import Decomposition
+from rankopt.decompositions.cache import shared
+from rankopt.errors import LayerError, NotYetSupported, PlanError, RankoptWarning, RegistryError
+from rankopt.layers import Layer, canonical_weight, check_weight, find_layers
+from rankopt.plan import Decision, RankPlan
+from rankopt.registry import decompositions
+from rankopt.unpack import unpack
+
+__all__ = [
+    "apply",
+    "apply_",
+    "build_empty",
+    "build_skeleton",
+    "plan_of",
+    "unpacked_clone",
+]
+
+_PLAN_ATTRIBUTE: Final = "rankopt_plan"
+
+@dataclass(frozen=True)
+class _Step:
+    """One decision with what it needs to be carried out."""
+
+    decision: Decision
+    method: Decomposition
+    layers: tuple[Layer, ...]
+    modules: tuple[nn.Module, ...]
+
+
+def apply(
+    model: nn.Module,
+    plan: RankPlan,
+    *,
+    calibration: Any = None,
+    factors: Any = None,
+    progress: bool | None = None,
+) -> nn.Module:
+    """A new model with every decision of `plan` carried out.
+
+    Dtype, device, memory format, mode, requires_grad and the names of kept
+    parameters survive; dense weights that are replaced are never copied.
+
+    Args:
+        model: The model the plan was made for; not changed.
+        plan: From `rankopt.search` or `RankPlan.load`.
+        calibration: For plans whose factors are data-aware (none so far).
+        factors: For plans whose factors were stored (none so far).
+        progress: Whether to show a progress bar; None decides by the terminal.
+
+    Returns:
+        The compressed model, unwrapped from torch.compile and DataParallel.
+
+    Raises:
+        PlanError: The plan does not fit the model; the message names the
+            layer, what was expected and what was found.
+        LayerError: A weight holds NaN or infinity.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 8))
+        >>> plan = rankopt.search(model, "params<=50%")
+        >>> rankopt.compare(model, rankopt.apply(model, plan)).params.ratio < 0.5
+        True
+    """
+    _check_sources(plan, calibration, factors)
+    source = surgery.unwrap(model)
+    original = {id(parameter) for parameter in source.parameters()}
+    view = _unpacked_view(source, plan)
+    chains = _build_chains(view, _steps(view, source, plan), _factorise, progress)
+    view = _swap(view, chains)
+    new = [parameter for parameter in view.parameters() if id(parameter) not in original]
+    result = surgery.clone(view, share=[*new, *view.buffers()])
+    remember_plan(result, plan)
+    return result
+
+
+def apply_(
+    model: nn.Module,
+    plan: RankPlan,
+    *,
+    calibration: Any = None,
+    factors: Any = None,
+    progress: bool | None = None,
+) -> nn.Module:
+    """Carry out `plan` inside `model` and return it; see `apply`.
+
+    All chains are computed before the first module is replaced, so a failure
+    leaves the model as it was.
+
+    Raises:
+        PlanError: As `apply`; also if the root module itself would be
+            replaced, which cannot happen in place.
+    """
+    _check_sources(plan, calibration, factors)
+    source = surgery.unwrap(model)
+    view = _unpacked_view(source, plan)
+    chains = _build_chains(view, _steps(view, source, plan), _factorise, progress)
+    if "" in chains or (chains and type(view) is not type(source)):
+        raise PlanError(
+            f"the plan replaces the root module {type(source).__name__} itself; "
+            "use rankopt.apply, which returns a new model"
+        )
+    _swap(_unpack_for(source, plan), chains)
+    remember_plan(source, plan)
+    return model
+
+
+def build_skeleton(view: nn.Module, plan: RankPlan, *, seed: int = 0) -> nn.Module:
+    """The model `apply` would build, with random factors instead of computed ones.
+
+    Kept tensors are shared with `view`; sizes, MACs and speed are those of the
+    real result, which is what a search needs to know.
+    """
+    copy = surgery.clone(view, share=view.parameters())
+    generator = torch.Generator().manual_seed(seed)
+
+    def randomise(step: _Step, chain: nn.Sequential, weight: Tensor) -> dict[str, Tensor]:
+        return {
+            name: torch.randn(parameter.shape, generator=generator)
+            / math.sqrt(max(1, parameter[0].numel()))
+            for name, parameter in chain.named_parameters()
+            if name.endswith("weight")
+        }
+
+    return _swap(copy, _build_chains(copy, _steps(copy, None, plan), randomise, False))
+
+
+def build_empty(model: nn.Module, plan: RankPlan) -> nn.Module:
+    """The structure `apply` would build, every parameter on the meta device."""
+    source = surgery.unwrap(model)
+
+    def empty(parameter: Tensor) -> Tensor:
+        return nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
+
+    view = _unpack_for(surgery.clone(source, substitute=empty), plan)
+    steps = _steps(view, source, plan, values=False)
+    chains = _build_chains(view, steps, lambda step, chain, weight: {}, False)
+    result = _swap(view, chains)
+    remember_plan(result, plan)
+    return result
+
+
+def plan_of(model: nn.Module) -> RankPlan | None:
+    """The plan `model` was built by, if `apply` or `load` built it."""
+    plan = getattr(surgery.unwrap(model), _PLAN_ATTRIBUTE, None)
+    return plan if isinstance(plan, RankPlan) else None
+
+
+def remember_plan(model: nn.Module, plan: RankPlan) -> None:
+    """Note on the module which plan it was built by."""
+    model.__dict__[_PLAN_ATTRIBUTE] = plan
+
+
+def unpacked_clone(model: nn.Module, split: Iterable[str] = ()) -> nn.Module:
+    """A clone with shared parameters and its own buffers, every parent unpacked."""
+    return unpack(surgery.clone(model, share=model.parameters()), split=split)
+
+
+Fill = Callable[[_Step, nn.Sequential, Tensor], dict[str, Tensor]]
+
+
+def _check_sources(plan: RankPlan, calibration: Any, factors: Any) -> None:
+    for decision in plan.changes:
+        if decision.factors.kind != "weights":
+            raise NotYetSupported(
+                f"layer {decision.targets[0]}: its factors are {decision.factors.kind!r}; this "
+                "version makes factors from weights only, and never falls back to them in silence"
+            )
+    if calibration is not None or factors is not None:
+        raise NotYetSupported("data-aware factors (calibration=, factors=) are not built yet")
+
+
+def _split(plan: RankPlan) -> set[str]:
+    """Attention modules whose packed projection the plan treats as three."""
+    thirds = (".q_proj", ".k_proj", ".v_proj")
+    return {name.rpartition(".")[0] for name in plan.layer_names if name.endswith(thirds)}
+
+
+def _unpack_for(model: nn.Module, plan: RankPlan) -> nn.Module:
+    targets = [name for decision in plan.changes for name in decision.targets]
+    return unpack(model, only=targets, split=_split(plan)) if targets else model
+
+
+def _unpacked_view(source: nn.Module, plan: RankPlan) -> nn.Module:
+    return _unpack_for(surgery.clone(source, share=source.parameters()), plan)
+
+
+def _steps(
+    view: nn.Module, source: nn.Module | None, plan: RankPlan, *, values: bool = True
+) -> list[_Step]:
+    """Check the plan against the model; with `source`, against its identity too."""
+    if source is not None:
+        _check_structure(source, plan)
+    layers = {layer.name: layer for layer in find_layers(view, values=values)}
+    aliases = {alias: layer for layer in layers.values() for alias in layer.aliases}
+    modules = dict(surgery.named_modules(view))
+    steps = []
+    for decision in plan.changes:
+        found = []
+        for name, shape in zip(decision.targets, decision.shapes, strict=True):
+            layer = layers.get(name) or aliases.get(name)
+            if layer is None:
+                raise PlanError(
+                    f"layer {name}: expected a {decision.method} target with weight {list(shape)}, "
+                    f"found no such layer in {type(view).__name__}"
+                )
+            if layer.shape != shape:
+                raise PlanError(
+                    f"layer {name}: expected a weight {list(shape)}, found {list(layer.shape)}"
+                )
+            found.append(layer)
+        method = _method(decision, found)
+        steps.append(_Step(decision, method, tuple(found), tuple(modules[x.name] for x in found)))
+    if source is not None and values:
+        _warn_of_other_weights(source, plan)
+    return steps
+
+
+def _check_structure(source: nn.Module, plan: RankPlan) -> None:
+    expected = plan.model.get("structure")
+    if expected is None or expected == measure.structure_digest(source):
+        return
+    layers = {layer.name: layer for layer in find_layers(_skeleton_names(source, plan), values=False)}
+    for decision in plan:
+        for name, shape in zip(decision.targets, decision.shapes, strict=True):
+            if name not in layers:
+                raise PlanError(
+                    f"layer {name}: expected by the plan with weight {list(shape)}, not found in "
+                    f"this {type(source).__name__}; the plan was made for a "
+                    f"{plan.model.get('class')}"
+                )
+            if layers[name].shape != shape:
+                raise PlanError(
+                    f"layer {name}: the plan expected a weight {list(shape)}, "
+                    f"found {list(layers[name].shape)}"
+                )
+    raise PlanError(
+        f"the plan was made for a {plan.model.get('class')} with other parameters or buffers than "
+        f"this {type(source).__name__}; search again on this model"
+    )
+
+
+def _skeleton_names(source: nn.Module, plan: RankPlan) -> nn.Module:
+    return unpacked_clone(source, split=_split(plan))
+
+
+def _warn_of_other_weights(source: nn.Module, plan: RankPlan) -> None:
+    expected = plan.model.get("weights")
+    if expected is not None and expected != measure.weights_digest(source):
+        warnings.warn(
+            "the plan was made for other weights of this architecture: its ranks are applied, "
+            "the errors it states do not hold",
+            RankoptWarning,
+            stacklevel=4,
+        )
+
+
+def _method(decision: Decision, layers: list[Layer]) -> Decomposition:
+    where = f"layer {layers[0].name}"
+    settings = {key: value for key, value in decision.args.items() if key != "ranks"}
+    try:
+        method = decompositions.create(decision.method, **settings)
+    except (RegistryError, ValueError, TypeError) as error:
+        raise PlanError(f"{where}: {error}") from error
+    for layer in layers:
+        reason = layer.refusal or method.refusal(layer)
+        if reason:
+            raise PlanError(f"layer {layer.name}: {decision.method} cannot treat it: {reason}")
+        try:
+            method.check_ranks(layer, decision.ranks)
+        except LayerError as error:
+            raise PlanError(str(error)) from error
+    return method
+
+
+def _factorise(step: _Step, chain: nn.Sequential, weight: Tensor) -> dict[str, Tensor]:
+    check_weight(step.layers[0], weight)
+    return shared.get(step.method, weight).factors(step.decision.ranks)
+
+
+def _build_chains(
+    view: nn.Module, steps: list[_Step], fill: Fill, progress: bool | None
+) -> dict[str, nn.Module]:
+    """Layer name to chain; layers that share a weight get chains that share factors."""
+    chains: dict[str, nn.Module] = {}
+    with torch.no_grad(), progress_bar("factorising", len(steps), enabled=progress) as advance:
+        for step in steps:
+            factors: dict[str, nn.Parameter] = {}
+            for layer, module in zip(step.layers, step.modules, strict=True):
+                chain = step.method.build(layer, step.decision.ranks)
+                if not factors:
+                    values = fill(step, chain, canonical_weight(module))
+                    factors = _parameters(layer, chain, module, values)
+                _install(chain, module, factors)
+                chains[layer.name] = chain
+            advance()
+    return chains
+
+
+def _parameters(
+    layer: Layer, chain: nn.Sequential, module: nn.Module, values: dict[str, Tensor]
+) -> dict[str, nn.Parameter]:
+    """Factors as parameters like the dense weight: dtype, device, memory format, grad."""
+    weight: Tensor = module.weight
+    parameters = {}
+    for name, slot in chain.named_parameters():
+        value = values.get(name)
+        if value is None:
+            continue
+        if value.shape != slot.shape:
+            raise LayerError(
+                f"layer {layer.name}: factor {name} has shape {list(value.shape)}, "
+                f"its module expects {list(slot.shape)}"
+            )
+        cast = value.to(device=weight.device, dtype=weight.dtype)
+        if not bool(cast.isfinite().all()):
+            raise LayerError(
+                f"layer {layer.name}: factor {name} overflows {layer.dtype}; "
+                "compress in float32 and convert afterwards"
+            )
+        cast = cast.contiguous(memory_format=_memory_format(weight, cast))
+        parameters[name] = nn.Parameter(cast, requires_grad=weight.requires_grad)
+    return parameters
+
+
+def _memory_format(weight: Tensor, factor: Tensor) -> torch.memory_format:
+    """Channels-last if the dense weight is, else contiguous."""
+    if factor.dim() == weight.dim() and not weight.is_contiguous():
+        for dims, layout in ((4, torch.channels_last), (5, torch.channels_last_3d)):
+            if weight.dim() == dims and weight.is_contiguous(memory_format=layout):
+                return layout
+    return torch.contiguous_format
+
+
+def _install(chain: nn.Sequential, module: nn.Module, factors: dict[str, nn.Parameter]) -> None:
+    """Put factors and the layer's own bias into `chain`, and its mode on it."""
+    for name, parameter in list(chain.named_parameters()):
+        owner, _, key = name.rpartition(".")
+        if name in factors:
+            chain.get_submodule(owner)._parameters[key] = factors[name]
+        elif key == "weight":
+            parameter.requires_grad_(module.weight.requires_grad)
+            chain.get_submodule(owner)._parameters[key] = nn.Parameter(
+                parameter.to(module.weight.dtype), requires_grad=module.weight.requires_grad
+            )
+    if module.bias is not None:
+        chain[-1]._parameters["bias"] = module.bias
+    chain.train(module.training)
+
+
+def _swap(root: nn.Module, chains: dict[str, nn.Module]) -> nn.Module:
+    modules = dict(surgery.named_modules(root))
+    return surgery.replace(root, {modules[name]: chain for name, chain in chains.items()})

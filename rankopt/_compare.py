@@ -1,0 +1,146 @@
+"""compare(): what was gained, counted and measured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from rankopt import measure, surgery
+from rankopt._apply import unpacked_clone
+from rankopt.errors import ModelError
+from rankopt.latency import Interval, time_interleaved
+
+__all__ = ["Comparison", "Figure", "compare"]
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One quantity of both models."""
+
+    before: float
+    after: float
+
+    @property
+    def ratio(self) -> float:
+        """after / before; 0 where both are 0."""
+        return self.after / self.before if self.before else 0.0
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Figures of an original and a compressed model.
+
+    Args:
+        params: Unique parameters.
+        memory: Bytes of parameters and buffers.
+        macs: Multiply-accumulates for the example inputs; None without them.
+        metric: The user's metric; None without `evaluate`.
+        latency_before_ms: Median of the original, milliseconds.
+        latency_after_ms: Median of the compressed model, milliseconds.
+        latency_ratio: Median paired ratio, below 1 is faster.
+    """
+
+    params: Figure
+    memory: Figure
+    macs: Figure | None = None
+    metric: Figure | None = None
+    latency_before_ms: Interval | None = None
+    latency_after_ms: Interval | None = None
+    latency_ratio: Interval | None = None
+
+    @property
+    def verdict(self) -> str:
+        """In plain words, whether the compressed model is faster."""
+        ratio = self.latency_ratio
+        if ratio is None:
+            return "latency was not measured: pass example_inputs"
+        if ratio.low <= 1 <= ratio.high:
+            noise = "; the machine is noisy, measure again with more rounds" if ratio.noisy else ""
+            return f"no faster and no slower than the original, as far as measured{noise}"
+        if ratio.high < 1:
+            return f"{1 / ratio.median:.2f}x as fast as the original"
+        return (
+            f"slower than the original: it takes {ratio.median:.2f} times as long, "
+            "although it computes less; keep the original where speed is what counts"
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return {**asdict(self), "verdict": self.verdict}
+
+    def __str__(self) -> str:
+        from rankopt.report.tables import comparison_table, to_text
+
+        return to_text(comparison_table(self))
+
+
+def compare(
+    original: nn.Module,
+    compressed: nn.Module,
+    *,
+    example_inputs: Any = None,
+    evaluate: Callable[[nn.Module], float] | None = None,
+    rounds: int = 30,
+    seed: int = 0,
+) -> Comparison:
+    """Count and time two models side by side; prints as a table.
+
+    Both run in eval mode without gradients, interleaved; modes and random
+    generators are as before afterwards.
+
+    Args:
+        original: The dense model.
+        compressed: The compressed one.
+        example_inputs: A tensor, a tuple or a mapping; without it, only
+            parameters and memory are compared.
+        evaluate: The task's metric of a model, higher or lower.
+        rounds: Timing rounds.
+        seed: Orders the rounds.
+
+    Raises:
+        ModelError: A model fails on the inputs.
+
+    Example:
+        >>> model = nn.Linear(64, 64)
+        >>> same = rankopt.compare(model, model, example_inputs=torch.zeros(1, 64), rounds=3)
+        >>> same.macs.ratio
+        1.0
+    """
+    models = [surgery.unwrap(original), surgery.unwrap(compressed)]
+    figures: dict[str, Any] = {
+        "params": Figure(*(measure.count_params(model) for model in models)),
+        "memory": Figure(*(measure.count_memory(model) for model in models)),
+    }
+    with measure.preserve_rng(), measure.evaluation(original, compressed), torch.no_grad():
+        if evaluate is not None:
+            figures["metric"] = Figure(float(evaluate(original)), float(evaluate(compressed)))
+        if example_inputs is not None:
+            measure.check_inputs(example_inputs)
+            device = surgery.device_of(models[0])
+            inputs = measure.to_device(example_inputs, device)
+            try:
+                figures["macs"] = Figure(*(_macs(model, inputs) for model in models))
+                timings = time_interleaved(
+                    {
+                        "before": lambda: measure.call(original, inputs),
+                        "after": lambda: measure.call(compressed, inputs),
+                    },
+                    rounds=rounds,
+                    device=device,
+                    seed=seed,
+                )
+            except (RuntimeError, TypeError) as error:
+                raise ModelError(f"a model fails on example_inputs: {error}") from error
+            figures["latency_before_ms"] = timings.interval("before")
+            figures["latency_after_ms"] = timings.interval("after")
+            figures["latency_ratio"] = timings.ratio("after", "before")
+    return Comparison(**figures)
+
+
+def _macs(model: nn.Module, inputs: Any) -> int:
+    view = unpacked_clone(model).eval()
+    return measure.count_macs(view, inputs)

@@ -1,0 +1,65 @@
+"""Progress bars that appear only once work has taken two seconds."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Final
+
+__all__ = ["progress_bar"]
+
+PATIENCE_SECONDS: Final = 2.0
+
+
+@contextmanager
+def progress_bar(
+    label: str, total: int | None, *, enabled: bool | None = None
+) -> Iterator[Callable[[], None]]:
+    """Yield a function to call after each step.
+
+    Args:
+        label: What is being done.
+        total: Number of steps; None if unknown.
+        enabled: None shows the bar where standard error is a terminal.
+    """
+    shown = sys.stderr.isatty() if enabled is None else enabled
+    started = time.perf_counter()
+    bar: Any = None
+    task: Any = None
+    done = 0
+
+    def advance() -> None:
+        nonlocal bar, task, done
+        done += 1
+        if not shown:
+            return
+        if bar is None:
+            if time.perf_counter() - started < PATIENCE_SECONDS:
+                return
+            from rich.console import Console
+            from rich.progress import (
+                BarColumn,
+                MofNCompleteColumn,
+                Progress,
+                TextColumn,
+                TimeRemainingColumn,
+            )
+
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeRemainingColumn(),
+            )
+            bar = Progress(*columns, console=Console(stderr=True), transient=True)
+            task = bar.add_task(label, total=total)
+            bar.start()
+        bar.update(task, completed=done)
+
+    try:
+        yield advance
+    finally:
+        if bar is not None:
+            bar.stop()

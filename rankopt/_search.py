@@ -1,0 +1,293 @@
+"""search(): describe the model, let a strategy choose, build the result and check it."""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+
+from rankopt import measure, surgery
+from rankopt._apply import build_skeleton, unpacked_clone
+from rankopt.budget import Budget
+from rankopt.decompositions.base import Decomposition
+from rankopt.errors import BudgetError, ModelError, NotYetSupported, RankoptError
+from rankopt.layers import Layer, canonical_weight, check_weight, find_layers, select
+from rankopt.plan import RankPlan
+from rankopt.probe import Probe, probe, static_reads
+from rankopt.registry import decompositions, strategies
+from rankopt.strategy import Problem, Site, Strategy
+
+__all__ = ["DEFAULT_METHODS", "DEFAULT_STRATEGY", "environment", "search"]
+
+DEFAULT_STRATEGY: Final = "energy"
+DEFAULT_METHODS: Final = ("svd", "tucker2")
+_NOT_YET: Final = {
+    "latency": "measured latency budgets need the profile table",
+    "latency_ms": "measured latency budgets need the profile table",
+    "metric_drop": "metric_drop needs the outer search over evaluate",
+}
+
+
+def search(
+    model: nn.Module,
+    budget: str | Budget | None,
+    *,
+    strategy: str | Strategy = DEFAULT_STRATEGY,
+    example_inputs: Any = None,
+    calibration: Any = None,
+    evaluate: Any = None,
+    methods: Sequence[str | Decomposition] = DEFAULT_METHODS,
+    only: Iterable[str] = (),
+    ignore: Iterable[str] = (),
+    seed: int = 0,
+    timeout: float | None = None,
+    progress: bool | None = None,
+) -> RankPlan:
+    """Choose, layer by layer, whether and how to decompose, and at which rank.
+
+    The model is not changed: its weights, buffers, modes, hooks and the global
+    random generators are as before. Runs in well under a second for most models.
+
+    Args:
+        model: A trained model.
+        budget: Such as ``"macs<=50%"``, ``"params<=0.4, macs<=50%"`` or a
+            `Budget`; None lets the strategy decide how much.
+        strategy: A registered name or an instance with settings.
+        example_inputs: A tensor, a tuple (positional) or a mapping (keywords)
+            to call the model with. Needed for MACs; it also lets rankopt see
+            how each layer is used instead of reading the model's source.
+        calibration: For data-aware strategies (none so far).
+        evaluate: For strategies that use the task's metric (none so far).
+        methods: Decompositions to choose from, names or instances.
+        only: Case-sensitive globs on full module names; the rest is kept.
+        ignore: The same; what matches is kept.
+        seed: For strategies that draw random numbers.
+        timeout: Seconds after which to give up with `DeadlineExceeded`.
+        progress: Whether to show progress bars; None decides by the terminal.
+
+    Returns:
+        A plan that covers every layer with a weight, the kept ones with the
+        reason, and that meets the budget on the built model.
+
+    Raises:
+        BudgetError: The budget cannot be read, or needs inputs not given.
+        BudgetInfeasible: It cannot be met; says what can.
+        ModelError: No layer can be decomposed, or the model fails on the inputs.
+        LayerError: A weight holds NaN or infinity.
+        NotYetSupported: The budget's machinery is not built yet.
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU())
+        >>> plan = rankopt.search(model, "params<=50%")
+        >>> plan["0"].method, plan["0"].ranks
+        ('svd', (15,))
+    """
+    started = time.perf_counter()
+    deadline = None if timeout is None else time.monotonic() + timeout
+    chosen = strategies.create(strategy)
+    allowed = _check_request(Budget.parse(budget), chosen, example_inputs, calibration, evaluate)
+    source = surgery.unwrap(model)
+    with torch.no_grad(), measure.preserve_rng():
+        view, layers, seen = _describe(source, example_inputs)
+        layers = _select(layers, only, ignore)
+        problem = _problem(view, layers, seen, allowed, methods)
+        problem.seed, problem.deadline, problem.progress = seed, deadline, progress
+        plan = chosen.search(problem)
+        plan = _verify(plan, view, seen, example_inputs)
+        return replace(
+            plan,
+            model={
+                "class": type(source).__name__,
+                "structure": measure.structure_digest(source),
+                "weights": measure.weights_digest(source),
+            },
+            environment=environment(source),
+            seconds=round(time.perf_counter() - started, 3),
+        )
+
+
+def _check_request(
+    budget: Budget | None, strategy: Strategy, inputs: Any, calibration: Any, evaluate: Any
+) -> Budget | None:
+    for axis in () if budget is None else budget.axes:
+        if axis in _NOT_YET:
+            raise NotYetSupported(
+                f"a budget on {axis} is not supported yet: {_NOT_YET[axis]}; "
+                "bound params, macs or memory for now"
+            )
+    if budget is None and not strategy.tags.unbudgeted:
+        raise BudgetError(
+            f"strategy {strategy.name!r} needs a budget: it has no natural amount of compression"
+        )
+    if budget is not None and "macs" in budget.axes and inputs is None:
+        raise BudgetError(
+            "a budget on macs needs example_inputs: MACs depend on the input's size; pass a "
+            "tensor, a tuple or a dict to call the model with, or bound params instead"
+        )
+    given = {"calibration": calibration, "evaluate": evaluate}
+    for name, value in given.items():
+        if name in strategy.tags.needs and value is None:
+            raise ModelError(f"strategy {strategy.name!r} needs {name}=")
+        if value is not None and name not in strategy.tags.needs:
+            raise NotYetSupported(
+                f"strategy {strategy.name!r} does not use {name}=; leave it out "
+                "(data-aware strategies are not built yet)"
+            )
+    return budget
+
+
+def _describe(
+    source: nn.Module, example_inputs: Any
+) -> tuple[nn.Module, list[Layer], Probe | None]:
+    """An unpacked clone, its layers, and what a run on the inputs showed."""
+    find_layers(source)  # refuses meta and lazy parameters before they are cloned
+    view = unpacked_clone(source)
+    layers = find_layers(view)
+    if example_inputs is None:
+        reads = static_reads(view)
+        return view, [_refuse_for(layer, reads) for layer in layers], None
+    seen = probe(view, layers, example_inputs)
+    if seen.crossed:
+        # Cross-attention: one packed projection would be run for each input.
+        view = unpacked_clone(source, split=seen.crossed)
+        layers = find_layers(view)
+        seen = probe(view, layers, example_inputs)
+    return view, seen.annotate(layers), seen
+
+
+def _refuse_for(layer: Layer, reads: Mapping[str, str]) -> Layer:
+    reasons = [reads[name] for name in layer.names if name in reads]
+    return layer.refused(reasons[0]) if reasons else layer
+
+
+def _select(layers: list[Layer], only: Iterable[str], ignore: Iterable[str]) -> list[Layer]:
+    """The user's globs, then narrowness, then ties with kept layers."""
+    chosen = []
+    for layer in select(layers, only, ignore):
+        narrow = None if layer.refusal else layer.too_narrow
+        chosen.append(layer.refused(narrow) if narrow else layer)
+    kept = {layer.name for layer in chosen if layer.refusal}
+    return [
+        layer.refused(f"its weight is tied to {shared}, which is kept")
+        if (shared := next((name for name in layer.tied_to if name in kept), None))
+        else layer
+        for layer in chosen
+    ]
+
+
+def _problem(
+    view: nn.Module,
+    layers: list[Layer],
+    seen: Probe | None,
+    budget: Budget | None,
+    methods: Sequence[str | Decomposition],
+) -> Problem:
+    available = [decompositions.create(method) for method in methods]
+    modules = dict(surgery.named_modules(view))
+
+    def weight(layer: Layer) -> Tensor:
+        return canonical_weight(modules[layer.name])
+
+    layers, sites = _sites(layers, available, probed=seen is not None)
+    for site in sites:
+        check_weight(site.layer, weight(site.layer))
+    if not sites:
+        reasons = "; ".join(f"{x.name or 'root'}: {x.refusal}" for x in layers[:5])
+        raise ModelError(
+            f"{type(view).__name__} has no layer to decompose"
+            + (f" ({reasons}{'; …' if len(layers) > 5 else ''})" if layers else " (no weights)")
+        )
+    totals = {"params": measure.count_params(view), "memory": measure.count_memory(view)}
+    if seen is not None:
+        totals["macs"] = seen.macs
+    return Problem(
+        layers=tuple(layers), sites=tuple(sites), budget=budget, totals=totals, weight=weight
+    )
+
+
+def _sites(
+    layers: list[Layer], available: Sequence[Decomposition], *, probed: bool
+) -> tuple[list[Layer], list[Site]]:
+    by_name = {layer.name: layer for layer in layers}
+    listed, sites, placed = [], [], set()
+    for layer in layers:
+        methods = tuple(method for method in available if method.applies(layer))
+        if layer.refusal is None and not methods:
+            reasons = "; ".join(str(method.refusal(layer)) for method in available)
+            layer = layer.refused(reasons or "no decomposition was allowed")
+        listed.append(layer)
+        if layer.refusal is not None or layer.name in placed:
+            continue
+        group = (layer, *(by_name[name] for name in layer.tied_to))
+        placed.update(member.name for member in group)
+        cost = {"params": layer.params, "memory": layer.params * layer.itemsize}
+        if probed:
+            cost["macs"] = sum(member.macs or 0 for member in group)
+        sites.append(Site(group, methods, cost))
+    return listed, sites
+
+
+def _verify(plan: RankPlan, view: nn.Module, seen: Probe | None, inputs: Any) -> RankPlan:
+    """Build the result with random factors, run it, and hold it to the budget."""
+    built = build_skeleton(view, plan)
+    measured = {"params": measure.count_params(built), "memory": measure.count_memory(built)}
+    if seen is not None:
+        inputs = measure.to_device(inputs, surgery.device_of(view))
+        with measure.evaluation(built):
+            measured["macs"] = measure.count_macs(built, inputs)
+            _run(built, inputs, "in eval mode with gradients", grad=True)
+        if seen.trains:
+            built.train()
+            _run(built, inputs, "in train mode with gradients", grad=True)
+    before = {axis: float(entry["before"] or 0) for axis, entry in plan.totals.items()}
+    if plan.budget is not None and not plan.budget.fits(measured, before):
+        raise RankoptError(
+            f"strategy {plan.strategy.get('name')!r} returned a plan that breaks its budget "
+            f"({plan.budget.explain()}): measured {measured} of {before}; this is a defect of "
+            "the strategy or of rankopt, please report it"
+        )
+    totals = {
+        axis: {**entry, "measured": measured.get(axis)} for axis, entry in plan.totals.items()
+    }
+    return replace(plan, totals=totals)
+
+
+def _run(model: nn.Module, inputs: Any, how: str, *, grad: bool) -> None:
+    try:
+        with torch.set_grad_enabled(grad):
+            measure.call(model, inputs)
+    except Exception as error:
+        raise ModelError(
+            f"the compressed {type(model).__name__} fails {how}: {type(error).__name__}: {error}; "
+            "keep the layers involved with ignore= and report this"
+        ) from error
+
+
+def environment(model: nn.Module) -> dict[str, Any]:
+    """Versions, hardware and numeric settings that figures depend on."""
+    device = surgery.device_of(model)
+    facts: dict[str, Any] = {
+        "rankopt": _version(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "device": str(device),
+        "threads": torch.get_num_threads(),
+        "dtype": str(next((p.dtype for p in model.parameters()), None)).removeprefix("torch."),
+    }
+    if device.type == "cuda":
+        facts["gpu"] = torch.cuda.get_device_name(device)
+        facts["tf32"] = torch.backends.cuda.matmul.allow_tf32
+    else:
+        facts["isa"] = torch.backends.cpu.get_cpu_capability()
+    return facts
+
+
+def _version() -> str:
+    from rankopt import __version__
+
+    return __version__

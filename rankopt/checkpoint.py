@@ -1,0 +1,245 @@
+"""Saving and loading compressed models: plan and weights in safetensors, nothing pickled."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+
+from rankopt import surgery
+from rankopt._apply import build_empty, plan_of
+from rankopt._files import atomic_path, write_text
+from rankopt.errors import CheckpointError, PlanError
+from rankopt.plan import RankPlan
+
+__all__ = ["load", "load_plan", "save"]
+
+MAX_SHARD_BYTES: Final = 5 * 10**9
+_PLAN, _ALIASES, _LAYOUTS = "rankopt.plan", "rankopt.aliases", "rankopt.layouts"
+_LAYOUT_NAMES: Final = {
+    "channels_last": torch.channels_last,
+    "channels_last_3d": torch.channels_last_3d,
+}
+
+
+def save(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    *,
+    plan: RankPlan | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+    """Write a compressed model and the plan it was built by.
+
+    One safetensors file, or numbered shards and an index beside it above
+    `max_shard_bytes`. Tied tensors are stored once. Files appear only when complete.
+
+    Args:
+        model: From `rankopt.apply` or `rankopt.load`, possibly trained since.
+        path: Ends in ``.safetensors``.
+        plan: Only for models built by other means.
+        max_shard_bytes: Largest file.
+
+    Raises:
+        CheckpointError: The model carries no plan, or state that is no tensor.
+        RankoptError: The folder cannot be written.
+    """
+    from safetensors.torch import save_file
+
+    target = Path(path)
+    if target.suffix != ".safetensors":
+        raise CheckpointError(f"{target}: name the file *.safetensors")
+    plan = plan or plan_of(model)
+    if plan is None:
+        raise CheckpointError(
+            f"this {type(model).__name__} was not built by rankopt.apply or rankopt.load; "
+            "pass the plan it was built by as plan="
+        )
+    tensors, aliases, layouts = _stored(surgery.unwrap(model))
+    metadata = {
+        "format": "pt",
+        _PLAN: json.dumps(plan.to_dict(), allow_nan=False),
+        _ALIASES: json.dumps(aliases),
+        _LAYOUTS: json.dumps(layouts),
+    }
+    shards = _shards(tensors, max_shard_bytes)
+    if len(shards) == 1:
+        with atomic_path(target) as temporary:
+            save_file(shards[0], temporary, metadata)
+        return
+    names = [
+        f"{target.stem}-{number:05d}-of-{len(shards):05d}.safetensors"
+        for number in range(1, len(shards) + 1)
+    ]
+    for name, shard in zip(names, shards, strict=True):
+        with atomic_path(target.with_name(name)) as temporary:
+            save_file(shard, temporary, {"format": "pt"})
+    located = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
+    index = {"metadata": metadata, "weight_map": located}
+    write_text(target.with_name(f"{target.name}.index.json"), json.dumps(index, indent=1))
+
+
+def load(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
+    """Rebuild a compressed model from its file.
+
+    Args:
+        model: The original architecture, with any weights; not changed.
+        path: As given to `save`.
+
+    Returns:
+        The compressed model on `model`'s device, with the stored dtypes.
+
+    Raises:
+        CheckpointError: The file is missing, truncated or not one of rankopt's,
+            or its tensors do not fit; the message names the first that does not.
+        PlanError: The file was made for another architecture.
+    """
+    metadata, tensors = _read(Path(path))
+    plan = _plan_in(metadata, path)
+    result = build_empty(model, plan)
+    for alias, name in json.loads(metadata.get(_ALIASES, "{}")).items():
+        if name not in tensors:
+            raise CheckpointError(f"{path}: {alias} is an alias of {name}, which is missing")
+        tensors[alias] = tensors[name]
+    layouts = json.loads(metadata.get(_LAYOUTS, "{}"))
+    _fill(result, tensors, layouts, surgery.device_of(model), path)
+    return result
+
+
+def load_plan(path: str | os.PathLike[str]) -> RankPlan:
+    """The plan inside a file written by `save`, without the weights."""
+    metadata, _ = _read(Path(path), weights=False)
+    return _plan_in(metadata, path)
+
+
+def _stored(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str], dict[str, str]]:
+    """Contiguous tensors, one per distinct storage view; aliases; memory formats."""
+    tensors: dict[str, Tensor] = {}
+    aliases: dict[str, str] = {}
+    layouts: dict[str, str] = {}
+    seen: dict[tuple[Any, ...], str] = {}
+    for raw, value in model.state_dict().items():
+        name = surgery.normalised(raw)
+        if not isinstance(value, Tensor):
+            raise CheckpointError(
+                f"{name}: extra state of type {type(value).__name__} is no tensor; "
+                "safetensors cannot hold it"
+            )
+        key = (value.device, value.data_ptr(), value.shape, value.stride(), value.dtype)
+        if value.numel() and key in seen:
+            aliases[name] = seen[key]
+            continue
+        seen[key] = name
+        for layout, memory_format in _LAYOUT_NAMES.items():
+            dims = 4 if layout == "channels_last" else 5
+            if value.dim() == dims and not value.is_contiguous():
+                if value.is_contiguous(memory_format=memory_format):
+                    layouts[name] = layout
+        contiguous = value.detach().contiguous()
+        # A slice of a larger storage is refused by safetensors: copy it out.
+        whole = contiguous.untyped_storage().nbytes() == contiguous.numel() * value.element_size()
+        tensors[name] = contiguous if whole else contiguous.clone()
+    return tensors, aliases, layouts
+
+
+def _shards(tensors: Mapping[str, Tensor], limit: int) -> list[dict[str, Tensor]]:
+    shards: list[dict[str, Tensor]] = [{}]
+    size = 0
+    for name, tensor in tensors.items():
+        nbytes = tensor.numel() * tensor.element_size()
+        if shards[-1] and size + nbytes > limit:
+            shards.append({})
+            size = 0
+        shards[-1][name] = tensor
+        size += nbytes
+    return shards
+
+
+def _read(path: Path, *, weights: bool = True) -> tuple[dict[str, str], dict[str, Tensor]]:
+    index = path.with_name(f"{path.name}.index.json")
+    if not path.exists() and index.exists():
+        try:
+            content = json.loads(index.read_text(encoding="utf-8"))
+            metadata, located = content["metadata"], content["weight_map"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(f"{index} is damaged: {error}") from error
+        tensors: dict[str, Tensor] = {}
+        for name in sorted(set(located.values())) if weights else ():
+            tensors.update(_read_file(path.with_name(name), weights=True)[1])
+        return metadata, tensors
+    return _read_file(path, weights=weights)
+
+
+def _read_file(path: Path, *, weights: bool) -> tuple[dict[str, str], dict[str, Tensor]]:
+    with _opened(path) as handle:
+        metadata = dict(handle.metadata() or {})
+        tensors = {key: handle.get_tensor(key) for key in handle.keys()} if weights else {}  # noqa: SIM118
+    return metadata, tensors
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt", device="cpu") as handle:
+            yield handle
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path} does not exist") from error
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"{path} is not a complete safetensors file ({error}); it may be truncated"
+        ) from error
+
+
+def _plan_in(metadata: Mapping[str, str], path: str | os.PathLike[str]) -> RankPlan:
+    text = metadata.get(_PLAN)
+    if text is None:
+        raise CheckpointError(f"{path} holds no rankopt plan; it was not written by rankopt.save")
+    try:
+        return RankPlan.from_json(text)
+    except PlanError as error:
+        raise PlanError(f"{path}: {error}") from error
+
+
+def _fill(
+    model: nn.Module,
+    tensors: Mapping[str, Tensor],
+    layouts: Mapping[str, str],
+    device: torch.device,
+    path: str | os.PathLike[str],
+) -> None:
+    """Replace every parameter and persistent buffer by its stored value."""
+    slots = model.state_dict(keep_vars=True)
+    names = {surgery.normalised(raw): raw for raw in slots}
+    missing = [name for name in names if name not in tensors]
+    unexpected = [name for name in tensors if name not in names]
+    if missing or unexpected:
+        what = f"lacks {missing[0]}" if missing else f"holds {unexpected[0]}, which has no place"
+        raise CheckpointError(
+            f"{path} {what} in this {type(model).__name__} "
+            f"({len(missing)} missing and {len(unexpected)} unexpected tensors)"
+        )
+    filled: dict[int, nn.Parameter] = {}
+    for name, raw in names.items():
+        slot, value = slots[raw], tensors[name]
+        if slot.shape != value.shape:
+            raise CheckpointError(
+                f"{path}: {name} is {list(value.shape)}, the model expects {list(slot.shape)}"
+            )
+        owner_name, _, key = raw.rpartition(".")
+        owner = model.get_submodule(owner_name)
+        layout = _LAYOUT_NAMES.get(layouts.get(name, ""), torch.contiguous_format)
+        value = value.to(device).contiguous(memory_format=layout)
+        if key in owner._parameters:
+            if id(slot) not in filled:
+                filled[id(slot)] = nn.Parameter(value, requires_grad=slot.requires_grad)
+            owner._parameters[key] = filled[id(slot)]
+        else:
+            owner._buffers[key] = value

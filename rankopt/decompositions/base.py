@@ -1,0 +1,230 @@
+"""The contract of a decomposition, and the module-building helpers all of them share."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any, ClassVar
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from rankopt.errors import LayerError
+from rankopt.layers import Layer
+
+__all__ = ["Basis", "Decomposition", "IntArray", "RankAxis", "chain", "conv", "fractions"]
+
+IntArray = npt.NDArray[np.int64]
+FloatArray = npt.NDArray[np.float64]
+_CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+
+
+@dataclass(frozen=True)
+class RankAxis:
+    """One rank of a decomposition: its name and the largest useful value."""
+
+    name: str
+    maximum: int
+
+
+class Basis(ABC):
+    """What is computed once per layer, from which every rank follows.
+
+    Attributes:
+        spectra: For each rank axis the squared singular values of the
+            unfolding it truncates, descending, [groups, axis maximum].
+    """
+
+    spectra: tuple[FloatArray, ...]
+    weight: Tensor | None
+
+    @abstractmethod
+    def error(self, ranks: Sequence[Any]) -> Any:
+        """Relative Frobenius error ‖W − Ŵ‖/‖W‖ of truncating to `ranks`.
+
+        Args:
+            ranks: One entry per axis; integers, or arrays that broadcast
+                together, which give an array of errors.
+        """
+
+    @abstractmethod
+    def factors(self, ranks: Sequence[int]) -> dict[str, Tensor]:
+        """Float64 factors by parameter name of the chain, ``first.weight`` and so on."""
+
+    @property
+    @abstractmethod
+    def nbytes(self) -> int:
+        """Bytes held, the weight itself not counted."""
+
+
+@dataclass(frozen=True)
+class Decomposition(ABC):
+    """One way to write a layer as a chain of smaller layers.
+
+    Subclasses are frozen dataclasses whose fields are the settings of the
+    method; a decision stores those that differ from the default beside the ranks.
+
+    Class attributes:
+        name: As in plans and the registry.
+        roles: Child name in the chain to role: ``first``, ``core`` or ``last``.
+        nested: Whether the factors of a smaller rank are a slice of a larger one's.
+        exact_error: Whether `Basis.error` is exact without fitting.
+        soft: Whether the basis can mix ranks differentiably.
+    """
+
+    name: ClassVar[str]
+    roles: ClassVar[Mapping[str, str]]
+    nested: ClassVar[bool] = True
+    exact_error: ClassVar[bool] = True
+    soft: ClassVar[bool] = False
+
+    @abstractmethod
+    def refusal(self, layer: Layer) -> str | None:
+        """Why the method cannot treat `layer`; None if it can."""
+
+    def applies(self, layer: Layer) -> bool:
+        """Whether the method can treat `layer`."""
+        return layer.refusal is None and self.refusal(layer) is None
+
+    @abstractmethod
+    def rank_axes(self, layer: Layer) -> tuple[RankAxis, ...]:
+        """The ranks to choose, input side first; per group for grouped layers."""
+
+    @abstractmethod
+    def params(self, layer: Layer, ranks: Sequence[Any]) -> Any:
+        """Weight elements of the chain; `ranks` are integers or broadcasting arrays."""
+
+    @abstractmethod
+    def macs(self, layer: Layer, ranks: Sequence[Any]) -> Any:
+        """Multiply-accumulates of the chain for one `example_inputs`."""
+
+    @abstractmethod
+    def prepare(self, weight: Tensor, moments: None = None) -> Basis:
+        """Compute the basis of a canonical weight [groups, out, in, *kernel]."""
+
+    @abstractmethod
+    def build(self, layer: Layer, ranks: Sequence[int]) -> nn.Sequential:
+        """The chain with uninitialised weights on the meta device."""
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The settings that differ from their defaults."""
+        return {
+            field.name: value
+            for field in fields(self)
+            if (value := asdict(self)[field.name]) != field.default
+        }
+
+    def check_ranks(self, layer: Layer, ranks: Sequence[int]) -> None:
+        """Raise `LayerError` unless there is one feasible rank per axis."""
+        axes = self.rank_axes(layer)
+        if len(ranks) != len(axes):
+            raise LayerError(
+                f"layer {layer.name}: {self.name} takes {len(axes)} rank(s) "
+                f"({', '.join(axis.name for axis in axes)}), got {list(ranks)}"
+            )
+        for axis, rank in zip(axes, ranks, strict=True):
+            if not 1 <= rank <= axis.maximum:
+                raise LayerError(
+                    f"layer {layer.name}: {self.name} {axis.name} rank {rank} is outside "
+                    f"1 to {axis.maximum}"
+                )
+
+
+def fractions(energy: FloatArray, total: float) -> FloatArray:
+    """Relative error from retained energy, safe against rounding below zero."""
+    lost: FloatArray = np.sqrt(np.clip(1.0 - energy / total, 0.0, 1.0))
+    return lost
+
+
+def conv(
+    layer: Layer,
+    inputs: int,
+    outputs: int,
+    *,
+    kernel: Sequence[int] | None = None,
+    groups: int = 1,
+    bias: bool = False,
+    place: Mapping[str, Any] | None = None,
+) -> nn.Module:
+    """A factor of `layer` on the meta device: `nn.Linear` or `nn.ConvNd`.
+
+    Args:
+        layer: The layer being replaced.
+        inputs: Input channels.
+        outputs: Output channels.
+        kernel: Kernel size; a single pixel if None.
+        groups: Groups of the factor.
+        bias: Whether it carries a bias.
+        place: Stride, padding, dilation and padding mode, if this factor carries them.
+    """
+    if not layer.is_conv:
+        return nn.Linear(inputs, outputs, bias=bias, device="meta")
+    size = tuple(kernel) if kernel is not None else (1,) * len(layer.kernel)
+    module: nn.Module = _CONV[len(size)](
+        inputs, outputs, size, groups=groups, bias=bias, device="meta", **(place or {})
+    )
+    return module
+
+
+def geometry(layer: Layer) -> dict[str, Any]:
+    """Stride, padding, dilation and padding mode of a convolution, as arguments."""
+    return {
+        "stride": layer.stride,
+        "padding": layer.padding,
+        "dilation": layer.dilation,
+        "padding_mode": layer.padding_mode,
+    }
+
+
+def chain(**factors: nn.Module) -> nn.Sequential:
+    """Factors in order of application, as a plain `nn.Sequential` with names."""
+    sequence = nn.Sequential()
+    for name, module in factors.items():
+        sequence.add_module(name, module)
+    return sequence
+
+
+def factor_shape(layer: Layer, rows: Tensor, kernel: Sequence[int] = ()) -> Tensor:
+    """[groups, out, in, *kernel] to the weight shape of a factor of `layer`."""
+    flat = rows.flatten(0, 1)
+    if not layer.is_conv:
+        return flat
+    return flat.reshape(*flat.shape[:2], *(kernel or (1,) * len(layer.kernel)))
+
+
+def symmetric_eigh(gram: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues (descending, clipped at 0) and vectors of [groups, n, n].
+
+    Signs are fixed by each vector's largest entry, so that results do not
+    depend on the LAPACK at hand.
+    """
+    values, vectors = torch.linalg.eigh(gram)
+    values, vectors = values.flip(-1).clamp_min(0), vectors.flip(-1)
+    pivots = vectors.gather(-2, vectors.abs().argmax(dim=-2, keepdim=True))
+    return values, vectors * torch.where(pivots < 0, -1.0, 1.0).to(vectors.dtype)
+
+
+def float64_ready(weight: Tensor) -> Tensor:
+    """`weight` in float64, on the CPU where its device has none."""
+    if weight.device.type == "mps":
+        weight = weight.cpu()
+    return weight.to(torch.float64)
+
+
+def positions(layer: Layer) -> tuple[int, int]:
+    """(input, output) positions; `LayerError` if the layer was never probed."""
+    if layer.positions_in is None or layer.positions_out is None:
+        raise LayerError(
+            f"layer {layer.name}: its MACs are unknown without example_inputs; pass them"
+        )
+    return layer.positions_in, layer.positions_out
+
+
+def kernel_size(layer: Layer) -> int:
+    """Pixels of the kernel; 1 for linear layers."""
+    return math.prod(layer.kernel)

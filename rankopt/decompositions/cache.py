@@ -1,0 +1,68 @@
+"""A bounded, content-addressed store of bases, so that nothing is factorised twice."""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections import OrderedDict
+from typing import Final
+
+from torch import Tensor
+
+from rankopt.decompositions.base import Basis, Decomposition
+from rankopt.measure import tensor_digest
+
+__all__ = ["BasisCache", "shared"]
+
+DEFAULT_BYTES: Final = 512 * 2**20
+
+
+class BasisCache:
+    """Least recently used bases, without the weights they came from.
+
+    Keys are the digest of the weight and the decomposition's settings, so an
+    entry can never be stale; the weight is attached again on the way out.
+
+    Args:
+        max_bytes: Upper bound on what is held.
+    """
+
+    def __init__(self, max_bytes: int = DEFAULT_BYTES) -> None:
+        self.max_bytes = max_bytes
+        self._entries: OrderedDict[tuple[str, bytes], Basis] = OrderedDict()
+        self._bytes = 0
+        self._lock = threading.Lock()
+
+    def get(self, decomposition: Decomposition, weight: Tensor) -> Basis:
+        """The basis of a canonical `weight`, computed if it is not held."""
+        key = (repr(decomposition), tensor_digest(weight) + str(weight.device).encode())
+        with self._lock:
+            held = self._entries.get(key)
+            if held is not None:
+                self._entries.move_to_end(key)
+        basis = decomposition.prepare(weight) if held is None else copy.copy(held)
+        if held is None:
+            self._put(key, basis)
+        basis.weight = weight
+        return basis
+
+    def _put(self, key: tuple[str, bytes], basis: Basis) -> None:
+        if basis.nbytes > self.max_bytes:
+            return
+        entry = copy.copy(basis)
+        entry.weight = None
+        with self._lock:
+            if key not in self._entries:
+                self._entries[key] = entry
+                self._bytes += entry.nbytes
+            while self._bytes > self.max_bytes:
+                self._bytes -= self._entries.popitem(last=False)[1].nbytes
+
+    def clear(self) -> None:
+        """Forget everything."""
+        with self._lock:
+            self._entries.clear()
+            self._bytes = 0
+
+
+shared: Final = BasisCache()

@@ -1,0 +1,84 @@
+"""Every exception and warning a user of rankopt can meet.
+
+All exceptions derive from `RankoptError` and from the built-in exception a
+caller would expect, so ``except ValueError`` keeps working.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+__all__ = [
+    "BudgetError",
+    "BudgetInfeasible",
+    "CheckpointError",
+    "DeadlineExceeded",
+    "LayerError",
+    "MissingDependency",
+    "ModelError",
+    "NotYetSupported",
+    "PlanError",
+    "RankoptError",
+    "RankoptWarning",
+    "RegistryError",
+]
+
+
+class RankoptError(Exception):
+    """Base class of every error raised on purpose by rankopt."""
+
+
+class BudgetError(RankoptError, ValueError):
+    """A budget that cannot be read, or that asks for an unknown quantity."""
+
+
+class BudgetInfeasible(BudgetError):
+    """No plan of this strategy fits the budget.
+
+    Attributes:
+        smallest: For each axis of the budget, the smallest ratio to the
+            original model that the strategy can reach.
+    """
+
+    def __init__(self, message: str, smallest: Mapping[str, float]) -> None:
+        super().__init__(message)
+        self.smallest = dict(smallest)
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return type(self), (str(self), self.smallest)
+
+
+class PlanError(RankoptError, ValueError):
+    """A plan file that is damaged, or that does not fit the model at hand."""
+
+
+class LayerError(RankoptError, ValueError):
+    """A layer whose weights or form make the request impossible."""
+
+
+class ModelError(RankoptError, ValueError):
+    """A model, or example inputs for it, that rankopt cannot work with."""
+
+
+class RegistryError(RankoptError, LookupError):
+    """An unknown or doubly registered strategy or decomposition."""
+
+
+class CheckpointError(RankoptError, ValueError):
+    """A checkpoint that is damaged or does not fit the model."""
+
+
+class NotYetSupported(RankoptError, NotImplementedError):
+    """A documented feature whose machinery this version does not contain."""
+
+
+class MissingDependency(RankoptError, ImportError):
+    """An optional package is needed; the message says what to install."""
+
+
+class DeadlineExceeded(RankoptError, TimeoutError):
+    """The search ran into its deadline before it had a plan to return."""
+
+
+class RankoptWarning(UserWarning):
+    """Something a user should know that does not stop the work."""

@@ -1,0 +1,350 @@
+"""Layer: what rankopt knows of one module with a weight.
+
+A `Layer` is a plain description; the module stays in the model. Layers that
+cannot be decomposed are described too, with the reason.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+
+from rankopt import surgery
+from rankopt.errors import LayerError, ModelError
+from rankopt.unpack import type_name
+
+__all__ = [
+    "MIN_CHANNELS",
+    "Layer",
+    "canonical_weight",
+    "check_weight",
+    "find_layers",
+    "select",
+]
+
+# Below this many channels per group on either side no chain is worth its two extra layers.
+MIN_CHANNELS: Final = 4
+_CONVS: Final = {nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv3d: 3}
+# Transformers' GPT-2 layer: a linear layer that stores its weight as [in, out].
+_HF_CONV1D: Final = "transformers.pytorch_utils.Conv1D"
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One module with a weight, described without holding it.
+
+    Args:
+        name: Full module name in the (unpacked) model.
+        type: Class name of the module.
+        shape: Shape of the weight as stored.
+        in_channels: Input channels or features, all groups together.
+        out_channels: Output channels or features, all groups together.
+        kernel: Kernel size, empty for linear layers.
+        stride: Stride, as the module states it.
+        padding: Padding, numbers or ``same``/``valid``.
+        dilation: Dilation.
+        groups: Groups; 1 for linear layers.
+        padding_mode: Of a convolution.
+        bias: Whether there is a bias.
+        dtype: Of the weight, such as ``float32``.
+        transposed: Whether the weight is stored [in, out].
+        aliases: Other names of the same module.
+        tied_to: Names of other layers that share the weight tensor.
+        positions_in: Input positions (batch times pixels or tokens) over all
+            calls for one `example_inputs`; None if not probed.
+        positions_out: The same on the output side.
+        refusal: Why the layer is kept whatever the strategy; None if it is free.
+    """
+
+    name: str
+    type: str
+    shape: tuple[int, ...]
+    in_channels: int = 0
+    out_channels: int = 0
+    kernel: tuple[int, ...] = ()
+    stride: tuple[int, ...] = ()
+    padding: str | tuple[int, ...] = ()
+    dilation: tuple[int, ...] = ()
+    groups: int = 1
+    padding_mode: str = "zeros"
+    bias: bool = False
+    dtype: str = "float32"
+    transposed: bool = False
+    aliases: tuple[str, ...] = ()
+    tied_to: tuple[str, ...] = ()
+    positions_in: int | None = None
+    positions_out: int | None = None
+    refusal: str | None = None
+
+    @property
+    def is_conv(self) -> bool:
+        """Whether the layer is a convolution of any dimension."""
+        return bool(self.kernel)
+
+    @property
+    def pointwise(self) -> bool:
+        """Linear layers and convolutions with a kernel of one pixel."""
+        return math.prod(self.kernel) == 1
+
+    @property
+    def group_shape(self) -> tuple[int, int]:
+        """(input, output) channels of one group."""
+        return self.in_channels // self.groups, self.out_channels // self.groups
+
+    @property
+    def params(self) -> int:
+        """Elements of the weight."""
+        return math.prod(self.shape)
+
+    @property
+    def macs(self) -> int | None:
+        """Multiply-accumulates for one `example_inputs`; None if not probed."""
+        return None if self.positions_out is None else self.positions_out * self.params
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of one weight element."""
+        dtype: torch.dtype = getattr(torch, self.dtype)
+        return dtype.itemsize
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The name and the aliases."""
+        return (self.name, *self.aliases)
+
+    @property
+    def too_narrow(self) -> str | None:
+        """Why no chain can pay off for want of channels; None if one might."""
+        inputs, outputs = self.group_shape
+        if min(inputs, outputs) >= MIN_CHANNELS:
+            return None
+        groups = f" in each of {self.groups} groups" if self.groups > 1 else ""
+        return f"only {inputs} input and {outputs} output channels{groups}"
+
+    def refused(self, reason: str) -> Layer:
+        """This layer with a reason to be kept; an earlier reason stays."""
+        return self if self.refusal else replace(self, refusal=reason)
+
+
+def canonical_weight(module: nn.Module) -> Tensor:
+    """The weight as [groups, out / groups, in / groups, *kernel], a view where it can be.
+
+    Example:
+        >>> tuple(canonical_weight(nn.Conv2d(8, 6, 3, groups=2)).shape)
+        (2, 3, 4, 3, 3)
+    """
+    weight: Tensor = module.weight.detach()
+    if type_name(module) == _HF_CONV1D:
+        weight = weight.T
+    groups = int(getattr(module, "groups", 1))
+    return weight.unflatten(0, (groups, -1))
+
+
+def check_weight(layer: Layer, weight: Tensor) -> None:
+    """Raise `LayerError` if `weight` holds NaN or infinity."""
+    # A finite sum proves finiteness at the speed of one read; a sum that is not
+    # finite may have overflowed, so only then look at every element.
+    if math.isfinite(weight.sum(dtype=torch.float64).item()):
+        return
+    bad = int((~weight.isfinite()).sum())
+    if bad:
+        raise LayerError(
+            f"layer {layer.name}: its weight {list(layer.shape)} holds {bad} NaN or infinite "
+            "values, so no decomposition exists; repair or reload the checkpoint, "
+            f"or keep the layer with ignore=['{layer.name}']"
+        )
+
+
+def find_layers(model: nn.Module, *, values: bool = True) -> list[Layer]:
+    """Describe every module of `model` that owns a weight, in model order.
+
+    Args:
+        model: The tree to read; unpack it first (see `rankopt.unpack`).
+        values: Whether weights have values to look at; False on a skeleton.
+
+    Raises:
+        ModelError: Parameters are not initialised or live on the meta device.
+    """
+    if values:
+        _check_materialised(model)
+    names: dict[nn.Module, list[str]] = {}
+    for name, module in surgery.named_modules(model):
+        entry = names.setdefault(module, [])
+        if name not in entry:
+            entry.append(name)
+    layers: list[tuple[Layer, int]] = []
+    owners: dict[int, list[tuple[str, str]]] = {}
+    for module, paths in names.items():
+        for key, parameter in module.named_parameters(recurse=False):
+            owners.setdefault(id(parameter), []).append((paths[0], key))
+    for module, paths in names.items():
+        layer = _describe(module, paths[0], tuple(paths[1:]), values)
+        if layer is not None:
+            weight = getattr(module, "weight", None)
+            layers.append((layer, id(weight)))
+    described = {layer.name: layer for layer, _ in layers}
+    return [_resolve_ties(layer, owners.get(key, []), described) for layer, key in layers]
+
+
+def select(
+    layers: Sequence[Layer], only: Iterable[str] = (), ignore: Iterable[str] = ()
+) -> list[Layer]:
+    """Refuse the layers that the user's globs exclude.
+
+    Args:
+        layers: As found.
+        only: Case-sensitive globs on full module names; empty means all.
+        ignore: The same; what matches is kept.
+
+    Raises:
+        ModelError: A pattern that matches no layer.
+    """
+    only, ignore = _as_patterns(only, "only"), _as_patterns(ignore, "ignore")
+    for keyword, patterns in (("only", only), ("ignore", ignore)):
+        for pattern in patterns:
+            if not any(fnmatchcase(name, pattern) for layer in layers for name in layer.names):
+                raise ModelError(
+                    f"{keyword}={pattern!r} matches no layer; the layers are "
+                    f"{', '.join(layer.name for layer in layers[:6])}, … "
+                    "(full module names, case-sensitive globs)"
+                )
+    chosen = []
+    for layer in layers:
+        if any(fnmatchcase(name, pattern) for pattern in ignore for name in layer.names):
+            layer = replace(layer, refusal="ignored by the user")
+        elif only and not any(fnmatchcase(n, pattern) for pattern in only for n in layer.names):
+            layer = replace(layer, refusal="not among only=")
+        chosen.append(layer)
+    return chosen
+
+
+def _as_patterns(patterns: Iterable[str], keyword: str) -> tuple[str, ...]:
+    if isinstance(patterns, str):
+        return (patterns,)
+    patterns = tuple(patterns)
+    for pattern in patterns:
+        if not isinstance(pattern, str):
+            raise ModelError(f"{keyword}={pattern!r}: expected a glob on module names")
+    return patterns
+
+
+def _check_materialised(model: nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, nn.parameter.UninitializedParameter):
+            raise ModelError(f"parameter {name} is not initialised; run the lazy model once first")
+        if parameter.is_meta:
+            raise ModelError(
+                f"parameter {name} is on the meta device and has no values; "
+                "materialise the model (model.to_empty(device='cpu') and load its weights) first"
+            )
+
+
+def _describe(
+    module: nn.Module, name: str, aliases: tuple[str, ...], values: bool
+) -> Layer | None:
+    base: dict[str, Any] = {"name": name, "type": type(module).__name__, "aliases": aliases}
+    if type(module) is nn.Linear or type_name(module) == _HF_CONV1D:
+        fields = _linear_fields(module)
+    elif type(module) in _CONVS:
+        fields = _conv_fields(module)
+    else:
+        return _other(module, base)
+    weight = module._parameters.get("weight")
+    if weight is None:
+        shape = tuple(getattr(module.weight, "shape", ()))
+        return Layer(
+            **base,
+            shape=shape,
+            refusal="its weight is not a plain parameter (weight norm, pruning or a tensor subclass)",
+        )
+    layer = Layer(
+        **base, **fields, shape=tuple(weight.shape), dtype=str(weight.dtype).removeprefix("torch.")
+    )
+    reason = _refusal(layer, module, weight)
+    if reason is None and values and not bool(weight.detach().any()):
+        reason = "its weight is all zero"
+    return layer if reason is None else layer.refused(reason)
+
+
+def _linear_fields(module: nn.Module) -> dict[str, Any]:
+    transposed = type_name(module) == _HF_CONV1D
+    weight = module.weight
+    inputs, outputs = weight.shape if transposed else weight.shape[::-1]
+    return {
+        "in_channels": inputs,
+        "out_channels": outputs,
+        "bias": module.bias is not None,
+        "transposed": transposed,
+    }
+
+
+def _conv_fields(module: Any) -> dict[str, Any]:
+    return {
+        "in_channels": module.in_channels,
+        "out_channels": module.out_channels,
+        "kernel": tuple(module.kernel_size),
+        "stride": tuple(module.stride),
+        "padding": module.padding if isinstance(module.padding, str) else tuple(module.padding),
+        "dilation": tuple(module.dilation),
+        "groups": module.groups,
+        "padding_mode": module.padding_mode,
+        "bias": module.bias is not None,
+    }
+
+
+def _refusal(layer: Layer, module: nn.Module, weight: Tensor) -> str | None:
+    if type(weight) is not nn.Parameter:
+        return f"its weight is a {type(weight).__name__}, not a plain parameter"
+    if not weight.is_floating_point():
+        return f"its weight is {layer.dtype}, not floating point"
+    if layer.groups > 1 and layer.groups == layer.in_channels:
+        return "depthwise: each group has one input channel"
+    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks:
+        return "hooks are attached to it"
+    return None
+
+
+def _other(module: nn.Module, base: Mapping[str, Any]) -> Layer | None:
+    """Modules of other classes are listed if they own a matrix called weight."""
+    for key, parameter in module.named_parameters(recurse=False):
+        if parameter.dim() >= 2 and "weight" in key:
+            parent = next((c for c in (nn.Linear, *_CONVS) if isinstance(module, c)), None)
+            reason = (
+                f"{type(module).__name__} is a subclass of {parent.__name__} that may do more"
+                if parent
+                else f"{type(module).__name__} is not a layer rankopt decomposes"
+            )
+            return Layer(
+                **base,
+                shape=tuple(parameter.shape),
+                dtype=str(parameter.dtype).removeprefix("torch."),
+                refusal=reason,
+            )
+    return None
+
+
+def _resolve_ties(
+    layer: Layer, owners: list[tuple[str, str]], described: Mapping[str, Layer]
+) -> Layer:
+    others = [(name, key) for name, key in owners if name != layer.name]
+    if not others or layer.refusal:
+        return layer
+    for name, key in others:
+        other = described.get(name)
+        if other is None or key != "weight" or other.refusal:
+            what = f"{other.type} {name}" if other else f"{name}.{key}"
+            return layer.refused(f"its weight is tied to {what}")
+        same = (other.kernel, other.groups, other.transposed) == (
+            layer.kernel,
+            layer.groups,
+            layer.transposed,
+        )
+        if not same:
+            return layer.refused(f"its weight is tied to {other.type} {name} of another form")
+    return replace(layer, tied_to=tuple(name for name, _ in others))

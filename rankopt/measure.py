@@ -1,0 +1,152 @@
+"""Counting parameters, bytes and multiply-accumulates of a model."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from rankopt import surgery
+from rankopt.errors import ModelError
+
+__all__ = [
+    "call",
+    "count_macs",
+    "count_memory",
+    "count_params",
+    "evaluation",
+    "preserve_rng",
+    "structure_digest",
+    "tensor_digest",
+    "weights_digest",
+]
+
+
+def count_params(model: nn.Module) -> int:
+    """Elements of the unique parameters."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def count_memory(model: nn.Module) -> int:
+    """Bytes of the unique parameters and buffers."""
+    return sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
+
+
+def _sdpa_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+    """2 FLOPs per multiply-accumulate of QKᵀ and of its product with V; arguments are shapes."""
+    batch, heads, length, width = query
+    return int(2 * batch * heads * length * key[-2] * (width + value[-1]))
+
+
+def count_macs(model: nn.Module, example_inputs: Any) -> int:
+    """Multiply-accumulates of conv, linear and attention matmuls of one forward call.
+
+    The model runs once as it is (mode, device); fused attention kernels of
+    unpacked models are not visible, so pass an unpacked model.
+    """
+    attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    counter = FlopCounterMode(display=False, custom_mapping={attention: _sdpa_flops})
+    with counter, torch.no_grad():
+        call(model, example_inputs)
+    return int(counter.get_total_flops()) // 2
+
+
+def call(model: nn.Module, example_inputs: Any) -> Any:
+    """Call `model` with a tensor, a tuple (positional) or a mapping (keywords)."""
+    if isinstance(example_inputs, Mapping):
+        return model(**example_inputs)
+    if isinstance(example_inputs, (tuple, list)):
+        return model(*example_inputs)
+    return model(example_inputs)
+
+
+def to_device(inputs: Any, device: torch.device) -> Any:
+    """`inputs` with every tensor on `device`."""
+    if isinstance(inputs, Tensor):
+        return inputs.to(device)
+    if isinstance(inputs, Mapping):
+        return {key: to_device(value, device) for key, value in inputs.items()}
+    if isinstance(inputs, (tuple, list)):
+        return type(inputs)(to_device(value, device) for value in inputs)
+    return inputs
+
+
+def check_inputs(example_inputs: Any) -> None:
+    """Raise `ModelError` for inputs rankopt cannot hand to a model."""
+    if not isinstance(example_inputs, (Tensor, tuple, list, Mapping)):
+        raise ModelError(
+            f"example_inputs is a {type(example_inputs).__name__}; expected a tensor, a tuple of "
+            "positional arguments or a dict of keyword arguments"
+        )
+
+
+@contextmanager
+def evaluation(*models: nn.Module) -> Iterator[None]:
+    """Eval mode for `models`; every submodule's own mode comes back after."""
+    modes = [(module, module.training) for model in models for module in model.modules()]
+    try:
+        for model in models:
+            model.eval()
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+@contextmanager
+def preserve_rng() -> Iterator[None]:
+    """Leave the global generators of torch, NumPy and Python as they were."""
+    python, numpy = random.getstate(), np.random.get_state()
+    cpu = torch.get_rng_state()
+    devices = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+        torch.set_rng_state(cpu)
+        if devices is not None:
+            torch.cuda.set_rng_state_all(devices)
+
+
+def tensor_digest(tensor: Tensor) -> bytes:
+    """SHA-256 of a tensor's dtype, shape and values, whatever its strides or device."""
+    digest = hashlib.sha256(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
+    flat = tensor.detach().to("cpu").contiguous().view(-1)
+    if flat.numel():
+        digest.update(flat.view(torch.uint8).numpy().data)
+    return digest.digest()
+
+
+def structure_digest(model: nn.Module) -> str:
+    """Digest of the names and shapes of parameters and persistent buffers."""
+    digest = hashlib.sha256()
+    for name, tensor in _state(model):
+        digest.update(f"{name}:{tuple(tensor.shape)};".encode())
+    return digest.hexdigest()[:32]
+
+
+def weights_digest(model: nn.Module) -> str:
+    """Digest of the values of parameters and persistent buffers."""
+    digest = hashlib.sha256()
+    seen: dict[int, bytes] = {}
+    for name, tensor in _state(model):
+        value = seen.setdefault(id(tensor), b"") or tensor_digest(tensor)
+        seen[id(tensor)] = value
+        digest.update(name.encode() + value)
+    return digest.hexdigest()[:32]
+
+
+def _state(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    plain = surgery.unwrap(model)
+    state = plain.state_dict(keep_vars=True)
+    for name, value in state.items():
+        if isinstance(value, Tensor):
+            yield surgery.normalised(name), value

@@ -1,0 +1,356 @@
+"""RankPlan: what to do with every layer of a model, and why.
+
+A plan is a frozen value with a versioned JSON form that reads well in a diff.
+It is what every strategy returns and what `rankopt.apply` consumes.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Final, TypeVar
+
+from rankopt._files import write_text
+from rankopt.budget import Budget
+from rankopt.errors import BudgetError, PlanError
+
+__all__ = ["KEEP", "SCHEMA", "Decision", "Factors", "RankPlan"]
+
+SCHEMA: Final = "rankopt.plan/1"
+KEEP: Final = "keep"
+FACTOR_KINDS: Final = ("weights", "whitened", "whitened+output", "asymmetric", "learned")
+LINE_WIDTH: Final = 110
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Factors:
+    """How a decision's factors are made.
+
+    Args:
+        kind: ``weights`` (from the weights alone), ``whitened``,
+            ``whitened+output``, ``asymmetric`` (from calibration moments) or
+            ``learned`` (stored factors).
+        digest: SHA-256 of the moments or stored factors; None for ``weights``.
+    """
+
+    kind: str = "weights"
+    digest: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.kind not in FACTOR_KINDS:
+            raise PlanError(f"factors kind {self.kind!r}: expected one of {', '.join(FACTOR_KINDS)}")
+        if (self.digest is None) != (self.kind == "weights"):
+            raise PlanError(
+                f"factors kind {self.kind!r} with digest {self.digest!r}: "
+                "exactly the kinds other than 'weights' carry a digest"
+            )
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What happens to one site, that is to the layers decided together.
+
+    Args:
+        targets: Full module names of the site's layers.
+        shapes: Shape of each target's weight as stored in the original model.
+        method: ``keep`` or the name of a decomposition.
+        args: Settings of the method, ranks first: ``{"ranks": [r1, r2]}``,
+            in the order (input, output).
+        reason: Why, in words.
+        cost: Axis to (before, after): ``params``, ``memory`` (bytes), ``macs``.
+        error: Relative Frobenius error ‖W − Ŵ‖/‖W‖ of the truncation, 0 for
+            ``keep``; None where it is not known.
+        factors: How the factors are made.
+    """
+
+    targets: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]
+    method: str
+    args: Mapping[str, Any] = field(default_factory=dict)
+    reason: str = ""
+    cost: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    error: float | None = None
+    factors: Factors = field(default_factory=Factors)
+
+    def __post_init__(self) -> None:
+        where = f"decision for {', '.join(self.targets) or '(no target)'}"
+        if not self.targets:
+            raise PlanError("a decision without targets: name at least one layer")
+        if len(self.shapes) != len(self.targets):
+            raise PlanError(
+                f"{where}: {len(self.targets)} targets but {len(self.shapes)} shapes; give one each"
+            )
+        if not self.method:
+            raise PlanError(f"{where}: method is empty; expected 'keep' or a decomposition")
+        for rank in self.ranks:
+            if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+                raise PlanError(f"{where}: rank {rank!r}: ranks are integers of at least 1")
+        if self.error is not None and not (math.isfinite(self.error) and self.error >= 0):
+            raise PlanError(f"{where}: error {self.error!r}: expected a finite number of at least 0")
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        """The ranks, input side first; empty where the method has none."""
+        ranks = self.args.get("ranks", ())
+        if not isinstance(ranks, Sequence) or isinstance(ranks, str):
+            raise PlanError(f"decision for {', '.join(self.targets)}: ranks {ranks!r} is not a list")
+        return tuple(ranks)
+
+    @property
+    def keeps(self) -> bool:
+        """Whether the layers stay as they are."""
+        return self.method == KEEP
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON form; the inverse of `from_dict`."""
+        factors: dict[str, Any] = {"kind": self.factors.kind}
+        if self.factors.digest is not None:
+            factors["digest"] = self.factors.digest
+        return {
+            "targets": list(self.targets),
+            "shapes": [list(shape) for shape in self.shapes],
+            "method": self.method,
+            "args": dict(self.args),
+            "reason": self.reason,
+            "cost": {
+                axis: {"before": before, "after": after}
+                for axis, (before, after) in self.cost.items()
+            },
+            "error": self.error,
+            "factors": factors,
+        }
+
+    @classmethod
+    def from_dict(cls, values: Any) -> Decision:
+        """Read one decision, refusing unknown keys and wrong types."""
+        names = values.get("targets") if isinstance(values, dict) else None
+        where = f"decision for {names}" if names else "decision"
+        _check_keys(values, {f.name for f in fields(cls)}, where)
+        try:
+            cost = {
+                str(axis): (entry["before"], entry["after"])
+                for axis, entry in values["cost"].items()
+            }
+            for axis, pair in cost.items():
+                if not all(isinstance(v, (int, float)) and math.isfinite(v) for v in pair):
+                    raise PlanError(f"{where}: cost of {axis} {pair!r}: expected finite numbers")
+            return cls(
+                targets=tuple(_typed(name, str, where) for name in values["targets"]),
+                shapes=tuple(tuple(int(n) for n in shape) for shape in values["shapes"]),
+                method=_typed(values["method"], str, where),
+                args=_typed(values["args"], dict, where),
+                reason=_typed(values["reason"], str, where),
+                cost=cost,
+                error=values["error"],
+                factors=Factors(**values["factors"]),
+            )
+        except (TypeError, KeyError, AttributeError, ValueError) as error:
+            if isinstance(error, PlanError):
+                raise
+            raise PlanError(f"{where} is malformed: {error}") from error
+
+
+@dataclass(frozen=True)
+class RankPlan:
+    """A complete plan: every layer with a weight is covered by one decision.
+
+    Args:
+        model: ``class``, ``structure`` (digest of tensor names and shapes) and
+            ``weights`` (digest of values; null if not computed).
+        budget: The budget the plan was made for, or None.
+        strategy: ``name``, ``settings`` and ``seed``.
+        environment: Versions and hardware of the search.
+        seconds: Wall-clock seconds of the search.
+        decisions: One per site.
+        totals: Axis to ``{"before", "predicted", "measured"}`` for the whole
+            model; ``measured`` is read off the built model, null if it was not built.
+        extensions: Anything else; rankopt never reads it.
+
+    Example:
+        >>> layer = Decision(("fc",), ((10, 64),), "svd", {"ranks": [8]})
+        >>> plan = RankPlan(model={"class": "Net"}, decisions=(layer,))
+        >>> RankPlan.from_json(plan.to_json()) == plan
+        True
+    """
+
+    model: Mapping[str, Any]
+    decisions: tuple[Decision, ...]
+    budget: Budget | None = None
+    strategy: Mapping[str, Any] = field(default_factory=dict)
+    environment: Mapping[str, Any] = field(default_factory=dict)
+    seconds: float = 0.0
+    totals: Mapping[str, Mapping[str, float | None]] = field(default_factory=dict)
+    extensions: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        seen: set[str] = set()
+        for decision in self.decisions:
+            for name in decision.targets:
+                if name in seen:
+                    raise PlanError(f"layer {name}: covered by two decisions; keep one")
+                seen.add(name)
+
+    def __iter__(self) -> Iterator[Decision]:
+        return iter(self.decisions)
+
+    def __getitem__(self, name: str) -> Decision:
+        for decision in self.decisions:
+            if name in decision.targets:
+                return decision
+        known = ", ".join(self.layer_names[:5])
+        raise KeyError(f"no decision covers layer {name!r}; the plan has {known}, …")
+
+    @property
+    def layer_names(self) -> tuple[str, ...]:
+        """Every layer the plan mentions, in model order."""
+        return tuple(name for decision in self.decisions for name in decision.targets)
+
+    @property
+    def changes(self) -> tuple[Decision, ...]:
+        """The decisions that are not ``keep``."""
+        return tuple(decision for decision in self.decisions if not decision.keeps)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON form; the inverse of `from_dict`."""
+        return {
+            "schema": SCHEMA,
+            "model": dict(self.model),
+            "budget": None if self.budget is None else self.budget.to_dict(),
+            "strategy": dict(self.strategy),
+            "environment": dict(self.environment),
+            "seconds": self.seconds,
+            "totals": {axis: dict(entry) for axis, entry in self.totals.items()},
+            "decisions": [decision.to_dict() for decision in self.decisions],
+            "extensions": dict(self.extensions),
+        }
+
+    def to_json(self) -> str:
+        """The plan as readable JSON text."""
+        return _pretty(self.to_dict()) + "\n"
+
+    @classmethod
+    def from_dict(cls, values: Any) -> RankPlan:
+        """Read a plan, refusing unknown schemas and keys.
+
+        Raises:
+            PlanError: What is wrong and where.
+        """
+        if not isinstance(values, dict):
+            raise PlanError(f"a plan is a JSON object, not {type(values).__name__}")
+        if values.get("schema") != SCHEMA:
+            raise PlanError(
+                f"plan schema {values.get('schema')!r}: this rankopt reads {SCHEMA!r}; "
+                "use the rankopt version that wrote the file"
+            )
+        body = {key: value for key, value in values.items() if key != "schema"}
+        _check_keys(body, {f.name for f in fields(cls)}, "plan")
+        try:
+            budget = None if body["budget"] is None else Budget.from_dict(body["budget"])
+        except (BudgetError, TypeError) as error:
+            raise PlanError(f"plan budget: {error}") from error
+        seconds = body["seconds"]
+        if not isinstance(seconds, (int, float)) or not math.isfinite(seconds):
+            raise PlanError(f"plan seconds {seconds!r}: expected a finite number")
+        return cls(
+            model=_typed(body["model"], dict, "plan model"),
+            decisions=tuple(
+                Decision.from_dict(entry)
+                for entry in _typed(body["decisions"], list, "plan decisions")
+            ),
+            budget=budget,
+            strategy=_typed(body["strategy"], dict, "plan strategy"),
+            environment=_typed(body["environment"], dict, "plan environment"),
+            seconds=seconds,
+            totals=_typed(body["totals"], dict, "plan totals"),
+            extensions=_typed(body["extensions"], dict, "plan extensions"),
+        )
+
+    @classmethod
+    def from_json(cls, text: str) -> RankPlan:
+        """Read the text written by `to_json`.
+
+        Raises:
+            PlanError: The text is no JSON (truncated, say), holds NaN or
+                Infinity, or is not a plan.
+        """
+        try:
+            values = json.loads(text, parse_constant=_refuse_constant)
+        except json.JSONDecodeError as error:
+            raise PlanError(
+                f"not a plan: the text is no valid JSON at line {error.lineno} ({error.msg}); "
+                "the file may be truncated"
+            ) from error
+        return cls.from_dict(values)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the plan to `path` atomically."""
+        write_text(path, self.to_json())
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> RankPlan:
+        """Read a plan file.
+
+        Raises:
+            PlanError: The file is missing, unreadable or not a plan.
+        """
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except OSError as error:
+            raise PlanError(f"cannot read plan {path}: {error.strerror or error}") from error
+        except UnicodeDecodeError as error:
+            raise PlanError(f"{path} is not a plan: it is not UTF-8 text") from error
+        try:
+            return cls.from_json(text)
+        except PlanError as error:
+            raise PlanError(f"{path}: {error}") from error
+
+
+def _refuse_constant(name: str) -> float:
+    raise PlanError(f"the plan holds {name}; every number in a plan is finite")
+
+
+def _typed(value: Any, kind: type[T], where: str) -> T:
+    if not isinstance(value, kind):
+        raise PlanError(f"{where}: expected a {kind.__name__}, got {value!r}")
+    return value
+
+
+def _check_keys(values: Any, expected: set[str], where: str) -> None:
+    if not isinstance(values, dict):
+        raise PlanError(f"{where}: expected an object, got {type(values).__name__}")
+    missing, unknown = expected - set(values), set(values) - expected
+    if missing:
+        raise PlanError(f"{where}: missing {', '.join(sorted(missing))}")
+    if unknown:
+        raise PlanError(
+            f"{where}: unknown {', '.join(sorted(unknown))}; other data belongs under 'extensions'"
+        )
+
+
+def _pretty(value: Any, indent: int = 0) -> str:
+    """JSON with one line per leaf that fits, so that plans read well in a diff."""
+    flat = json.dumps(value, ensure_ascii=False, allow_nan=False)
+    holds_objects = isinstance(value, (dict, list)) and any(
+        isinstance(item, dict) for item in (value.values() if isinstance(value, dict) else value)
+    )
+    if not isinstance(value, (dict, list)) or not value:
+        return flat
+    if indent and not holds_objects and len(flat) + indent <= LINE_WIDTH:
+        return flat
+    pad = " " * (indent + 2)
+    if isinstance(value, dict):
+        items = [
+            f"{json.dumps(str(key), ensure_ascii=False)}: {_pretty(item, indent + 2)}"
+            for key, item in value.items()
+        ]
+        opening, closing = "{", "}"
+    else:
+        items = [_pretty(item, indent + 2) for item in value]
+        opening, closing = "[", "]"
+    return f"{opening}\n{pad}" + f",\n{pad}".join(items) + f"\n{' ' * indent}{closing}"

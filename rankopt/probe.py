@@ -1,0 +1,259 @@
+"""Finding out how layers are used: positions, calls, and reads from outside.
+
+A layer whose weight or form is read by other code than its own forward would
+break if a chain took its place. With example inputs the model is run once on a
+clone that records such reads; without, the source of its classes is searched.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import sys
+import textwrap
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from types import FrameType
+from typing import Any, Final
+
+import torch
+from torch import nn
+
+from rankopt import measure, surgery
+from rankopt.errors import ModelError
+from rankopt.layers import Layer
+from rankopt.unpack import UnpackedAttention, is_registered
+
+__all__ = ["Probe", "probe", "static_reads"]
+
+# What a chain of factors does not offer under the same name.
+_READS: Final = frozenset(
+    {
+        "weight",
+        "bias",
+        "in_features",
+        "out_features",
+        "in_channels",
+        "out_channels",
+        "kernel_size",
+        "stride",
+        "padding",
+        "dilation",
+        "groups",
+        "padding_mode",
+        "nf",
+        "nx",
+    }
+)
+# Methods that set a model up rather than run it.
+_SETUP: Final = ("init", "reset", "load", "extra_repr")
+
+
+@dataclass
+class Probe:
+    """What one run of the model showed.
+
+    Args:
+        macs: Multiply-accumulates of the whole (unpacked) model.
+        positions: Layer name to (input, output) positions over all calls.
+        reads: Layer name to what was read from outside its forward.
+        crossed: Packed attention called with different query and key.
+        trains: Whether the model also runs in train mode on these inputs.
+    """
+
+    macs: int = 0
+    positions: dict[str, tuple[int, int]] = field(default_factory=dict)
+    reads: dict[str, str] = field(default_factory=dict)
+    crossed: set[str] = field(default_factory=set)
+    trains: bool = True
+
+    def annotate(self, layers: Iterable[Layer]) -> list[Layer]:
+        """Layers with positions filled in, and refused where use forbids a chain."""
+        annotated = []
+        for layer in layers:
+            entering, leaving = self.positions.get(layer.name, (0, 0))
+            layer = replace(layer, positions_in=entering, positions_out=leaving)
+            if layer.name in self.reads:
+                layer = layer.refused(self.reads[layer.name])
+            elif layer.name not in self.positions:
+                layer = layer.refused("example_inputs never reach it")
+            annotated.append(layer)
+        return annotated
+
+
+def probe(view: nn.Module, layers: Iterable[Layer], example_inputs: Any) -> Probe:
+    """Run an unpacked clone in eval and train mode and watch its layers.
+
+    Args:
+        view: A private clone (see `surgery.clone`); its buffers may change.
+        layers: The layers to watch.
+        example_inputs: A tensor, a tuple or a mapping.
+
+    Raises:
+        ModelError: The model fails on the inputs in eval mode.
+    """
+    measure.check_inputs(example_inputs)
+    inputs = measure.to_device(example_inputs, surgery.device_of(view))
+    result = Probe()
+    modules = dict(surgery.named_modules(view))
+    watched = {layer.name: modules[layer.name] for layer in layers if layer.refusal is None}
+    counting = True
+
+    def count(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            before = result.positions.get(name, (0, 0))
+            now = _positions(module, args[0], output) if counting and args else (0, 0)
+            result.positions[name] = (before[0] + now[0], before[1] + now[1])
+
+        return hook
+
+    handles = [module.register_forward_hook(count(name)) for name, module in watched.items()]
+    handles += [
+        module.register_forward_pre_hook(_note_crossing(result, name), with_kwargs=True)
+        for name, module in modules.items()
+        if isinstance(module, UnpackedAttention) and module.packed
+    ]
+    classes = {module: type(module) for module in watched.values()}
+    names = {id(module): name for name, module in watched.items()}
+    try:
+        with _recorder(result, names):
+            for module, cls in classes.items():
+                module.__class__ = _watching(cls)
+            with measure.preserve_rng(), measure.evaluation(view):
+                try:
+                    result.macs = measure.count_macs(view, inputs)
+                except Exception as error:
+                    raise ModelError(
+                        f"{type(view).__name__} fails on example_inputs in eval mode: "
+                        f"{type(error).__name__}: {error}"
+                    ) from error
+                counting = False
+                view.train()
+                try:
+                    with torch.no_grad():
+                        measure.call(view, inputs)
+                except Exception:  # a batch of one before BatchNorm, say: not our failure
+                    result.trains = False
+    finally:
+        for module, cls in classes.items():
+            module.__class__ = cls
+        for handle in handles:
+            handle.remove()
+    return result
+
+
+def _positions(module: nn.Module, entering: Any, leaving: Any) -> tuple[int, int]:
+    kernel = getattr(module, "kernel_size", None)
+    if kernel is None:
+        return tuple(x.numel() // max(x.shape[-1], 1) for x in (entering, leaving))  # type: ignore[return-value]
+    channels: Any = (module.in_channels, module.out_channels)
+    return entering.numel() // channels[0], leaving.numel() // channels[1]
+
+
+def _note_crossing(result: Probe, name: str) -> Callable[..., None]:
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        query, key, value = (*args, *(kwargs[k] for k in ("query", "key", "value") if k in kwargs))[:3]
+        if not (query is key and key is value):
+            result.crossed.add(name)
+
+    return hook
+
+
+class _recorder:
+    """While active, says who reads attributes of watched modules."""
+
+    current: _recorder | None = None
+
+    def __init__(self, result: Probe, names: Mapping[int, str]) -> None:
+        self.result, self.names = result, names
+        self.inside: list[int] = []
+
+    def __enter__(self) -> _recorder:
+        _recorder.current = self
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        _recorder.current = None
+
+    def read(self, module: nn.Module, attribute: str, reader: FrameType) -> None:
+        own = reader.f_code.co_filename == __file__ or id(module) in self.inside
+        name = self.names.get(id(module))
+        if own or name is None:
+            return
+        where = getattr(reader.f_code, "co_qualname", reader.f_code.co_name)
+        self.result.reads.setdefault(
+            name, f"its {attribute} is read outside its own forward, by {where}"
+        )
+
+
+@lru_cache(maxsize=None)
+def _watching(cls: type[nn.Module]) -> type[nn.Module]:
+    """A subclass of `cls` that reports attribute reads from outside its forward."""
+
+    def __getattribute__(self: nn.Module, attribute: str) -> Any:
+        if attribute in _READS and _recorder.current is not None:
+            _recorder.current.read(self, attribute, sys._getframe(1))
+        return object.__getattribute__(self, attribute)
+
+    def __getattr__(self: nn.Module, attribute: str) -> Any:
+        return nn.Module.__getattr__(self, attribute)
+
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        recorder = _recorder.current
+        if recorder is None:
+            return cls.forward(self, *args, **kwargs)
+        recorder.inside.append(id(self))
+        try:
+            return cls.forward(self, *args, **kwargs)
+        finally:
+            recorder.inside.pop()
+
+    body = {"__getattribute__": __getattribute__, "__getattr__": __getattr__, "forward": forward}
+    return type(cls.__name__, (cls,), body)
+
+
+def static_reads(view: nn.Module) -> dict[str, str]:
+    """Layer name to reason, from the source of the classes in `view`.
+
+    Finds ``self.child.weight`` (and the like) in methods that run the model.
+    """
+    reads: dict[str, str] = {}
+    for name, module in surgery.named_modules(view):
+        if is_registered(module):
+            continue
+        for child, attribute in _reads_in_source(type(module)):
+            if child in module._modules:
+                path = f"{name}.{child}" if name else child
+                reads.setdefault(
+                    path,
+                    f"its {attribute} is read by {type(module).__name__} (found in its source)",
+                )
+    return reads
+
+
+@lru_cache(maxsize=None)
+def _reads_in_source(cls: type) -> frozenset[tuple[str, str]]:
+    """(child, attribute) pairs that methods of `cls` read as ``self.child.attribute``."""
+    found: set[tuple[str, str]] = set()
+    for method, function in inspect.getmembers(cls, inspect.isfunction):
+        if any(word in method for word in _SETUP) or vars(nn.Module).get(method) is function:
+            continue
+        try:
+            tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
+        except (OSError, TypeError, SyntaxError):
+            continue
+        found.update(_attribute_chains(tree))
+    return frozenset(found)
+
+
+def _attribute_chains(tree: ast.AST) -> Iterable[tuple[str, str]]:
+    for node in ast.walk(tree):
+        if (
+            isinstance(node, ast.Attribute)
+            and node.attr in _READS
+            and isinstance(node.value, ast.Attribute)
+            and isinstance(node.value.value, ast.Name)
+            and node.value.value.id == "self"
+        ):
+            yield node.value.attr, node.attr

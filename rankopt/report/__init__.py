@@ -1,0 +1,1 @@
+"""What people see: tables now, figures later."""

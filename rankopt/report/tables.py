@@ -1,0 +1,130 @@
+"""Terminal tables."""
+
+from __future__ import annotations
+
+import io
+from typing import TYPE_CHECKING, Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from rankopt.plan import Decision, RankPlan
+
+if TYPE_CHECKING:
+    from rankopt._compare import Comparison, Figure
+
+__all__ = ["comparison_table", "count", "plan_table", "table", "to_text", "totals_table"]
+
+TEXT_WIDTH = 110
+
+
+def table(title: str, *columns: str, caption: str | None = None) -> Table:
+    """An empty table in the house style; columns after the first are right-aligned."""
+    made = Table(
+        title=title, title_justify="left", box=box.SIMPLE_HEAD, caption=caption,
+        caption_justify="left", pad_edge=False,
+    )  # fmt: skip
+    for index, column in enumerate(columns):
+        made.add_column(column, justify="left" if index == 0 else "right", overflow="fold")
+    return made
+
+
+def to_text(*renderables: Any, width: int = TEXT_WIDTH) -> str:
+    """Tables as plain text."""
+    stream = io.StringIO()
+    console = Console(file=stream, width=width, no_color=True)
+    for renderable in renderables:
+        console.print(renderable)
+    return stream.getvalue().rstrip()
+
+
+def count(value: float | None) -> str:
+    """A count with a unit letter.
+
+    Example:
+        >>> count(4_089_184_256)
+        '4.09 G'
+    """
+    if value is None:
+        return "–"
+    for size, letter in ((1e9, " G"), (1e6, " M"), (1e3, " k")):
+        if abs(value) >= size:
+            return f"{value / size:.3g}{letter}"
+    return f"{value:.0f}"
+
+
+def comparison_table(comparison: Comparison) -> Table:
+    """Both models side by side, with a plain verdict on speed."""
+    made = table(
+        "original against compressed", "", "original", "compressed", "ratio",
+        caption=comparison.verdict,
+    )  # fmt: skip
+    rows: list[tuple[str, Figure | None, str]] = [
+        ("params", comparison.params, ""),
+        ("memory", comparison.memory, "B"),
+        ("macs", comparison.macs, ""),
+    ]
+    for name, figure, unit in rows:
+        if figure is not None:
+            before, after = (f"{count(x)}{unit}" for x in (figure.before, figure.after))
+            made.add_row(name, before, after, f"{100 * figure.ratio:.1f}%")
+    if comparison.metric is not None:
+        before, after = comparison.metric.before, comparison.metric.after
+        made.add_row("metric", f"{before:.4g}", f"{after:.4g}", f"{after - before:+.4g}")
+    if comparison.latency_ratio is not None:
+        ratio = comparison.latency_ratio
+        made.add_row(
+            "latency, ms",
+            str(comparison.latency_before_ms),
+            str(comparison.latency_after_ms),
+            f"{100 * ratio.median:.1f}% [{100 * ratio.low:.1f}, {100 * ratio.high:.1f}]",
+        )
+    return made
+
+
+def totals_table(plan: RankPlan) -> Table:
+    """Whole-model figures of a plan."""
+    strategy = plan.strategy.get("name", "by hand")
+    made = table(
+        f"{plan.model.get('class', 'model')}, strategy {strategy}",
+        "", "original", "predicted", "measured", "ratio",
+        caption=f"{len(plan.changes)} sites decomposed, "
+        f"{len(plan.decisions) - len(plan.changes)} kept, {plan.seconds:.2f} s",
+    )  # fmt: skip
+    for axis, entry in plan.totals.items():
+        before = entry["before"]
+        after = entry["measured"] if entry["measured"] is not None else entry["predicted"]
+        ratio = f"{100 * after / before:.2f}%" if before and after is not None else "–"
+        figures = (count(entry[key]) for key in ("before", "predicted", "measured"))
+        made.add_row(axis, *figures, ratio)
+    return made
+
+
+def plan_table(plan: RankPlan) -> Table:
+    """One row per decision: what, at which rank, at what cost, and why."""
+    axis = "macs" if any("macs" in d.cost for d in plan) else "params"
+    made = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in ("layer", "weight", "method", "ranks", axis, "error", "reason"):
+        right = column in ("ranks", axis, "error")
+        fold = "ellipsis" if column in ("weight", "method") else "fold"
+        made.add_column(column, justify="right" if right else "left", overflow=fold, no_wrap=right)  # type: ignore[arg-type]
+    for decision in plan:
+        made.add_row(*_cells(decision, axis))
+    return made
+
+
+def _cells(decision: Decision, axis: str) -> tuple[str, ...]:
+    share = "–"
+    if axis in decision.cost:
+        before, after = decision.cost[axis]
+        share = f"{100 * after / before:.0f}%" if before else "–"
+    return (
+        ", ".join(decision.targets) or "(root)",
+        "x".join(map(str, decision.shapes[0])),
+        decision.method,
+        " x ".join(map(str, decision.ranks)) or "–",
+        share,
+        "–" if decision.error is None or decision.keeps else f"{decision.error:.3f}",
+        decision.reason,
+    )

@@ -1,0 +1,396 @@
+"""What a strategy sees (Problem, Site, Option) and what it must be (Strategy).
+
+A strategy is a frozen dataclass of settings with one method that turns a
+`Problem` into a `RankPlan`. It chooses one `Option` for each `Site`; pricing,
+factorising and writing the plan are the problem's work.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, is_dataclass
+from functools import cached_property
+from typing import Any, ClassVar, Final
+
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor
+
+from rankopt._progress import progress_bar
+from rankopt.budget import Budget
+from rankopt.decompositions.base import Basis, Decomposition
+from rankopt.decompositions.cache import BasisCache, shared
+from rankopt.errors import BudgetInfeasible, DeadlineExceeded
+from rankopt.layers import Layer, check_weight
+from rankopt.plan import KEEP, Decision, RankPlan
+
+__all__ = ["Frontier", "Option", "Problem", "Site", "Strategy", "Tags"]
+
+BISECTIONS: Final = 40
+
+
+@dataclass(frozen=True)
+class Tags:
+    """What a strategy promises and needs; the contract's checks follow them.
+
+    Args:
+        deterministic: The same seed gives the same decisions.
+        monotone: A looser budget never gives a larger total error.
+        unbudgeted: ``search(model, None)`` has a natural answer.
+        needs: Any of ``calibration``, ``evaluate``, ``latency``.
+    """
+
+    deterministic: bool = True
+    monotone: bool = True
+    unbudgeted: bool = True
+    needs: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True)
+class Option:
+    """One way to treat a site.
+
+    Args:
+        method: ``keep`` or a decomposition's name.
+        args: As in `Decision.args`.
+        cost: Axis to the site's figure under this option.
+        error: Relative Frobenius error; None if unknown.
+        reason: Why, in words.
+    """
+
+    method: str
+    args: Mapping[str, Any]
+    cost: Mapping[str, int]
+    error: float | None
+    reason: str = ""
+
+    @property
+    def keeps(self) -> bool:
+        """Whether the site stays dense."""
+        return self.method == KEEP
+
+
+@dataclass(frozen=True)
+class Site:
+    """Layers decided together: one layer, or several that share a weight.
+
+    Args:
+        layers: The layers; the first one stands for the weight they share.
+        methods: The decompositions that apply to all of them.
+        cost: Axis to the dense figure; ``macs`` only if the model was probed.
+    """
+
+    layers: tuple[Layer, ...]
+    methods: tuple[Decomposition, ...]
+    cost: Mapping[str, int]
+
+    @property
+    def name(self) -> str:
+        """Name of the first layer."""
+        return self.layers[0].name
+
+    @property
+    def layer(self) -> Layer:
+        """The first layer."""
+        return self.layers[0]
+
+    def price(self, method: Decomposition, ranks: Sequence[Any]) -> dict[str, Any]:
+        """Axis to figure of the chain; integers, or arrays for arrays of ranks."""
+        params = method.params(self.layer, ranks)
+        cost = {"params": params, "memory": params * self.layer.itemsize}
+        if "macs" in self.cost:
+            cost["macs"] = sum(method.macs(layer, ranks) for layer in self.layers)
+        return {axis: cost[axis] for axis in self.cost}
+
+
+@dataclass(frozen=True)
+class Frontier:
+    """The options of one method that no other beats in both load and error.
+
+    Args:
+        ranks: [options, axes].
+        load: [options], ascending: share of the budget the chain uses.
+        error: [options], descending.
+    """
+
+    ranks: npt.NDArray[np.int64]
+    load: npt.NDArray[np.float64]
+    error: npt.NDArray[np.float64]
+
+    def __len__(self) -> int:
+        return len(self.load)
+
+
+@dataclass
+class Problem:
+    """Everything a strategy may ask about a model; nothing is computed twice.
+
+    Args:
+        layers: Every layer with a weight, in model order, refused ones included.
+        sites: The sites to decide.
+        budget: The budget; None leaves the amount to the strategy.
+        totals: Axis to figure of the whole original model.
+        weight: Gives the canonical weight of a layer.
+        seed: For strategies that draw random numbers.
+        deadline: `time.monotonic()` value after which to stop; None for never.
+        cache: Where bases are held.
+        progress: Whether to show progress bars; None decides by the terminal.
+    """
+
+    layers: tuple[Layer, ...]
+    sites: tuple[Site, ...]
+    budget: Budget | None
+    totals: Mapping[str, int]
+    weight: Callable[[Layer], Tensor]
+    seed: int = 0
+    deadline: float | None = None
+    cache: BasisCache = field(default_factory=lambda: shared)
+    progress: bool | None = None
+
+    def __post_init__(self) -> None:
+        self._bases: dict[tuple[str, str], Basis] = {}
+        self._frontiers: dict[tuple[str, str], Frontier] = {}
+
+    # What an option costs and loses
+
+    @cached_property
+    def axes(self) -> tuple[str, ...]:
+        """The axes of `load`: those of the budget, or params without one."""
+        return ("params",) if self.budget is None else self.budget.axes
+
+    def load(self, cost: Mapping[str, Any]) -> Any:
+        """Share of the budget that `cost` uses, the mean over its axes."""
+        return sum(cost[axis] / (self._limit(axis) * len(self.axes)) for axis in self.axes)
+
+    def _limit(self, axis: str) -> float:
+        ratio = 1.0 if self.budget is None else self.budget.ratio(axis)
+        return ratio * self.totals[axis]
+
+    def basis(self, site: Site, method: Decomposition) -> Basis:
+        """The basis of a site's weight, computed on first use.
+
+        Raises:
+            LayerError: The weight holds NaN or infinity.
+            DeadlineExceeded: The deadline has passed.
+        """
+        self.check_deadline()
+        key = (site.name, repr(method))
+        if key not in self._bases:
+            weight = self.weight(site.layer)
+            check_weight(site.layer, weight)
+            self._bases[key] = self.cache.get(method, weight)
+        return self._bases[key]
+
+    def prepare(self) -> None:
+        """Compute every basis now, under a progress bar."""
+        pairs = [(site, method) for site in self.sites for method in site.methods]
+        with progress_bar("factorising", len(pairs), enabled=self.progress) as advance:
+            for site, method in pairs:
+                self.basis(site, method)
+                advance()
+
+    def frontier(self, site: Site, method: Decomposition) -> Frontier:
+        """The undominated rank choices of `method` that cost less than dense."""
+        key = (site.name, repr(method))
+        if key not in self._frontiers:
+            self._frontiers[key] = self._build_frontier(site, method)
+        return self._frontiers[key]
+
+    def _build_frontier(self, site: Site, method: Decomposition) -> Frontier:
+        axes = method.rank_axes(site.layer)
+        grids = np.meshgrid(
+            *(np.arange(1, axis.maximum + 1) for axis in axes), indexing="ij", sparse=True
+        )
+        load = np.broadcast_arrays(self.load(site.price(method, grids)), *grids)[0].ravel()
+        error = np.broadcast_to(
+            self.basis(site, method).error(grids), [axis.maximum for axis in axes]
+        ).ravel()
+        cheaper = np.flatnonzero(load < self.load(site.cost))
+        order = cheaper[np.lexsort((error[cheaper], load[cheaper]))]
+        best = np.minimum.accumulate(error[order]) if len(order) else error[order]
+        improving = np.append(True, error[order][1:] < best[:-1]) if len(order) else order
+        chosen = order[np.asarray(improving, dtype=bool)]
+        shape = tuple(axis.maximum for axis in axes)
+        ranks = np.stack(np.unravel_index(chosen, shape), axis=1) + 1
+        return Frontier(ranks.astype(np.int64), load[chosen], error[chosen])
+
+    def keep(self, site: Site, reason: str) -> Option:
+        """The option that leaves a site dense."""
+        return Option(KEEP, {}, site.cost, 0.0, reason)
+
+    def option(
+        self, site: Site, method: Decomposition, ranks: Sequence[int], reason: str = ""
+    ) -> Option:
+        """The option that decomposes a site, or `keep` where that saves nothing.
+
+        Raises:
+            LayerError: Infeasible ranks.
+        """
+        chosen = tuple(int(rank) for rank in ranks)
+        method.check_ranks(site.layer, chosen)
+        cost = site.price(method, chosen)
+        if self.load(cost) >= self.load(site.cost):
+            named = " x ".join(map(str, chosen))
+            return self.keep(site, f"{method.name} at rank {named} would save nothing")
+        error = float(self.basis(site, method).error(chosen))
+        args = {"ranks": list(chosen), **method.settings}
+        return Option(method.name, args, cost, error, reason)
+
+    # Whole choices
+
+    def figures(self, options: Sequence[Option]) -> dict[str, int]:
+        """Whole-model figures when each site takes its option."""
+        saved = {
+            axis: sum(
+                site.cost[axis] - option.cost[axis]
+                for site, option in zip(self.sites, options, strict=True)
+            )
+            for axis in self.totals
+        }
+        return {axis: total - saved[axis] for axis, total in self.totals.items()}
+
+    def fits(self, options: Sequence[Option]) -> bool:
+        """Whether the budget holds."""
+        return self.budget is None or self.budget.fits(self.figures(options), self.totals)
+
+    def fit(self, choose: Callable[[float], Sequence[Option]]) -> tuple[float, list[Option]]:
+        """The mildest compression of a one-knob family that meets the budget.
+
+        Args:
+            choose: Options, one per site, for a knob in [0, 1]: 0 compresses
+                most, 1 least, and cost grows with the knob.
+
+        Returns:
+            The knob and its options.
+
+        Raises:
+            BudgetInfeasible: Even knob 0 exceeds the budget.
+        """
+        mild = list(choose(1.0))
+        if self.fits(mild):
+            return 1.0, mild
+        best = list(choose(0.0))
+        if not self.fits(best):
+            raise self.infeasible(best)
+        low, high = 0.0, 1.0
+        for _ in range(BISECTIONS):
+            self.check_deadline()
+            middle = (low + high) / 2
+            options = list(choose(middle))
+            if self.fits(options):
+                low, best = middle, options
+            else:
+                high = middle
+        return low, best
+
+    def infeasible(self, smallest: Sequence[Option]) -> BudgetInfeasible:
+        """The error for a budget that even the options `smallest` exceed."""
+        assert self.budget is not None
+        figures = self.figures(smallest)
+        shares = {axis: figures[axis] / self.totals[axis] for axis in self.budget.axes}
+        reached = ", ".join(f"{axis} {100 * share:.2f}%" for axis, share in shares.items())
+        free = sum(not option.keeps for option in smallest)
+        return BudgetInfeasible(
+            f"{self.budget.explain()}: cannot be met; the smallest reachable is {reached}, with "
+            f"{free} of {len(self.layers)} layers decomposed and the others kept (the plan of a "
+            "looser budget lists why); loosen the budget or free more layers",
+            shares,
+        )
+
+    def check_deadline(self) -> None:
+        """Raise `DeadlineExceeded` once the deadline has passed."""
+        if self.deadline is not None and time.monotonic() > self.deadline:
+            raise DeadlineExceeded(
+                "the search ran into its deadline before it had a plan; allow more time"
+            )
+
+    def plan(self, strategy: Strategy, options: Sequence[Option]) -> RankPlan:
+        """Write the options down; `search` adds what it knows of model and machine."""
+        if len(options) != len(self.sites):
+            raise ValueError(f"{len(options)} options for {len(self.sites)} sites: give one each")
+        decided = {
+            site.name: _decide(site, option)
+            for site, option in zip(self.sites, options, strict=True)
+        }
+        covered = {layer.name for site in self.sites for layer in site.layers}
+        decisions = [
+            decided[layer.name] if layer.name in decided else _kept(layer)
+            for layer in self.layers
+            if layer.name in decided or layer.name not in covered
+        ]
+        figures = self.figures(options)
+        return RankPlan(
+            model={},
+            decisions=tuple(decisions),
+            budget=self.budget,
+            strategy=strategy.describe(self.seed),
+            totals={
+                axis: {"before": total, "predicted": figures[axis], "measured": None}
+                for axis, total in self.totals.items()
+            },
+        )
+
+
+def _decide(site: Site, option: Option) -> Decision:
+    return Decision(
+        targets=tuple(layer.name for layer in site.layers),
+        shapes=tuple(layer.shape for layer in site.layers),
+        method=option.method,
+        args=dict(option.args),
+        reason=f"keep: {option.reason}" if option.keeps else option.reason,
+        cost={
+            axis: (int(before), int(option.cost[axis])) for axis, before in site.cost.items()
+        },
+        error=option.error,
+    )
+
+
+def _kept(layer: Layer) -> Decision:
+    return Decision(
+        targets=(layer.name,),
+        shapes=(layer.shape,),
+        method=KEEP,
+        reason=f"keep: {layer.refusal}",
+        error=0.0,
+    )
+
+
+class Strategy(ABC):
+    """One way to choose ranks: a frozen dataclass of settings and `search`.
+
+    Class attributes:
+        name: As in the registry and in plans.
+        tags: What it promises; see `Tags`.
+
+    Check a new one with `rankopt.testing.check_strategy`.
+    """
+
+    name: ClassVar[str]
+    tags: ClassVar[Tags] = Tags()
+
+    @abstractmethod
+    def search(self, problem: Problem) -> RankPlan:
+        """Choose an option for each site and return ``problem.plan(self, options)``.
+
+        Args:
+            problem: The model and budget at hand; it must not be changed.
+
+        Raises:
+            BudgetInfeasible: No choice meets the budget.
+        """
+
+    def describe(self, seed: int) -> dict[str, Any]:
+        """Name, settings and seed, as they stand in the plan."""
+        settings = asdict(self) if is_dataclass(self) else {}
+        return {"name": self.name, "settings": settings, "seed": seed}
+
+
+def check_share(name: str, value: float, *, low: float = 0.0, high: float = 1.0) -> None:
+    """Raise ValueError unless `value` is a finite number in [low, high]."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise ValueError(f"{name}={value!r}: expected a number")
+    if not math.isfinite(value) or not low <= value <= high:
+        raise ValueError(f"{name}={value!r}: expected a number from {low:g} to {high:g}")

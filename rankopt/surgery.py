@@ -1,0 +1,114 @@
+"""Cloning module trees without copying weights, and swapping modules inside them."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rankopt.errors import ModelError
+
+__all__ = ["clone", "named_modules", "normalised", "replace", "unwrap"]
+
+
+def normalised(name: str) -> str:
+    """`name` without the ``_orig_mod`` that torch.compile puts into paths.
+
+    Example:
+        >>> normalised("_orig_mod.layer1._orig_mod.conv")
+        'layer1.conv'
+    """
+    return ".".join(part for part in name.split(".") if part != "_orig_mod")
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The plain module inside torch.compile, DataParallel or DDP wrappers."""
+    while True:
+        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            model = model.module
+        elif hasattr(model, "_orig_mod"):
+            model = model._orig_mod
+        else:
+            return model
+
+
+def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Every (normalised name, module), shared modules under each of their names."""
+    for name, module in model.named_modules(remove_duplicate=False):
+        if name.rpartition(".")[2] == "_orig_mod":
+            continue
+        yield normalised(name), getattr(module, "_orig_mod", module)
+
+
+def clone(
+    model: nn.Module,
+    *,
+    share: Iterable[Tensor] = (),
+    substitute: Callable[[Tensor], Tensor] | None = None,
+) -> nn.Module:
+    """A deep copy whose tensors are shared, substituted or copied.
+
+    Args:
+        model: Any module.
+        share: Tensors the copy refers to instead of copying.
+        substitute: Makes the copy's parameter from the original's; identity of
+            shared (tied) parameters is preserved.
+
+    Raises:
+        ModelError: The model holds something Python cannot copy.
+    """
+    memo: dict[int, Any] = {id(tensor): tensor for tensor in share}
+    if substitute is not None:
+        for parameter in model.parameters():
+            memo[id(parameter)] = substitute(parameter)
+    try:
+        return copy.deepcopy(model, memo)
+    except (TypeError, RuntimeError, AttributeError) as error:
+        raise ModelError(
+            f"{type(model).__name__} cannot be copied ({error}); "
+            "make it deep-copyable, or use rankopt.apply_ which works in place"
+        ) from error
+
+
+def replace(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> nn.Module:
+    """Put new modules wherever the old ones stand, shared places included.
+
+    Args:
+        model: The tree to change in place.
+        replacements: Old module to new module.
+
+    Returns:
+        The root: `model`, or its replacement if the root itself is replaced.
+    """
+    if model in replacements:
+        return replacements[model]
+    for parent in list(model.modules()):
+        for name, child in list(parent._modules.items()):
+            if child is not None and child in replacements:
+                parent._modules[name] = replacements[child]
+                if parent.__dict__.get(name) is child:
+                    parent.__dict__[name] = replacements[child]
+    return model
+
+
+def ancestors(model: nn.Module, names: Iterable[str]) -> set[nn.Module]:
+    """The modules on the paths to `names`, the named ones excluded."""
+    prefixes = {
+        name[:cut] for name in names for cut in range(len(name)) if name[cut] == "."
+    } | {""}
+    return {module for name, module in named_modules(model) if name in prefixes}
+
+
+def buffers_of(model: nn.Module) -> list[Tensor]:
+    """Unique buffers, persistent or not."""
+    return list(model.buffers())
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """The device of the first parameter or buffer; the CPU for an empty model."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        return tensor.device
+    return torch.device("cpu")

@@ -1,0 +1,7 @@
+"""rankopt's own strategies, registered through the same entry points as anyone's."""
+
+from rankopt_strategies.energy import Energy
+from rankopt_strategies.parameter_ratio import ParameterRatio
+from rankopt_strategies.vbmf import VBMF
+
+__all__ = ["VBMF", "Energy", "ParameterRatio"]

@@ -1,0 +1,117 @@
+"""`parameter_ratio`: ranks from a formula, the same compression for every layer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from rankopt.decompositions.base import Decomposition, kernel_size
+from rankopt.errors import RankoptError
+from rankopt.plan import RankPlan
+from rankopt.strategy import Option, Problem, Site, Strategy, Tags
+
+__all__ = ["ParameterRatio", "svd_rank", "tucker2_ranks"]
+
+
+def svd_rank(inputs: int, outputs: int, ratio: float) -> int:
+    """Largest rank whose two factors have 1/`ratio` of the parameters.
+
+    r = ⌊CS / (α(C + S))⌋ for C inputs, S outputs and ratio α; at least 1.
+
+    Example:
+        >>> svd_rank(2048, 512, 2.0)
+        204
+    """
+    return max(1, math.floor(inputs * outputs / (ratio * (inputs + outputs))))
+
+
+def tucker2_ranks(
+    inputs: int, outputs: int, kernel: int, ratio: float, beta: float | None = None
+) -> tuple[int, int]:
+    """Ranks of a Tucker-2 chain with 1/`ratio` of the parameters.
+
+    Solves βk²r₁² + (C + βS)r₁ − CSk²/α = 0 with r₂ = βr₁ (arXiv 2407.20266,
+    eq. 7), rounded down, at least 1 and at most C and S.
+
+    Args:
+        inputs: C.
+        outputs: S.
+        kernel: k², pixels of the kernel.
+        ratio: α.
+        beta: r₂/r₁; S/C if None.
+
+    Example:
+        >>> tucker2_ranks(512, 512, 9, 2.0)
+        (309, 309)
+    """
+    beta = outputs / inputs if beta is None else beta
+    quadratic, linear = beta * kernel, inputs + beta * outputs
+    constant = inputs * outputs * kernel / ratio
+    first = (math.sqrt(linear**2 + 4 * quadratic * constant) - linear) / (2 * quadratic)
+    return (
+        min(inputs, max(1, math.floor(first))),
+        min(outputs, max(1, math.floor(beta * first))),
+    )
+
+
+@dataclass(frozen=True)
+class ParameterRatio(Strategy):
+    """Compress every layer by the same factor.
+
+    With a budget the factor is bisected to it, kept layers counted; without
+    one, `ratio` holds for each layer.
+
+    Args:
+        ratio: Parameters of a layer before / after, above 1.
+        beta: Output over input rank of Tucker-2; None for S/C of each layer.
+
+    References:
+        arXiv 2407.20266, section 2.1.
+    """
+
+    name: ClassVar[str] = "parameter_ratio"
+    # Rounding down can make a layer's error jump while another's stands still.
+    tags: ClassVar[Tags] = Tags()
+    ratio: float = 2.0
+    beta: float | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.ratio, bool) or not isinstance(self.ratio, (int, float)):
+            raise ValueError(f"ratio={self.ratio!r}: expected a number")
+        if not (math.isfinite(self.ratio) and self.ratio > 1):
+            raise ValueError(f"ratio={self.ratio!r}: parameters before / after lie above 1")
+        if self.beta is not None and not (math.isfinite(self.beta) and self.beta > 0):
+            raise ValueError(f"beta={self.beta!r}: expected a positive number")
+
+    def search(self, problem: Problem) -> RankPlan:
+        """Bisect the ratio to the budget; see `Strategy.search`."""
+        if problem.budget is None:
+            return problem.plan(self, self._choose(problem, self.ratio))
+        # Knob 0 is the ratio at which every layer is down to rank 1.
+        top = max(math.prod((*site.layer.shape, 2)) for site in problem.sites)
+        _, options = problem.fit(lambda knob: self._choose(problem, top ** (1 - knob)))
+        return problem.plan(self, options)
+
+    def _choose(self, problem: Problem, ratio: float) -> list[Option]:
+        options = []
+        for site in problem.sites:
+            method = site.methods[0]
+            ranks = self._ranks(site, method, ratio)
+            options.append(problem.option(site, method, ranks, f"parameter ratio {ratio:.4g}"))
+        return options
+
+    def _ranks(self, site: Site, method: Decomposition, ratio: float) -> Sequence[int]:
+        inputs, outputs = site.layer.group_shape
+        if method.name == "svd":
+            return (svd_rank(inputs, outputs, ratio),)
+        if method.name == "tucker2":
+            size = kernel_size(site.layer)
+            found = tucker2_ranks(inputs, outputs, size, ratio, self.beta)
+            axes = method.rank_axes(site.layer)
+            return [min(rank, axis.maximum) for rank, axis in zip(found, axes, strict=True)]
+        raise RankoptError(
+            f"layer {site.name}: parameter_ratio has no formula for {method.name!r}; "
+            "use methods=('svd', 'tucker2')"
+        )
