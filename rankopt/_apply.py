@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -12,11 +11,18 @@ import torch
 from torch import Tensor, nn
 
 from rankopt import measure, surgery
+from rankopt._parallel import for_each, largest_first
 from rankopt._progress import progress_bar
 from rankopt.decompositions.base import Decomposition
 from rankopt.decompositions.cache import shared
 from rankopt.errors import LayerError, NotYetSupported, PlanError, RankoptWarning, RegistryError
-from rankopt.layers import Layer, canonical_weight, check_weight, find_layers
+from rankopt.layers import (
+    Layer,
+    canonical_weight,
+    check_materialised,
+    check_weight,
+    find_layers,
+)
 from rankopt.plan import Decision, RankPlan
 from rankopt.registry import decompositions
 from rankopt.unpack import unpack
@@ -25,7 +31,7 @@ __all__ = [
     "apply",
     "apply_",
     "build_empty",
-    "build_skeleton",
+    "fill_skeleton",
     "plan_of",
     "unpacked_clone",
 ]
@@ -78,12 +84,10 @@ def apply(
     """
     _check_sources(plan, calibration, factors)
     source = surgery.unwrap(model)
-    original = {id(parameter) for parameter in source.parameters()}
     view = _unpacked_view(source, plan)
-    chains = _build_chains(view, _steps(view, source, plan), _factorise, progress)
-    view = _swap(view, chains)
-    new = [parameter for parameter in view.parameters() if id(parameter) not in original]
-    result = surgery.clone(view, share=[*new, *view.buffers()])
+    chains = _build_chains(view, _checked_steps(view, source, plan), _factorise, progress)
+    result = _swap(view, chains)
+    surgery.copy_parameters(result, source.parameters())
     remember_plan(result, plan)
     return result
 
@@ -108,7 +112,7 @@ def apply_(
     _check_sources(plan, calibration, factors)
     source = surgery.unwrap(model)
     view = _unpacked_view(source, plan)
-    chains = _build_chains(view, _steps(view, source, plan), _factorise, progress)
+    chains = _build_chains(view, _checked_steps(view, source, plan), _factorise, progress)
     if "" in chains or (chains and type(view) is not type(source)):
         raise PlanError(
             f"the plan replaces the root module {type(source).__name__} itself; "
@@ -119,24 +123,20 @@ def apply_(
     return model
 
 
-def build_skeleton(view: nn.Module, plan: RankPlan, *, seed: int = 0) -> nn.Module:
-    """The model `apply` would build, with random factors instead of computed ones.
+def fill_skeleton(view: nn.Module, plan: RankPlan) -> nn.Module:
+    """Turn an unpacked clone into the model `apply` would build, with zeros as factors.
 
-    Kept tensors are shared with `view`; sizes, MACs and speed are those of the
-    real result, which is what a search needs to know.
+    Sizes and MACs are those of the real result, which is what a search must check.
     """
-    copy = surgery.clone(view, share=view.parameters())
-    generator = torch.Generator().manual_seed(seed)
 
-    def randomise(step: _Step, chain: nn.Sequential, weight: Tensor) -> dict[str, Tensor]:
+    def zeros(step: _Step, chain: nn.Sequential, weight: Tensor) -> dict[str, Tensor]:
         return {
-            name: torch.randn(parameter.shape, generator=generator)
-            / math.sqrt(max(1, parameter[0].numel()))
+            name: torch.zeros(parameter.shape)
             for name, parameter in chain.named_parameters()
             if name.endswith("weight")
         }
 
-    return _swap(copy, _build_chains(copy, _steps(copy, None, plan), randomise, False))
+    return _swap(view, _build_chains(view, _steps(view, plan), zeros, False))
 
 
 def build_empty(model: nn.Module, plan: RankPlan) -> nn.Module:
@@ -147,8 +147,8 @@ def build_empty(model: nn.Module, plan: RankPlan) -> nn.Module:
         return nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
 
     view = _unpack_for(surgery.clone(source, substitute=empty), plan)
-    steps = _steps(view, source, plan, values=False)
-    chains = _build_chains(view, steps, lambda step, chain, weight: {}, False)
+    _check_structure(source, plan)
+    chains = _build_chains(view, _steps(view, plan), lambda step, chain, weight: {}, False)
     result = _swap(view, chains)
     remember_plan(result, plan)
     return result
@@ -199,13 +199,25 @@ def _unpacked_view(source: nn.Module, plan: RankPlan) -> nn.Module:
     return _unpack_for(surgery.clone(source, share=source.parameters()), plan)
 
 
-def _steps(
-    view: nn.Module, source: nn.Module | None, plan: RankPlan, *, values: bool = True
-) -> list[_Step]:
-    """Check the plan against the model; with `source`, against its identity too."""
-    if source is not None:
-        _check_structure(source, plan)
-    layers = {layer.name: layer for layer in find_layers(view, values=values)}
+def _checked_steps(view: nn.Module, source: nn.Module, plan: RankPlan) -> list[_Step]:
+    """The steps of a plan that was made for `source`, or `PlanError`."""
+    check_materialised(source)
+    _check_structure(source, plan)
+    steps = _steps(view, plan)
+    expected = plan.model.get("weights")
+    if expected is not None and expected != measure.weights_digest(source):
+        warnings.warn(
+            "the plan was made for other weights of this architecture: its ranks are applied, "
+            "the errors it states do not hold",
+            RankoptWarning,
+            stacklevel=3,
+        )
+    return steps
+
+
+def _steps(view: nn.Module, plan: RankPlan) -> list[_Step]:
+    """Every change of the plan with the layers and the method it names."""
+    layers = {layer.name: layer for layer in find_layers(view)}
     aliases = {alias: layer for layer in layers.values() for alias in layer.aliases}
     modules = dict(surgery.named_modules(view))
     steps = []
@@ -225,8 +237,6 @@ def _steps(
             found.append(layer)
         method = _method(decision, found)
         steps.append(_Step(decision, method, tuple(found), tuple(modules[x.name] for x in found)))
-    if source is not None and values:
-        _warn_of_other_weights(source, plan)
     return steps
 
 
@@ -234,7 +244,7 @@ def _check_structure(source: nn.Module, plan: RankPlan) -> None:
     expected = plan.model.get("structure")
     if expected is None or expected == measure.structure_digest(source):
         return
-    layers = {layer.name: layer for layer in find_layers(_skeleton_names(source, plan), values=False)}
+    layers = {layer.name: layer for layer in find_layers(unpacked_clone(source, _split(plan)))}
     for decision in plan:
         for name, shape in zip(decision.targets, decision.shapes, strict=True):
             if name not in layers:
@@ -252,21 +262,6 @@ def _check_structure(source: nn.Module, plan: RankPlan) -> None:
         f"the plan was made for a {plan.model.get('class')} with other parameters or buffers than "
         f"this {type(source).__name__}; search again on this model"
     )
-
-
-def _skeleton_names(source: nn.Module, plan: RankPlan) -> nn.Module:
-    return unpacked_clone(source, split=_split(plan))
-
-
-def _warn_of_other_weights(source: nn.Module, plan: RankPlan) -> None:
-    expected = plan.model.get("weights")
-    if expected is not None and expected != measure.weights_digest(source):
-        warnings.warn(
-            "the plan was made for other weights of this architecture: its ranks are applied, "
-            "the errors it states do not hold",
-            RankoptWarning,
-            stacklevel=4,
-        )
 
 
 def _method(decision: Decision, layers: list[Layer]) -> Decomposition:
@@ -296,18 +291,27 @@ def _build_chains(
     view: nn.Module, steps: list[_Step], fill: Fill, progress: bool | None
 ) -> dict[str, nn.Module]:
     """Layer name to chain; layers that share a weight get chains that share factors."""
+    device = surgery.device_of(view)
     chains: dict[str, nn.Module] = {}
-    with torch.no_grad(), progress_bar("factorising", len(steps), enabled=progress) as advance:
-        for step in steps:
-            factors: dict[str, nn.Parameter] = {}
-            for layer, module in zip(step.layers, step.modules, strict=True):
-                chain = step.method.build(layer, step.decision.ranks)
-                if not factors:
-                    values = fill(step, chain, canonical_weight(module))
-                    factors = _parameters(layer, chain, module, values)
-                _install(chain, module, factors)
-                chains[layer.name] = chain
+    ordered = largest_first(steps, lambda step: step.layers[0].params)
+    with progress_bar("factorising", len(steps), enabled=progress) as advance:
+        for _, built in for_each(lambda step: _chains_of(step, fill), ordered, device=device):
+            chains.update(built)
             advance()
+    return chains
+
+
+def _chains_of(step: _Step, fill: Fill) -> dict[str, nn.Module]:
+    """The chains of one site's layers, sharing their factors."""
+    chains: dict[str, nn.Module] = {}
+    factors: dict[str, nn.Parameter] = {}
+    for layer, module in zip(step.layers, step.modules, strict=True):
+        chain = step.method.build(layer, step.decision.ranks)
+        if not factors:
+            values = fill(step, chain, canonical_weight(module))
+            factors = _parameters(layer, chain, module, values)
+        _install(chain, module, factors)
+        chains[layer.name] = chain
     return chains
 
 
@@ -327,7 +331,7 @@ def _parameters(
                 f"its module expects {list(slot.shape)}"
             )
         cast = value.to(device=weight.device, dtype=weight.dtype)
-        if not bool(cast.isfinite().all()):
+        if weight.element_size() < 4 and not bool(cast.isfinite().all()):
             raise LayerError(
                 f"layer {layer.name}: factor {name} overflows {layer.dtype}; "
                 "compress in float32 and convert afterwards"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Final
 
@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from rankopt import measure, surgery
-from rankopt._apply import build_skeleton, unpacked_clone
+from rankopt._apply import fill_skeleton, unpacked_clone
 from rankopt.budget import Budget
 from rankopt.decompositions.base import Decomposition
 from rankopt.errors import BudgetError, ModelError, NotYetSupported, RankoptError
-from rankopt.layers import Layer, canonical_weight, check_weight, find_layers, select
+from rankopt.layers import Layer, canonical_weight, check_materialised, check_weight, find_layers, select
 from rankopt.plan import RankPlan
 from rankopt.probe import Probe, probe, static_reads
 from rankopt.registry import decompositions, strategies
@@ -145,7 +145,7 @@ def _describe(
     source: nn.Module, example_inputs: Any
 ) -> tuple[nn.Module, list[Layer], Probe | None]:
     """An unpacked clone, its layers, and what a run on the inputs showed."""
-    find_layers(source)  # refuses meta and lazy parameters before they are cloned
+    check_materialised(source)
     view = unpacked_clone(source)
     layers = find_layers(view)
     if example_inputs is None:
@@ -193,9 +193,9 @@ def _problem(
     def weight(layer: Layer) -> Tensor:
         return canonical_weight(modules[layer.name])
 
-    layers, sites = _sites(layers, available, probed=seen is not None)
-    for site in sites:
-        check_weight(site.layer, weight(site.layer))
+    layers, sites = _sites(
+        [_with_values(layer, weight) for layer in layers], available, probed=seen is not None
+    )
     if not sites:
         reasons = "; ".join(f"{x.name or 'root'}: {x.refusal}" for x in layers[:5])
         raise ModelError(
@@ -208,6 +208,15 @@ def _problem(
     return Problem(
         layers=tuple(layers), sites=tuple(sites), budget=budget, totals=totals, weight=weight
     )
+
+
+def _with_values(layer: Layer, weight: Callable[[Layer], Tensor]) -> Layer:
+    """Refuse layers without any signal; `LayerError` for NaN and infinity."""
+    if layer.refusal is not None:
+        return layer
+    values = weight(layer)
+    check_weight(layer, values)
+    return layer if bool(values.any()) else layer.refused("its weight is all zero")
 
 
 def _sites(
@@ -233,8 +242,8 @@ def _sites(
 
 
 def _verify(plan: RankPlan, view: nn.Module, seen: Probe | None, inputs: Any) -> RankPlan:
-    """Build the result with random factors, run it, and hold it to the budget."""
-    built = build_skeleton(view, plan)
+    """Build the result's skeleton inside `view`, run it, and hold it to the budget."""
+    built = fill_skeleton(view, plan)
     measured = {"params": measure.count_params(built), "memory": measure.count_memory(built)}
     if seen is not None:
         inputs = measure.to_device(inputs, surgery.device_of(view))

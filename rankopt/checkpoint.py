@@ -22,6 +22,7 @@ __all__ = ["load", "load_plan", "save"]
 
 MAX_SHARD_BYTES: Final = 5 * 10**9
 _PLAN, _ALIASES, _LAYOUTS = "rankopt.plan", "rankopt.aliases", "rankopt.layouts"
+_BUFFERS: Final = "rankopt.buffers"
 _LAYOUT_NAMES: Final = {
     "channels_last": torch.channels_last,
     "channels_last_3d": torch.channels_last_3d,
@@ -67,6 +68,7 @@ def save(
         _PLAN: json.dumps(plan.to_dict(), allow_nan=False),
         _ALIASES: json.dumps(aliases),
         _LAYOUTS: json.dumps(layouts),
+        _BUFFERS: json.dumps(_unstored_dtypes(surgery.unwrap(model))),
     }
     shards = _shards(tensors, max_shard_bytes)
     if len(shards) == 1:
@@ -109,6 +111,7 @@ def load(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
         tensors[alias] = tensors[name]
     layouts = json.loads(metadata.get(_LAYOUTS, "{}"))
     _fill(result, tensors, layouts, surgery.device_of(model), path)
+    _cast_buffers(result, json.loads(metadata.get(_BUFFERS, "{}")))
     return result
 
 
@@ -146,6 +149,24 @@ def _stored(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str], dict[s
         whole = contiguous.untyped_storage().nbytes() == contiguous.numel() * value.element_size()
         tensors[name] = contiguous if whole else contiguous.clone()
     return tensors, aliases, layouts
+
+
+def _unstored_dtypes(model: nn.Module) -> dict[str, str]:
+    """Dtypes of non-persistent buffers: model.to(bfloat16) rounds them too."""
+    stored = set(model.state_dict())
+    return {
+        surgery.normalised(name): str(buffer.dtype).removeprefix("torch.")
+        for name, buffer in model.named_buffers()
+        if name not in stored
+    }
+
+
+def _cast_buffers(model: nn.Module, dtypes: Mapping[str, str]) -> None:
+    for name, buffer in list(model.named_buffers()):
+        dtype = dtypes.get(surgery.normalised(name))
+        if dtype is not None:
+            owner, _, key = name.rpartition(".")
+            model.get_submodule(owner)._buffers[key] = buffer.to(getattr(torch, dtype))
 
 
 def _shards(tensors: Mapping[str, Tensor], limit: int) -> list[dict[str, Tensor]]:

@@ -23,6 +23,7 @@ __all__ = [
     "MIN_CHANNELS",
     "Layer",
     "canonical_weight",
+    "check_materialised",
     "check_weight",
     "find_layers",
     "select",
@@ -148,9 +149,9 @@ def canonical_weight(module: nn.Module) -> Tensor:
 
 def check_weight(layer: Layer, weight: Tensor) -> None:
     """Raise `LayerError` if `weight` holds NaN or infinity."""
-    # A finite sum proves finiteness at the speed of one read; a sum that is not
-    # finite may have overflowed, so only then look at every element.
-    if math.isfinite(weight.sum(dtype=torch.float64).item()):
+    # A finite norm proves finiteness in one read; an infinite one may have
+    # overflowed, so only then is every element looked at.
+    if math.isfinite(float(torch.linalg.vector_norm(weight))):
         return
     bad = int((~weight.isfinite()).sum())
     if bad:
@@ -161,18 +162,12 @@ def check_weight(layer: Layer, weight: Tensor) -> None:
         )
 
 
-def find_layers(model: nn.Module, *, values: bool = True) -> list[Layer]:
+def find_layers(model: nn.Module) -> list[Layer]:
     """Describe every module of `model` that owns a weight, in model order.
 
     Args:
         model: The tree to read; unpack it first (see `rankopt.unpack`).
-        values: Whether weights have values to look at; False on a skeleton.
-
-    Raises:
-        ModelError: Parameters are not initialised or live on the meta device.
     """
-    if values:
-        _check_materialised(model)
     names: dict[nn.Module, list[str]] = {}
     for name, module in surgery.named_modules(model):
         entry = names.setdefault(module, [])
@@ -184,7 +179,7 @@ def find_layers(model: nn.Module, *, values: bool = True) -> list[Layer]:
         for key, parameter in module.named_parameters(recurse=False):
             owners.setdefault(id(parameter), []).append((paths[0], key))
     for module, paths in names.items():
-        layer = _describe(module, paths[0], tuple(paths[1:]), values)
+        layer = _describe(module, paths[0], tuple(paths[1:]))
         if layer is not None:
             weight = getattr(module, "weight", None)
             layers.append((layer, id(weight)))
@@ -234,7 +229,8 @@ def _as_patterns(patterns: Iterable[str], keyword: str) -> tuple[str, ...]:
     return patterns
 
 
-def _check_materialised(model: nn.Module) -> None:
+def check_materialised(model: nn.Module) -> None:
+    """Raise `ModelError` for lazy parameters and those on the meta device."""
     for name, parameter in model.named_parameters():
         if isinstance(parameter, nn.parameter.UninitializedParameter):
             raise ModelError(f"parameter {name} is not initialised; run the lazy model once first")
@@ -245,9 +241,7 @@ def _check_materialised(model: nn.Module) -> None:
             )
 
 
-def _describe(
-    module: nn.Module, name: str, aliases: tuple[str, ...], values: bool
-) -> Layer | None:
+def _describe(module: nn.Module, name: str, aliases: tuple[str, ...]) -> Layer | None:
     base: dict[str, Any] = {"name": name, "type": type(module).__name__, "aliases": aliases}
     if type(module) is nn.Linear or type_name(module) == _HF_CONV1D:
         fields = _linear_fields(module)
@@ -267,8 +261,6 @@ def _describe(
         **base, **fields, shape=tuple(weight.shape), dtype=str(weight.dtype).removeprefix("torch.")
     )
     reason = _refusal(layer, module, weight)
-    if reason is None and values and not bool(weight.detach().any()):
-        reason = "its weight is all zero"
     return layer if reason is None else layer.refused(reason)
 
 

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from rankopt import surgery
 from rankopt.errors import ModelError
@@ -51,6 +50,9 @@ def count_macs(model: nn.Module, example_inputs: Any) -> int:
     The model runs once as it is (mode, device); fused attention kernels of
     unpacked models are not visible, so pass an unpacked model.
     """
+    # Imported late: it pulls in torch's decomposition tables, 0.3 s.
+    from torch.utils.flop_counter import FlopCounterMode
+
     attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     counter = FlopCounterMode(display=False, custom_mapping={attention: _sdpa_flops})
     with counter, torch.no_grad():

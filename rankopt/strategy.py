@@ -19,12 +19,13 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
+from rankopt._parallel import for_each, largest_first
 from rankopt._progress import progress_bar
 from rankopt.budget import Budget
 from rankopt.decompositions.base import Basis, Decomposition
 from rankopt.decompositions.cache import BasisCache, shared
 from rankopt.errors import BudgetInfeasible, DeadlineExceeded
-from rankopt.layers import Layer, check_weight
+from rankopt.layers import Layer
 from rankopt.plan import KEEP, Decision, RankPlan
 
 __all__ = ["Frontier", "Option", "Problem", "Site", "Strategy", "Tags"]
@@ -173,23 +174,30 @@ class Problem:
         """The basis of a site's weight, computed on first use.
 
         Raises:
-            LayerError: The weight holds NaN or infinity.
             DeadlineExceeded: The deadline has passed.
         """
         self.check_deadline()
         key = (site.name, repr(method))
         if key not in self._bases:
-            weight = self.weight(site.layer)
-            check_weight(site.layer, weight)
-            self._bases[key] = self.cache.get(method, weight)
+            self._bases[key] = self.cache.get(method, self.weight(site.layer))
         return self._bases[key]
 
     def prepare(self) -> None:
         """Compute every basis now, under a progress bar."""
-        pairs = [(site, method) for site in self.sites for method in site.methods]
+        pairs = largest_first(
+            [(site, method) for site in self.sites for method in site.methods],
+            lambda pair: pair[0].layer.params,
+        )
+        if not pairs:
+            return
+        device = self.weight(pairs[0][0].layer).device
+
+        def compute(pair: tuple[Site, Decomposition]) -> None:
+            basis = self.basis(*pair)
+            basis.error([1] * len(pair[1].rank_axes(pair[0].layer)))
+
         with progress_bar("factorising", len(pairs), enabled=self.progress) as advance:
-            for site, method in pairs:
-                self.basis(site, method)
+            for _ in for_each(compute, pairs, device=device):
                 advance()
 
     def frontier(self, site: Site, method: Decomposition) -> Frontier:
@@ -235,7 +243,9 @@ class Problem:
         if self.load(cost) >= self.load(site.cost):
             named = " x ".join(map(str, chosen))
             return self.keep(site, f"{method.name} at rank {named} would save nothing")
-        error = float(self.basis(site, method).error(chosen))
+        # A formula that never looked at the weights has no error to state.
+        known = self._bases.get((site.name, repr(method)))
+        error = None if known is None else float(known.error(chosen))
         args = {"ranks": list(chosen), **method.settings}
         return Option(method.name, args, cost, error, reason)
 

@@ -11,7 +11,16 @@ from torch import Tensor, nn
 
 from rankopt.errors import ModelError
 
-__all__ = ["clone", "named_modules", "normalised", "replace", "unwrap"]
+__all__ = [
+    "ancestors",
+    "clone",
+    "copy_parameters",
+    "device_of",
+    "named_modules",
+    "normalised",
+    "replace",
+    "unwrap",
+]
 
 
 def normalised(name: str) -> str:
@@ -73,6 +82,22 @@ def clone(
         ) from error
 
 
+def copy_parameters(model: nn.Module, foreign: Iterable[Tensor]) -> None:
+    """Give `model` its own copies of the `foreign` parameters it refers to.
+
+    Parameters shared between modules of `model` stay shared.
+    """
+    theirs = {id(parameter) for parameter in foreign}
+    copies: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is None or id(parameter) not in theirs:
+                continue
+            if id(parameter) not in copies:
+                copies[id(parameter)] = copy.deepcopy(parameter)
+            module._parameters[name] = copies[id(parameter)]
+
+
 def replace(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> nn.Module:
     """Put new modules wherever the old ones stand, shared places included.
 
@@ -100,11 +125,6 @@ def ancestors(model: nn.Module, names: Iterable[str]) -> set[nn.Module]:
         name[:cut] for name in names for cut in range(len(name)) if name[cut] == "."
     } | {""}
     return {module for name, module in named_modules(model) if name in prefixes}
-
-
-def buffers_of(model: nn.Module) -> list[Tensor]:
-    """Unique buffers, persistent or not."""
-    return list(model.buffers())
 
 
 def device_of(model: nn.Module) -> torch.device:

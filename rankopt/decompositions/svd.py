@@ -15,49 +15,64 @@ from rankopt.layers import Layer
 
 __all__ = ["SVD"]
 
-# Directions whose singular value is below this share of the largest are rounding
-# noise of the Gram matrix (its eigenvalues are exact to about 1e-16).
+# Directions whose singular value is below this share of the largest are zero to
+# rounding; they are left unscaled.
 NUMERICAL_RANK = 1e-8
 
 
 class _Basis(base.Basis):
+    """Singular vectors of the smaller side, shared by copies of the basis."""
+
     def __init__(self, weight: Tensor) -> None:
-        self.weight = weight
-        matrix = base.float64_ready(weight.flatten(2))
-        self.on_input = matrix.shape[2] <= matrix.shape[1]
-        gram = matrix.mT @ matrix if self.on_input else matrix @ matrix.mT
-        energies, self.vectors = base.symmetric_eigh(gram)
-        self.sigma = energies.sqrt()
-        self.spectra = (energies.cpu().numpy(),)
-        total = self.spectra[0].sum()
-        # Tails summed from the small end keep their relative precision.
-        tails = self.spectra[0].sum(axis=0)[::-1].cumsum()[::-1]
-        self._errors = np.sqrt(np.append(tails[1:], 0.0) / total) if total else np.zeros(len(tails))
+        self.weight: Tensor | None = weight
+        matrix = self._matrix
+        self._on_input = matrix.shape[2] <= matrix.shape[1]
+        gram = matrix.mT @ matrix if self._on_input else matrix @ matrix.mT
+        self._vectors = base.principal_vectors(gram)
+        self._parts: dict[str, base.FloatArray] = {}
+
+    @property
+    def _matrix(self) -> Tensor:
+        assert self.weight is not None
+        return base.working_copy(self.weight.flatten(2))  # [groups, S, C]
+
+    def _projected(self, rank: int | None = None) -> Tensor:
+        """The weight in the leading directions: [groups, larger side, rank], columns u·σ."""
+        matrix = self._matrix if self._on_input else self._matrix.mT
+        return matrix @ self._vectors[..., :rank]
+
+    @property
+    def spectra(self) -> tuple[base.FloatArray, ...]:
+        if "spectrum" not in self._parts:
+            self._parts["spectrum"] = base.energy(self._projected(), (1,))
+        return (self._parts["spectrum"],)
 
     def error(self, ranks: Sequence[Any]) -> Any:
         (rank,) = ranks
-        return self._errors[np.asarray(rank) - 1]
+        if "errors" not in self._parts:
+            energies = self.spectra[0].sum(axis=0)
+            self._parts["errors"] = np.sqrt(base.tails(energies) / (energies.sum() or 1.0))
+        return self._parts["errors"][np.asarray(rank) - 1]
 
     def factors(self, ranks: Sequence[int]) -> dict[str, Tensor]:
         (rank,) = ranks
-        matrix = base.float64_ready(self.weight.flatten(2))
-        vectors, sigma = self.vectors[..., :rank], self.sigma[..., :rank]
-        floor = NUMERICAL_RANK * self.sigma[..., :1]
+        vectors, projected = self._vectors[..., :rank], self._projected(rank)
+        sigma = torch.linalg.vector_norm(projected, dim=-2, keepdim=True)
+        floor = NUMERICAL_RANK * sigma.amax(dim=-1, keepdim=True)
         # √σ on both sides: factors of equal size train and quantise best.
         root = torch.where(sigma > floor, sigma, torch.ones_like(sigma)).sqrt()
-        if self.on_input:
-            first, last = root[..., None] * vectors.mT, (matrix @ vectors) / root[..., None, :]
-        else:
-            first, last = (vectors.mT @ matrix) / root[..., None], vectors * root[..., None, :]
-        kernel = self.weight.dim() - 3
+        small, large = vectors * root, projected / root
+        first, last = (small.mT, large) if self._on_input else (large.mT, small)
+        assert self.weight is not None
+        ones = (...,) + (None,) * (self.weight.dim() - 3)
         return {
-            "first.weight": first.flatten(0, 1)[(...,) + (None,) * kernel],
-            "last.weight": last.flatten(0, 1)[(...,) + (None,) * kernel],
+            "first.weight": first.flatten(0, 1)[ones],
+            "last.weight": last.flatten(0, 1)[ones],
         }
 
     @property
     def nbytes(self) -> int:
-        return self.vectors.numel() * 8
+        return self._vectors.numel() * self._vectors.element_size()
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Final
 
 import numpy as np
 import torch
@@ -15,23 +15,58 @@ from rankopt.layers import Layer
 
 __all__ = ["Tucker2"]
 
+# Modes of a canonical weight [groups, S, C, k], in the order of the ranks.
+_MODES: Final = {"input": 2, "output": 1}
+
 
 class _Basis(base.Basis):
-    """HOSVD vectors of both channel modes; the core's energies give every error."""
+    """HOSVD vectors of both channel modes; the core's energies give every error.
+
+    Each part is computed when first asked for and shared by copies of the basis.
+    """
 
     def __init__(self, weight: Tensor, hooi: int) -> None:
-        self.weight = weight
+        self.weight: Tensor | None = weight
         self.hooi = hooi
-        tensor = base.float64_ready(weight.flatten(3))  # [groups, S, C, k]
-        outputs, self.outputs = base.symmetric_eigh(_gram(tensor, 1))
-        inputs, self.inputs = base.symmetric_eigh(_gram(tensor, 2))
-        self.spectra = (inputs.cpu().numpy(), outputs.cpu().numpy())
-        core = _project(_project(tensor, self.outputs, 1), self.inputs, 2)
-        energy = core.square().sum(dim=(0, 3)).cpu().numpy()  # [S, C]
-        # Prefix sums over both modes: the energy every rank pair retains.
-        retained = energy.cumsum(axis=0).cumsum(axis=1).T  # [r1 - 1, r2 - 1]
-        total = retained[-1, -1]
-        self._errors = base.fractions(retained, total) if total else np.zeros_like(retained)
+        self._parts: dict[str, Any] = {}
+        groups, outputs, inputs = weight.shape[:3]
+        self._size = groups * (outputs**2 + inputs**2) + inputs * outputs
+
+    @property
+    def _tensor(self) -> Tensor:
+        assert self.weight is not None
+        return base.working_copy(self.weight.flatten(3))  # [groups, S, C, k]
+
+    def _vectors(self, side: str) -> Tensor:
+        """Orthonormal columns [groups, n, n] of the ``input`` or ``output`` mode."""
+        if side not in self._parts:
+            gram = _gram(self._tensor, _MODES[side])
+            self._parts[side] = base.principal_vectors(gram)
+        found: Tensor = self._parts[side]
+        return found
+
+    @property
+    def spectra(self) -> tuple[base.FloatArray, ...]:
+        tensor = self._tensor
+        return tuple(
+            base.energy(_project(tensor, self._vectors(side), mode), (3 - mode, 3))
+            for side, mode in _MODES.items()
+        )
+
+    @property
+    def _errors(self) -> base.FloatArray:
+        """Error of every (input, output) rank pair, indexed from rank 1."""
+        if "errors" not in self._parts:
+            core = _project(_project(self._tensor, self._vectors("output"), 1),
+                            self._vectors("input"), 2)  # fmt: skip
+            energy = base.energy(core, (0, 3)).T  # [C, S]
+            # What lies outside the kept block, as sums of positive terms only.
+            below = base.tails(energy.sum(axis=1))[:, None]
+            beside = np.cumsum(base.tails(energy.T).T, axis=0)
+            total = energy.sum()
+            self._parts["errors"] = np.sqrt((below + beside) / (total or 1.0))
+        found: base.FloatArray = self._parts["errors"]
+        return found
 
     def error(self, ranks: Sequence[Any]) -> Any:
         first, second = ranks
@@ -39,16 +74,17 @@ class _Basis(base.Basis):
 
     def factors(self, ranks: Sequence[int]) -> dict[str, Tensor]:
         first, second = ranks
-        tensor = base.float64_ready(self.weight.flatten(3))
-        inputs, outputs = self.inputs[..., :first], self.outputs[..., :second]
+        tensor = self._tensor
+        inputs = self._vectors("input")[..., :first]
+        # Sequential truncation: the best output vectors once the input is truncated.
+        reduced = _project(tensor, inputs, 2)
+        outputs = base.principal_vectors(_gram(reduced, 1))[..., :second]
         for _ in range(self.hooi):
-            if first < tensor.shape[2]:
-                outputs = base.symmetric_eigh(_gram(_project(tensor, inputs, 2), 1))[1]
-                outputs = outputs[..., :second]
-            if second < tensor.shape[1]:
-                inputs = base.symmetric_eigh(_gram(_project(tensor, outputs, 1), 2))[1]
-                inputs = inputs[..., :first]
-        core = _project(_project(tensor, outputs, 1), inputs, 2)
+            inputs = base.principal_vectors(_gram(_project(tensor, outputs, 1), 2))[..., :first]
+            reduced = _project(tensor, inputs, 2)
+            outputs = base.principal_vectors(_gram(reduced, 1))[..., :second]
+        core = _project(reduced, outputs, 1)
+        assert self.weight is not None
         kernel = self.weight.shape[3:]
         ones = (...,) + (None,) * len(kernel)
         return {
@@ -59,7 +95,7 @@ class _Basis(base.Basis):
 
     @property
     def nbytes(self) -> int:
-        return (self.inputs.numel() + self.outputs.numel() + self._errors.size) * 8
+        return 8 * self._size
 
 
 def _gram(tensor: Tensor, mode: int) -> Tensor:
@@ -80,15 +116,16 @@ class Tucker2(base.Decomposition):
     """Both channel modes compressed, the kernel kept in a small core.
 
     Args:
-        hooi: Sweeps of higher-order orthogonal iteration when factors are
-            made; one recovers nearly all of its gain. `Basis.error` is that of the
-            plain truncation, so an upper bound.
+        hooi: Sweeps of higher-order orthogonal iteration after the sequentially
+            truncated HOSVD that factors are made by. They cost a factorisation
+            each and lower the error by well under 1%. `Basis.error` is that of the
+            nested truncation, so an upper bound for any number of sweeps.
     """
 
     name: ClassVar[str] = "tucker2"
     roles: ClassVar[Mapping[str, str]] = {"first": "first", "core": "core", "last": "last"}
     soft: ClassVar[bool] = True
-    hooi: int = 1
+    hooi: int = 0
 
     def __post_init__(self) -> None:
         if isinstance(self.hooi, bool) or not isinstance(self.hooi, int) or self.hooi < 0:

@@ -1,0 +1,254 @@
+"""The `rankopt` command: parses, calls the public functions, prints."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import fields, is_dataclass
+from typing import Any, Final
+
+from rankopt import __version__
+from rankopt.errors import BudgetInfeasible, RankoptError
+
+__all__ = ["main"]
+
+FAILED: Final = 1
+USAGE: Final = 2
+INFEASIBLE: Final = 3
+INTERRUPTED: Final = 130
+
+_EPILOG = """\
+MODEL is torchvision:NAME, FILE.py:CALLABLE or package.module:CALLABLE.
+Exit codes: 0 done, 1 failed, 2 wrong usage, 3 budget cannot be met, 130 interrupted."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        argv: Arguments without the program name; the process's own if None.
+
+    Returns:
+        The exit code.
+    """
+    arguments = _parser().parse_args(argv)
+    try:
+        code: int = arguments.run(arguments)
+    except KeyboardInterrupt:
+        print("interrupted; nothing was written", file=sys.stderr)
+        return INTERRUPTED
+    except BudgetInfeasible as error:
+        print(f"rankopt: {error}", file=sys.stderr)
+        return INFEASIBLE
+    except (RankoptError, ValueError) as error:
+        # ValueError: a setting refused by a strategy's own class.
+        if arguments.traceback:
+            raise
+        print(f"rankopt: {error}", file=sys.stderr)
+        return FAILED
+    return code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="rankopt",
+        description="Make a trained PyTorch model smaller and really faster, by low rank.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"rankopt {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--json", action="store_true", help="print JSON on standard output")
+    common.add_argument("--traceback", action="store_true", help="show where an error came from")
+    model = argparse.ArgumentParser(add_help=False, parents=[common])
+    model.add_argument("model", metavar="MODEL", help="torchvision:NAME or FILE.py:CALLABLE")
+    model.add_argument("--weights", metavar="FILE", help="state dict to load into the model")
+    model.add_argument(
+        "--input", metavar="SHAPE", help="example input, 1,3,224,224[:dtype]; torchvision has one"
+    )
+    model.add_argument("--seed", type=int, default=0)
+
+    search = commands.add_parser("search", parents=[model], help="choose ranks, write a plan")
+    search.add_argument("--budget", help="such as 'macs<=50%%'; left out, the strategy decides")
+    search.add_argument("--strategy", default=None, help="see `rankopt strategies`")
+    search.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of the strategy"
+    )
+    search.add_argument("--methods", help="decompositions to allow, comma-separated")
+    search.add_argument("--only", action="append", default=[], metavar="GLOB")
+    search.add_argument("--ignore", action="append", default=[], metavar="GLOB")
+    search.add_argument("--timeout", type=float, metavar="SECONDS")
+    search.add_argument("-o", "--output", metavar="PLAN.json", help="where to write the plan")
+    search.set_defaults(run=_search)
+
+    apply = commands.add_parser("apply", parents=[model], help="carry out a plan")
+    apply.add_argument("plan", metavar="PLAN.json")
+    apply.add_argument("-o", "--output", metavar="OUT.safetensors", required=True)
+    apply.set_defaults(run=_apply)
+
+    compare = commands.add_parser("compare", parents=[model], help="count and time a result")
+    compare.add_argument("artefact", metavar="ARTEFACT", help="from `rankopt apply`, or a plan")
+    compare.add_argument("--evaluate", metavar="FILE.py:CALLABLE", help="metric of a model")
+    compare.add_argument("--rounds", type=int, default=30, help="timing rounds")
+    compare.set_defaults(run=_compare)
+
+    strategies = commands.add_parser("strategies", parents=[common], help="what is installed")
+    strategies.set_defaults(run=_strategies)
+
+    demo = commands.add_parser("demo", parents=[common], help="compress a network on real digits")
+    demo.add_argument("--output", metavar="FOLDER", help="keep plan and weights there")
+    demo.set_defaults(run=_demo)
+    return parser
+
+
+def _search(arguments: argparse.Namespace) -> int:
+    import rankopt
+    from rankopt._search import DEFAULT_METHODS, DEFAULT_STRATEGY
+    from rankopt.registry import strategies
+
+    name = arguments.strategy or DEFAULT_STRATEGY
+    strategy = strategies.create(name, **_settings(arguments.set))
+    model, inputs = _model(arguments)
+    plan = rankopt.search(
+        model,
+        arguments.budget,
+        strategy=strategy,
+        example_inputs=inputs,
+        methods=arguments.methods.split(",") if arguments.methods else DEFAULT_METHODS,
+        only=arguments.only,
+        ignore=arguments.ignore,
+        seed=arguments.seed,
+        timeout=arguments.timeout,
+    )
+    if arguments.output:
+        plan.save(arguments.output)
+    if arguments.json:
+        print(plan.to_json(), end="")
+        return 0
+    from rankopt.report.tables import plan_table, totals_table
+
+    _print(plan_table(plan), totals_table(plan))
+    if arguments.output:
+        print(f"plan written to {arguments.output}")
+    return 0
+
+
+def _apply(arguments: argparse.Namespace) -> int:
+    import rankopt
+
+    plan = rankopt.RankPlan.load(arguments.plan)
+    model, inputs = _model(arguments)
+    small = rankopt.apply(model, plan)
+    rankopt.save(small, arguments.output)
+    result = rankopt.compare(model, small)
+    if arguments.json:
+        print(json.dumps({"output": arguments.output, **result.to_dict()}))
+        return 0
+    from rankopt.report.tables import count
+
+    params = result.params
+    print(
+        f"{arguments.output}: {len(plan.changes)} sites decomposed, "
+        f"{count(params.before)} to {count(params.after)} parameters ({100 * params.ratio:.1f}%)"
+    )
+    return 0
+
+
+def _compare(arguments: argparse.Namespace) -> int:
+    import rankopt
+    from rankopt._specs import load_callable
+
+    model, inputs = _model(arguments)
+    if arguments.artefact.endswith(".json"):
+        small = rankopt.apply(model, rankopt.RankPlan.load(arguments.artefact))
+    else:
+        small = rankopt.load(model, arguments.artefact)
+    evaluate = load_callable(arguments.evaluate) if arguments.evaluate else None
+    result = rankopt.compare(
+        model,
+        small,
+        example_inputs=inputs,
+        evaluate=evaluate,
+        rounds=arguments.rounds,
+        seed=arguments.seed,
+    )
+    print(json.dumps(result.to_dict()) if arguments.json else result)
+    return 0
+
+
+def _strategies(arguments: argparse.Namespace) -> int:
+    from rankopt.registry import strategies
+
+    rows: list[dict[str, Any]] = []
+    for name in strategies.names():
+        row: dict[str, Any] = {"name": name, "from": strategies.origin(name)}
+        try:
+            cls = strategies.get(name)
+        except RankoptError as error:
+            row["error"] = str(error)
+        else:
+            row["summary"] = (cls.__doc__ or "").strip().splitlines()[0]
+            row["needs"] = sorted(cls.tags.needs)
+            row["settings"] = {f.name: f.default for f in fields(cls)} if is_dataclass(cls) else {}
+        rows.append(row)
+    if arguments.json:
+        print(json.dumps(rows, default=str))
+        return 0
+    from rankopt.report.tables import table
+
+    made = table("strategies", "name", "what it does", "needs", "settings")
+    for column in made.columns:
+        column.justify = "left"
+    for row in rows:
+        settings = ", ".join(f"{key}={value}" for key, value in row.get("settings", {}).items())
+        text = row.get("summary", row.get("error", ""))
+        made.add_row(row["name"], text, ", ".join(row.get("needs", [])) or "nothing", settings)
+    _print(made)
+    return 0
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    from rankopt._demo import run
+
+    result = run(arguments.output, quiet=arguments.json)
+    if arguments.json:
+        print(json.dumps(result))
+    return 0
+
+
+def _model(arguments: argparse.Namespace) -> tuple[Any, Any]:
+    from rankopt._specs import default_input, load_model, parse_input
+
+    model = load_model(arguments.model, arguments.weights, seed=arguments.seed)
+    inputs = parse_input(arguments.input) if arguments.input else default_input(arguments.model)
+    return model, inputs
+
+
+def _settings(pairs: Sequence[str]) -> dict[str, Any]:
+    settings: dict[str, Any] = {}
+    for pair in pairs:
+        key, separator, text = pair.partition("=")
+        if not separator or not key:
+            raise RankoptError(f"--set {pair!r}: expected KEY=VALUE")
+        try:
+            settings[key] = json.loads(text)
+        except json.JSONDecodeError:
+            settings[key] = text
+    return settings
+
+
+def _print(*renderables: Any) -> None:
+    from rich.console import Console
+
+    console = Console()
+    if not console.is_terminal:
+        console.width = 120
+    for renderable in renderables:
+        console.print(renderable)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
