@@ -15,13 +15,14 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
-import rankopt
 import torch
+from torch import nn
+
+import rankopt
 from rankopt.decompositions.cache import shared
 from rankopt.report.tables import table, to_text
 from rankopt.vision import import_torchvision
 from rankopt_strategies import ParameterRatio
-from torch import Tensor, nn
 
 # Singular values of trained layers fall roughly like this power of their index.
 TRAINED_DECAY = 0.5
@@ -40,7 +41,7 @@ def make(name: str, spectra: str = "random") -> nn.Module:
     return model
 
 
-def decay(weight: Tensor) -> None:
+def decay(weight: Any) -> None:
     """Give both channel modes of a random weight a decaying spectrum, in place."""
     for mode in (0, 1):
         n = weight.shape[mode]
@@ -64,7 +65,8 @@ def tensorly_run(model: nn.Module, plan: rankopt.RankPlan, backend: str) -> tupl
     tl.set_backend(backend)
     seconds, total = 0.0, 0.0
     for decision in plan.changes:
-        dense = model.get_submodule(decision.targets[0]).weight.detach()
+        layer: Any = model.get_submodule(decision.targets[0])
+        dense = layer.weight.detach()
         weight: Any = dense if backend == "pytorch" else dense.numpy()
         started = time.perf_counter()
         if decision.method == "svd":
@@ -84,9 +86,10 @@ def tensorly_run(model: nn.Module, plan: rankopt.RankPlan, backend: str) -> tupl
 def rankopt_errors(model: nn.Module, small: nn.Module, plan: rankopt.RankPlan) -> float:
     total = 0.0
     for decision in plan.changes:
-        weight = model.get_submodule(decision.targets[0]).weight.detach()
-        chain = small.get_submodule(decision.targets[0])
-        parts = [chain.get_submodule(name).weight.detach() for name in dict(chain.named_children())]
+        layer: Any = model.get_submodule(decision.targets[0])
+        weight = layer.weight.detach()
+        factors: Any = small.get_submodule(decision.targets[0])
+        parts = [factor.weight.detach() for factor in factors]
         if len(parts) == 2:
             rebuilt = parts[1].flatten(1) @ parts[0].flatten(1)
         else:
@@ -143,7 +146,8 @@ def peak_memory(name: str) -> float:
 import torch, rankopt
 from benchmarks.foundation import make, import_torchvision
 def peak():
-    return next(int(l.split()[1]) for l in open("/proc/self/status") if l.startswith("VmHWM")) * 1024
+    lines = open("/proc/self/status").read().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
 import_torchvision().models.resnet18()
 base = peak()
 model = make({name!r})
@@ -158,7 +162,10 @@ print((peak() - base) / size)
 
 
 def import_seconds(rounds: int) -> float:
-    code = "import time, torch; t = time.perf_counter(); import rankopt; print(time.perf_counter() - t)"
+    code = (
+        "import time, torch; start = time.perf_counter(); import rankopt; "
+        "print(time.perf_counter() - start)"
+    )
     runs = [
         subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
         for _ in range(rounds)
@@ -182,7 +189,11 @@ def paper_rows() -> list[list[str]]:
             ignore=["conv1"],
         )
         cut = {
-            axis: 100 * (float(plan.totals[axis]["measured"] or 0) / float(plan.totals[axis]["before"] or 1) - 1)
+            axis: 100
+            * (
+                float(plan.totals[axis]["measured"] or 0) / float(plan.totals[axis]["before"] or 1)
+                - 1
+            )
             for axis in ("params", "macs")
         }
         rows.append(

@@ -1,20 +1,14 @@
 """rankopt: make a trained PyTorch model smaller and really faster, by low rank."""
 
-from importlib.metadata import PackageNotFoundError, version
-
 from rankopt._apply import apply, apply_
 from rankopt._compare import Comparison, compare
 from rankopt._search import search
+from rankopt._version import __version__
 from rankopt.budget import Budget
 from rankopt.checkpoint import load, load_plan, save
 from rankopt.plan import Decision, RankPlan
 from rankopt.registry import decompositions, strategies
 from rankopt.strategy import Option, Problem, Site, Strategy, Tags
-
-try:
-    __version__ = version("rankopt")
-except PackageNotFoundError:  # a source tree on the path without an install
-    __version__ = "0+unknown"
 
 __all__ = [
     "Budget",

@@ -38,6 +38,7 @@ __all__ = [
 
 _PLAN_ATTRIBUTE: Final = "rankopt_plan"
 
+
 @dataclass(frozen=True)
 class _Step:
     """One decision with what it needs to be carried out."""
@@ -311,12 +312,17 @@ def _chains_of(step: _Step, fill: Fill) -> dict[str, nn.Module]:
             values = fill(step, chain, canonical_weight(module))
             factors = _parameters(layer, chain, module, values)
         _install(chain, module, factors)
+        factors = factors or {
+            name: parameter
+            for name, parameter in chain.named_parameters()
+            if name.endswith("weight")
+        }
         chains[layer.name] = chain
     return chains
 
 
 def _parameters(
-    layer: Layer, chain: nn.Sequential, module: nn.Module, values: dict[str, Tensor]
+    layer: Layer, chain: nn.Sequential, module: Any, values: dict[str, Tensor]
 ) -> dict[str, nn.Parameter]:
     """Factors as parameters like the dense weight: dtype, device, memory format, grad."""
     weight: Tensor = module.weight
@@ -350,7 +356,7 @@ def _memory_format(weight: Tensor, factor: Tensor) -> torch.memory_format:
     return torch.contiguous_format
 
 
-def _install(chain: nn.Sequential, module: nn.Module, factors: dict[str, nn.Parameter]) -> None:
+def _install(chain: nn.Sequential, module: Any, factors: dict[str, nn.Parameter]) -> None:
     """Put factors and the layer's own bias into `chain`, and its mode on it."""
     for name, parameter in list(chain.named_parameters()):
         owner, _, key = name.rpartition(".")

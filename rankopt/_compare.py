@@ -26,7 +26,7 @@ class Figure:
 
     @property
     def ratio(self) -> float:
-        """after / before; 0 where both are 0."""
+        """After / before; 0 where both are 0."""
         return self.after / self.before if self.before else 0.0
 
 

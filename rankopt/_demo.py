@@ -100,7 +100,9 @@ def load_digits(seed: int = SEED) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return images[train], labels[train], images[test], labels[test]
 
 
-def train(model: nn.Module, x: Tensor, y: Tensor, *, epochs: int = EPOCHS, seed: int = SEED) -> None:
+def train(
+    model: nn.Module, x: Tensor, y: Tensor, *, epochs: int = EPOCHS, seed: int = SEED
+) -> None:
     """Train with Adam, a one-cycle schedule and random shifts."""
     generator = torch.Generator().manual_seed(seed)
     steps = epochs * -(-len(x) // BATCH)
@@ -112,7 +114,7 @@ def train(model: nn.Module, x: Tensor, y: Tensor, *, epochs: int = EPOCHS, seed:
             down, right = torch.randint(-1, 2, (2,), generator=generator).tolist()
             loss = F.cross_entropy(model(x[batch].roll((down, right), dims=(2, 3))), y[batch])
             optimiser.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             optimiser.step()
             schedule.step()
     model.eval()
@@ -122,7 +124,7 @@ def accuracy(model: nn.Module, x: Tensor, y: Tensor) -> float:
     """Share of right answers, in percent."""
     with measure.evaluation(model), torch.no_grad():
         right = sum(
-            int((model(a).argmax(dim=1) == b).sum())
+            int((model(a).argmax(dim=1) == b).sum().item())
             for a, b in zip(x.split(256), y.split(256), strict=True)
         )
     return 100 * right / len(y)

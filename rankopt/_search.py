@@ -13,10 +13,18 @@ from torch import Tensor, nn
 
 from rankopt import measure, surgery
 from rankopt._apply import fill_skeleton, unpacked_clone
+from rankopt._version import __version__
 from rankopt.budget import Budget
 from rankopt.decompositions.base import Decomposition
 from rankopt.errors import BudgetError, ModelError, NotYetSupported, RankoptError
-from rankopt.layers import Layer, canonical_weight, check_materialised, check_weight, find_layers, select
+from rankopt.layers import (
+    Layer,
+    canonical_weight,
+    check_materialised,
+    check_weight,
+    find_layers,
+    select,
+)
 from rankopt.plan import RankPlan
 from rankopt.probe import Probe, probe, static_reads
 from rankopt.registry import decompositions, strategies
@@ -223,7 +231,9 @@ def _sites(
     layers: list[Layer], available: Sequence[Decomposition], *, probed: bool
 ) -> tuple[list[Layer], list[Site]]:
     by_name = {layer.name: layer for layer in layers}
-    listed, sites, placed = [], [], set()
+    listed: list[Layer] = []
+    sites: list[Site] = []
+    placed: set[str] = set()
     for layer in layers:
         methods = tuple(method for method in available if method.applies(layer))
         if layer.refusal is None and not methods:
@@ -281,7 +291,7 @@ def environment(model: nn.Module) -> dict[str, Any]:
     """Versions, hardware and numeric settings that figures depend on."""
     device = surgery.device_of(model)
     facts: dict[str, Any] = {
-        "rankopt": _version(),
+        "rankopt": __version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
         "device": str(device),
@@ -294,9 +304,3 @@ def environment(model: nn.Module) -> dict[str, Any]:
     else:
         facts["isa"] = torch.backends.cpu.get_cpu_capability()
     return facts
-
-
-def _version() -> str:
-    from rankopt import __version__
-
-    return __version__

@@ -8,7 +8,7 @@ import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,10 @@ __all__ = ["default_input", "load_callable", "load_model", "parse_input"]
 
 # Integer inputs are token ids below this, which every vocabulary holds.
 TOKEN_IDS = 100
+_DTYPES: Final = {
+    name: getattr(torch, name)
+    for name in ("float32", "float64", "float16", "bfloat16", "int64", "int32", "uint8", "bool")
+}
 
 
 def load_callable(spec: str) -> Callable[..., Any]:
@@ -33,7 +37,11 @@ def load_callable(spec: str) -> Callable[..., Any]:
     if not separator or not source or not name:
         raise RankoptError(f"{spec!r}: expected FILE.py:NAME or package.module:NAME")
     try:
-        module = _import_file(Path(source)) if source.endswith(".py") else importlib.import_module(source)
+        module = (
+            _import_file(Path(source))
+            if source.endswith(".py")
+            else importlib.import_module(source)
+        )
     except RankoptError:
         raise
     except Exception as error:
@@ -133,9 +141,11 @@ def parse_input(text: str) -> Tensor:
         torch.int64
     """
     shape_text, _, dtype_text = text.partition(":")
-    dtype = getattr(torch, dtype_text or "float32", None)
-    if not isinstance(dtype, torch.dtype):
-        raise RankoptError(f"input {text!r}: unknown dtype {dtype_text!r}")
+    dtype = _DTYPES.get(dtype_text or "float32")
+    if dtype is None:
+        raise RankoptError(
+            f"input {text!r}: unknown dtype {dtype_text!r}; expected one of {', '.join(_DTYPES)}"
+        )
     try:
         shape = [int(part) for part in shape_text.split(",")]
     except ValueError:

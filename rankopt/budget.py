@@ -86,7 +86,9 @@ class Budget:
                 "at most 0.01"
             )
         if self.minimize is not None and self.minimize not in RATIO_AXES:
-            raise BudgetError(f"minimize={self.minimize!r}: expected one of {', '.join(RATIO_AXES)}")
+            raise BudgetError(
+                f"minimize={self.minimize!r}: expected one of {', '.join(RATIO_AXES)}"
+            )
         if self.direction not in ("maximize", "minimize"):
             raise BudgetError(f"direction={self.direction!r}: expected 'maximize' or 'minimize'")
 

@@ -141,9 +141,10 @@ def _stored(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str], dict[s
         seen[key] = name
         for layout, memory_format in _LAYOUT_NAMES.items():
             dims = 4 if layout == "channels_last" else 5
-            if value.dim() == dims and not value.is_contiguous():
-                if value.is_contiguous(memory_format=memory_format):
-                    layouts[name] = layout
+            if value.dim() != dims or value.is_contiguous():
+                continue
+            if value.is_contiguous(memory_format=memory_format):
+                layouts[name] = layout
         contiguous = value.detach().contiguous()
         # A slice of a larger storage is refused by safetensors: copy it out.
         whole = contiguous.untyped_storage().nbytes() == contiguous.numel() * value.element_size()

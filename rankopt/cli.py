@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
@@ -39,6 +40,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted; nothing was written", file=sys.stderr)
         return INTERRUPTED
+    except BrokenPipeError:  # the reader, `head` say, has seen enough
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+        return 0
     except BudgetInfeasible as error:
         print(f"rankopt: {error}", file=sys.stderr)
         return INFEASIBLE
@@ -140,7 +144,7 @@ def _apply(arguments: argparse.Namespace) -> int:
     import rankopt
 
     plan = rankopt.RankPlan.load(arguments.plan)
-    model, inputs = _model(arguments)
+    model, _ = _model(arguments)
     small = rankopt.apply(model, plan)
     rankopt.save(small, arguments.output)
     result = rankopt.compare(model, small)

@@ -129,11 +129,11 @@ class Layer:
         return f"only {inputs} input and {outputs} output channels{groups}"
 
     def refused(self, reason: str) -> Layer:
-        """This layer with a reason to be kept; an earlier reason stays."""
+        """Return this layer with a reason to be kept; an earlier reason stays."""
         return self if self.refusal else replace(self, refusal=reason)
 
 
-def canonical_weight(module: nn.Module) -> Tensor:
+def canonical_weight(module: Any) -> Tensor:
     """The weight as [groups, out / groups, in / groups, *kernel], a view where it can be.
 
     Example:
@@ -144,7 +144,8 @@ def canonical_weight(module: nn.Module) -> Tensor:
     if type_name(module) == _HF_CONV1D:
         weight = weight.T
     groups = int(getattr(module, "groups", 1))
-    return weight.unflatten(0, (groups, -1))
+    grouped: Tensor = weight.unflatten(0, (groups, -1))
+    return grouped
 
 
 def check_weight(layer: Layer, weight: Tensor) -> None:
@@ -255,7 +256,7 @@ def _describe(module: nn.Module, name: str, aliases: tuple[str, ...]) -> Layer |
         return Layer(
             **base,
             shape=shape,
-            refusal="its weight is not a plain parameter (weight norm, pruning or a tensor subclass)",
+            refusal="its weight is no plain parameter (weight norm, pruning or a tensor subclass)",
         )
     layer = Layer(
         **base, **fields, shape=tuple(weight.shape), dtype=str(weight.dtype).removeprefix("torch.")
@@ -264,7 +265,7 @@ def _describe(module: nn.Module, name: str, aliases: tuple[str, ...]) -> Layer |
     return layer if reason is None else layer.refused(reason)
 
 
-def _linear_fields(module: nn.Module) -> dict[str, Any]:
+def _linear_fields(module: Any) -> dict[str, Any]:
     transposed = type_name(module) == _HF_CONV1D
     weight = module.weight
     inputs, outputs = weight.shape if transposed else weight.shape[::-1]
@@ -304,20 +305,20 @@ def _refusal(layer: Layer, module: nn.Module, weight: Tensor) -> str | None:
 
 def _other(module: nn.Module, base: Mapping[str, Any]) -> Layer | None:
     """Modules of other classes are listed if they own a matrix called weight."""
-    for key, parameter in module.named_parameters(recurse=False):
-        if parameter.dim() >= 2 and "weight" in key:
-            parent = next((c for c in (nn.Linear, *_CONVS) if isinstance(module, c)), None)
-            reason = (
-                f"{type(module).__name__} is a subclass of {parent.__name__} that may do more"
-                if parent
-                else f"{type(module).__name__} is not a layer rankopt decomposes"
-            )
-            return Layer(
-                **base,
-                shape=tuple(parameter.shape),
-                dtype=str(parameter.dtype).removeprefix("torch."),
-                refusal=reason,
-            )
+    parent = next((c for c in (nn.Linear, *_CONVS) if isinstance(module, c)), None)
+    matrices = [
+        parameter
+        for key, parameter in module.named_parameters(recurse=False)
+        if parameter.dim() >= 2 and "weight" in key
+    ]
+    if parent is not None:
+        shape = tuple(getattr(module.weight, "shape", ()))
+        reason = f"{type(module).__name__} is a subclass of {parent.__name__} that may do more"
+        return Layer(**base, shape=shape, refusal=reason)
+    if matrices:
+        shape = tuple(matrices[0].shape)
+        reason = f"{type(module).__name__} is not a layer rankopt decomposes"
+        return Layer(**base, shape=shape, refusal=reason)
     return None
 
 

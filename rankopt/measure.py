@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from rankopt import surgery
+from rankopt._parallel import for_each
 from rankopt.errors import ModelError
 
 __all__ = [
@@ -137,12 +138,13 @@ def structure_digest(model: nn.Module) -> str:
 
 def weights_digest(model: nn.Module) -> str:
     """Digest of the values of parameters and persistent buffers."""
+    named = list(_state(model))
+    unique = list({id(tensor): tensor for _, tensor in named}.values())
+    device = surgery.device_of(model)
+    values = {id(t): value for t, value in for_each(tensor_digest, unique, device=device)}
     digest = hashlib.sha256()
-    seen: dict[int, bytes] = {}
-    for name, tensor in _state(model):
-        value = seen.setdefault(id(tensor), b"") or tensor_digest(tensor)
-        seen[id(tensor)] = value
-        digest.update(name.encode() + value)
+    for name, tensor in named:
+        digest.update(name.encode() + values[id(tensor)])
     return digest.hexdigest()[:32]
 
 

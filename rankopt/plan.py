@@ -44,7 +44,9 @@ class Factors:
 
     def __post_init__(self) -> None:
         if self.kind not in FACTOR_KINDS:
-            raise PlanError(f"factors kind {self.kind!r}: expected one of {', '.join(FACTOR_KINDS)}")
+            raise PlanError(
+                f"factors kind {self.kind!r}: expected one of {', '.join(FACTOR_KINDS)}"
+            )
         if (self.digest is None) != (self.kind == "weights"):
             raise PlanError(
                 f"factors kind {self.kind!r} with digest {self.digest!r}: "
@@ -92,14 +94,18 @@ class Decision:
             if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
                 raise PlanError(f"{where}: rank {rank!r}: ranks are integers of at least 1")
         if self.error is not None and not (math.isfinite(self.error) and self.error >= 0):
-            raise PlanError(f"{where}: error {self.error!r}: expected a finite number of at least 0")
+            raise PlanError(
+                f"{where}: error {self.error!r}: expected a finite number of at least 0"
+            )
 
     @property
     def ranks(self) -> tuple[int, ...]:
         """The ranks, input side first; empty where the method has none."""
         ranks = self.args.get("ranks", ())
         if not isinstance(ranks, Sequence) or isinstance(ranks, str):
-            raise PlanError(f"decision for {', '.join(self.targets)}: ranks {ranks!r} is not a list")
+            raise PlanError(
+                f"decision for {', '.join(self.targets)}: ranks {ranks!r} is not a list"
+            )
         return tuple(ranks)
 
     @property

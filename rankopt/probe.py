@@ -13,9 +13,9 @@ import sys
 import textwrap
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import cache
 from types import FrameType
-from typing import Any, Final
+from typing import Any, Final, cast
 
 import torch
 from torch import nn
@@ -114,10 +114,10 @@ def probe(view: nn.Module, layers: Iterable[Layer], example_inputs: Any) -> Prob
         for name, module in modules.items()
         if isinstance(module, UnpackedAttention) and module.packed
     ]
-    classes = {module: type(module) for module in watched.values()}
+    classes: dict[nn.Module, Any] = {module: type(module) for module in watched.values()}
     names = {id(module): name for name, module in watched.items()}
     try:
-        with _recorder(result, names):
+        with _Recorder(result, names):
             for module, cls in classes.items():
                 module.__class__ = _watching(cls)
             with measure.preserve_rng(), measure.evaluation(view):
@@ -146,35 +146,37 @@ def probe(view: nn.Module, layers: Iterable[Layer], example_inputs: Any) -> Prob
 def _positions(module: nn.Module, entering: Any, leaving: Any) -> tuple[int, int]:
     kernel = getattr(module, "kernel_size", None)
     if kernel is None:
-        return tuple(x.numel() // max(x.shape[-1], 1) for x in (entering, leaving))  # type: ignore[return-value]
+        return tuple(x.numel() // max(x.shape[-1], 1) for x in (entering, leaving))
     channels: Any = (module.in_channels, module.out_channels)
     return entering.numel() // channels[0], leaving.numel() // channels[1]
 
 
 def _note_crossing(result: Probe, name: str) -> Callable[..., None]:
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        query, key, value = (*args, *(kwargs[k] for k in ("query", "key", "value") if k in kwargs))[:3]
+        query, key, value = (*args, *(kwargs[k] for k in ("query", "key", "value") if k in kwargs))[
+            :3
+        ]
         if not (query is key and key is value):
             result.crossed.add(name)
 
     return hook
 
 
-class _recorder:
+class _Recorder:
     """While active, says who reads attributes of watched modules."""
 
-    current: _recorder | None = None
+    current: _Recorder | None = None
 
     def __init__(self, result: Probe, names: Mapping[int, str]) -> None:
         self.result, self.names = result, names
         self.inside: list[int] = []
 
-    def __enter__(self) -> _recorder:
-        _recorder.current = self
+    def __enter__(self) -> _Recorder:
+        _Recorder.current = self
         return self
 
     def __exit__(self, *_: object) -> None:
-        _recorder.current = None
+        _Recorder.current = None
 
     def read(self, module: nn.Module, attribute: str, reader: FrameType) -> None:
         own = reader.f_code.co_filename == __file__ or id(module) in self.inside
@@ -187,20 +189,20 @@ class _recorder:
         )
 
 
-@lru_cache(maxsize=None)
-def _watching(cls: type[nn.Module]) -> type[nn.Module]:
+@cache
+def _watching(cls: Any) -> Any:
     """A subclass of `cls` that reports attribute reads from outside its forward."""
 
-    def __getattribute__(self: nn.Module, attribute: str) -> Any:
-        if attribute in _READS and _recorder.current is not None:
-            _recorder.current.read(self, attribute, sys._getframe(1))
+    def __getattribute__(self: nn.Module, attribute: str) -> Any:  # noqa: N807
+        if attribute in _READS and _Recorder.current is not None:
+            _Recorder.current.read(self, attribute, sys._getframe(1))
         return object.__getattribute__(self, attribute)
 
-    def __getattr__(self: nn.Module, attribute: str) -> Any:
+    def __getattr__(self: nn.Module, attribute: str) -> Any:  # noqa: N807
         return nn.Module.__getattr__(self, attribute)
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        recorder = _recorder.current
+        recorder = _Recorder.current
         if recorder is None:
             return cls.forward(self, *args, **kwargs)
         recorder.inside.append(id(self))
@@ -222,7 +224,7 @@ def static_reads(view: nn.Module) -> dict[str, str]:
     for name, module in surgery.named_modules(view):
         if is_registered(module):
             continue
-        for child, attribute in _reads_in_source(type(module)):
+        for child, attribute in _reads_in_source(cast(Any, type(module))):
             if child in module._modules:
                 path = f"{name}.{child}" if name else child
                 reads.setdefault(
@@ -232,8 +234,8 @@ def static_reads(view: nn.Module) -> dict[str, str]:
     return reads
 
 
-@lru_cache(maxsize=None)
-def _reads_in_source(cls: type) -> frozenset[tuple[str, str]]:
+@cache
+def _reads_in_source(cls: Any) -> frozenset[tuple[str, str]]:
     """(child, attribute) pairs that methods of `cls` read as ``self.child.attribute``."""
     found: set[tuple[str, str]] = set()
     for method, function in inspect.getmembers(cls, inspect.isfunction):

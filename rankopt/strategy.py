@@ -351,9 +351,7 @@ def _decide(site: Site, option: Option) -> Decision:
         method=option.method,
         args=dict(option.args),
         reason=f"keep: {option.reason}" if option.keeps else option.reason,
-        cost={
-            axis: (int(before), int(option.cost[axis])) for axis, before in site.cost.items()
-        },
+        cost={axis: (int(before), int(option.cost[axis])) for axis, before in site.cost.items()},
         error=option.error,
     )
 
@@ -394,7 +392,7 @@ class Strategy(ABC):
 
     def describe(self, seed: int) -> dict[str, Any]:
         """Name, settings and seed, as they stand in the plan."""
-        settings = asdict(self) if is_dataclass(self) else {}
+        settings: dict[str, Any] = asdict(self) if is_dataclass(self) else {}
         return {"name": self.name, "settings": settings, "seed": seed}
 
 

@@ -35,13 +35,15 @@ def normalised(name: str) -> str:
 
 def unwrap(model: nn.Module) -> nn.Module:
     """The plain module inside torch.compile, DataParallel or DDP wrappers."""
+    found: Any = model
     while True:
-        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-            model = model.module
-        elif hasattr(model, "_orig_mod"):
-            model = model._orig_mod
+        if isinstance(found, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            found = found.module
+        elif hasattr(found, "_orig_mod"):
+            found = found._orig_mod
         else:
-            return model
+            plain: nn.Module = found
+            return plain
 
 
 def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -73,6 +75,11 @@ def clone(
     if substitute is not None:
         for parameter in model.parameters():
             memo[id(parameter)] = substitute(parameter)
+    for module in model.modules():
+        # Tensors recomputed on each call (old-style weight norm) cannot be deep-copied.
+        for value in vars(module).values():
+            if isinstance(value, Tensor) and not value.is_leaf:
+                memo[id(value)] = value.detach().clone()
     try:
         return copy.deepcopy(model, memo)
     except (TypeError, RuntimeError, AttributeError) as error:
@@ -112,18 +119,16 @@ def replace(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> nn
         return replacements[model]
     for parent in list(model.modules()):
         for name, child in list(parent._modules.items()):
-            if child is not None and child in replacements:
-                parent._modules[name] = replacements[child]
-                if parent.__dict__.get(name) is child:
-                    parent.__dict__[name] = replacements[child]
+            # A child compiled on its own is replaced with its wrapper.
+            plain = getattr(child, "_orig_mod", child)
+            if plain is not None and plain in replacements:
+                parent._modules[name] = replacements[plain]
     return model
 
 
 def ancestors(model: nn.Module, names: Iterable[str]) -> set[nn.Module]:
     """The modules on the paths to `names`, the named ones excluded."""
-    prefixes = {
-        name[:cut] for name in names for cut in range(len(name)) if name[cut] == "."
-    } | {""}
+    prefixes = {name[:cut] for name in names for cut in range(len(name)) if name[cut] == "."} | {""}
     return {module for name, module in named_modules(model) if name in prefixes}
 
 

@@ -15,6 +15,7 @@ def test_each(check):
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import random
 from collections.abc import Callable, Iterator, Sequence
@@ -26,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 import rankopt
-from rankopt import measure, surgery
+from rankopt import measure
 from rankopt.decompositions.base import Decomposition, chain
 from rankopt.errors import BudgetInfeasible, DeadlineExceeded, RankoptError
 from rankopt.layers import Layer, canonical_weight, find_layers
@@ -177,7 +178,7 @@ class _StrategySuite:
 
     def settings_are_frozen(self) -> None:
         assert dataclasses.is_dataclass(self.strategy), "not a dataclass"
-        parameters = type(self.strategy).__dataclass_params__  # type: ignore[attr-defined]
+        parameters = type(self.strategy).__dataclass_params__
         assert parameters.frozen, "the dataclass is not frozen"
 
     def meets_budgets(self) -> None:
@@ -276,7 +277,7 @@ class _StrategySuite:
             model = planted_model()
             plan = self.plan(f"params<={share}%", model)
             errors.append(sum(_squared_error(model, decision) for decision in plan.changes))
-        pairs = zip(errors, errors[1:], strict=False)
+        pairs = itertools.pairwise(errors)
         assert all(b <= a + FLOAT64_ERROR for a, b in pairs), f"errors by budget: {errors}"
 
     def answers_without_a_budget(self) -> None:
@@ -314,7 +315,7 @@ def _generators() -> tuple[Any, ...]:
     return (
         torch.get_rng_state().numpy().tobytes(),
         random.getstate(),
-        np.random.get_state()[1].tobytes(),  # type: ignore[union-attr, index]
+        np.random.get_state()[1].tobytes(),  # type: ignore[index]
     )
 
 
@@ -332,9 +333,7 @@ def check_decomposition(decomposition: Decomposition, modules: Sequence[nn.Modul
         check()
 
 
-def decomposition_checks(
-    decomposition: Decomposition, modules: Sequence[nn.Module]
-) -> list[Check]:
+def decomposition_checks(decomposition: Decomposition, modules: Sequence[nn.Module]) -> list[Check]:
     """The checks of a decomposition, one set per module."""
     made = []
     for index, module in enumerate(modules):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -77,11 +78,11 @@ def unpack(
     return surgery.replace(model, new)
 
 
-def _linear(weight: nn.Parameter, bias: nn.Parameter | None) -> nn.Linear:
+def _linear(weight: Any, bias: nn.Parameter | None) -> nn.Linear:
     """An `nn.Linear` around existing parameters `weight` [out, in] and `bias` [out]."""
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
     linear.weight = weight
-    linear.bias = bias
+    linear._parameters["bias"] = bias
     return linear
 
 
@@ -106,6 +107,9 @@ class UnpackedAttention(nn.Module):
         split: Whether a packed projection becomes three.
     """
 
+    q_proj: nn.Module
+    k_proj: nn.Module
+    v_proj: nn.Module
     # Read by nn.TransformerEncoderLayer; None keeps it off its fused path.
     in_proj_bias = None
 
@@ -134,7 +138,8 @@ class UnpackedAttention(nn.Module):
                 projection = _linear(weight, _rows(packed_bias, start, stop))
                 self.add_module(f"{letter}_proj", projection)
         self.out_proj = _linear(source.out_proj.weight, source.out_proj.bias)
-        self.bias_k, self.bias_v = source.bias_k, source.bias_v
+        self.bias_k: Any = source.bias_k
+        self.bias_v: Any = source.bias_v
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
         if not self.packed:
@@ -146,7 +151,8 @@ class UnpackedAttention(nn.Module):
 
     def _heads(self, x: Tensor) -> Tensor:
         """[batch, length, E] to [batch, heads, length, E / heads]."""
-        return x.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
+        heads: Tensor = x.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
+        return heads
 
     def forward(
         self,
@@ -224,16 +230,18 @@ def _unpack_attention(module: nn.Module, split: bool) -> nn.Module:
     return unpacked
 
 
-def _avoid_fused_layer(module: nn.Module, split: bool) -> nn.Module:
+def _avoid_fused_layer(module: Any, split: bool) -> nn.Module:
     """Keep `nn.TransformerEncoderLayer` off the fused kernel, which reads raw weights."""
     module.activation_relu_or_gelu = 0
-    return module
+    unfused: nn.Module = module
+    return unfused
 
 
-def _avoid_nested_tensors(module: nn.Module, split: bool) -> nn.Module:
+def _avoid_nested_tensors(module: Any, split: bool) -> nn.Module:
     """Keep `nn.TransformerEncoder` from reading its first layer's weights."""
     module.use_nested_tensor = False
-    return module
+    plain: nn.Module = module
+    return plain
 
 
 def _unpack_swin(module: nn.Module, split: bool) -> nn.Module:

@@ -25,7 +25,7 @@ MASKED: Final = -100.0
 MAX_LOGIT_SCALE: Final = math.log(100.0)
 
 
-def unpack(module: nn.Module) -> nn.Module:
+def unpack(module: Any) -> nn.Module:
     """Change the class of a window attention in place; tensors stay the same.
 
     V2 never uses the key third of its bias; it is zeroed here, so that calling
@@ -41,7 +41,8 @@ def unpack(module: nn.Module) -> nn.Module:
             values[third : 2 * third] = 0
             module.qkv.bias = nn.Parameter(values, requires_grad=bias.requires_grad)
         module.__class__ = WindowAttentionV2
-    return module
+    unpacked: nn.Module = module
+    return unpacked
 
 
 class _CallsProjections:
@@ -103,16 +104,18 @@ def _region_mask(
     return torch.zeros(apart.shape, dtype=x.dtype, device=x.device).masked_fill_(apart, MASKED)
 
 
-class WindowAttention(_CallsProjections, ShiftedWindowAttention):  # type: ignore[misc]
+class WindowAttention(_CallsProjections, ShiftedWindowAttention):
     """Swin V1: scaled dot products."""
 
     def _scores(self, q: Tensor, k: Tensor) -> Tensor:
-        return (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
+        scores: Tensor = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
+        return scores
 
 
-class WindowAttentionV2(_CallsProjections, ShiftedWindowAttentionV2):  # type: ignore[misc]
+class WindowAttentionV2(_CallsProjections, ShiftedWindowAttentionV2):
     """Swin V2: scaled cosines."""
 
     def _scores(self, q: Tensor, k: Tensor) -> Tensor:
         cosines = F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).transpose(-2, -1)
-        return cosines * self.logit_scale.clamp(max=MAX_LOGIT_SCALE).exp()
+        scores: Tensor = cosines * self.logit_scale.clamp(max=MAX_LOGIT_SCALE).exp()
+        return scores

@@ -167,7 +167,8 @@ def conv(
     if not layer.is_conv:
         return nn.Linear(inputs, outputs, bias=bias, device="meta")
     size = tuple(kernel) if kernel is not None else (1,) * len(layer.kernel)
-    module: nn.Module = _CONV[len(size)](
+    kind: Any = _CONV[len(size)]
+    module: nn.Module = kind(
         inputs, outputs, size, groups=groups, bias=bias, device="meta", **(place or {})
     )
     return module
@@ -207,7 +208,8 @@ def principal_vectors(gram: Tensor) -> Tensor:
     """
     vectors = torch.linalg.eigh(gram)[1].flip(-1)
     pivots = vectors.gather(-2, vectors.abs().argmax(dim=-2, keepdim=True))
-    return vectors * torch.where(pivots < 0, -1.0, 1.0).to(vectors.dtype)
+    signed: Tensor = vectors * torch.where(pivots < 0, -1.0, 1.0).to(vectors.dtype)
+    return signed
 
 
 def working_copy(weight: Tensor) -> Tensor:

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Final
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
 from rankopt.decompositions import base

@@ -70,8 +70,9 @@ def comparison_table(comparison: Comparison) -> Table:
             before, after = (f"{count(x)}{unit}" for x in (figure.before, figure.after))
             made.add_row(name, before, after, f"{100 * figure.ratio:.1f}%")
     if comparison.metric is not None:
-        before, after = comparison.metric.before, comparison.metric.after
-        made.add_row("metric", f"{before:.4g}", f"{after:.4g}", f"{after - before:+.4g}")
+        metric = comparison.metric
+        change = f"{metric.after - metric.before:+.4g}"
+        made.add_row("metric", f"{metric.before:.4g}", f"{metric.after:.4g}", change)
     if comparison.latency_ratio is not None:
         ratio = comparison.latency_ratio
         made.add_row(

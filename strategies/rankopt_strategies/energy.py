@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
+
 from rankopt.plan import RankPlan
 from rankopt.strategy import Option, Problem, Site, Strategy, Tags, check_share
 

@@ -9,10 +9,11 @@ from typing import ClassVar, Literal
 
 import numpy as np
 import numpy.typing as npt
+from scipy.optimize import minimize_scalar
+
 from rankopt.decompositions.base import Decomposition
 from rankopt.plan import RankPlan
 from rankopt.strategy import Option, Problem, Site, Strategy, Tags
-from scipy.optimize import minimize_scalar
 
 __all__ = ["VBMF", "evbmf_rank", "evbmf_rank_from_spectrum"]
 
@@ -102,9 +103,7 @@ def _free_energy(
     shifted = signal - (1 + aspect)
     tau = 0.5 * (shifted + np.sqrt(np.clip(shifted**2 - 4 * aspect, 0.0, None)))
     energy = np.sum(noise - np.log(np.clip(noise, 1e-300, None)))
-    energy += np.sum(
-        signal - tau + np.log((tau + 1) / signal) + aspect * np.log(tau / aspect + 1)
-    )
+    energy += np.sum(signal - tau + np.log((tau + 1) / signal) + aspect * np.log(tau / aspect + 1))
     return float(energy + (small - len(squared)) * math.log(variance))
 
 

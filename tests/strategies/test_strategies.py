@@ -1,0 +1,255 @@
+from __future__ import annotations
+
+import dataclasses
+import re
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import rankopt
+from rankopt.errors import BudgetInfeasible, RankoptError
+from rankopt.testing import check_strategy, planted_inputs, planted_model, strategy_checks
+from rankopt.vision import import_torchvision
+from rankopt_strategies import VBMF, Energy, ParameterRatio
+from rankopt_strategies.parameter_ratio import svd_rank, tucker2_ranks
+from rankopt_strategies.vbmf import evbmf_rank
+
+
+@pytest.mark.parametrize(
+    "check",
+    [check for name in rankopt.strategies.names() for check in strategy_checks(name)],
+    ids=str,
+)
+def test_contract(check):
+    check()
+
+
+@pytest.mark.parametrize(
+    "strategy", [Energy(0.5), ParameterRatio(3.0, beta=1.0), VBMF(1.0, noise="compress")], ids=repr
+)
+def test_contract_with_other_settings(strategy):
+    check_strategy(strategy)
+
+
+@pytest.mark.parametrize(
+    ("make", "match"),
+    [
+        (lambda: Energy(1.5), "threshold=1.5"),
+        (lambda: Energy(float("nan")), "threshold=nan"),
+        (lambda: Energy("a"), "threshold='a'"),
+        (lambda: ParameterRatio(1.0), "ratio=1.0: .* above 1"),
+        (lambda: ParameterRatio(beta=0), "beta=0"),
+        (lambda: ParameterRatio("2"), "ratio='2'"),
+        (lambda: VBMF(0), r"weakening=0: expected a number in \(0, 1\]"),
+        (lambda: VBMF("x"), "weakening='x'"),
+        (lambda: VBMF(noise="drop"), "noise='drop'"),
+    ],
+)
+def test_settings_are_validated(make, match):
+    with pytest.raises(ValueError, match=match):
+        make()
+
+
+def test_the_contract_catches_offenders():
+    @dataclasses.dataclass(frozen=True)
+    class Greedy(Energy):
+        name = "greedy"
+
+        def search(self, problem):
+            return problem.plan(self, [problem.keep(site, "no") for site in problem.sites])
+
+    with pytest.raises(RankoptError, match="breaks its budget"):
+        check_strategy(Greedy())
+
+    @dataclasses.dataclass(frozen=True)
+    class Vandal(Energy):
+        name = "vandal"
+
+        def search(self, problem):
+            problem.weight(problem.sites[0].layer).zero_()
+            return super().search(problem)
+
+    with pytest.raises(AssertionError, match="vandal: leaves_the_model_alone"):
+        next(c for c in strategy_checks(Vandal()) if c.name == "leaves_the_model_alone")()
+
+
+# parameter_ratio
+
+
+@pytest.mark.parametrize(
+    ("inputs", "outputs", "rank"),
+    [(2048, 512, 204), (64, 64, 16), (64, 256, 25), (2048, 1000, 335), (2048, 1001, 336)],
+)
+def test_published_svd_ranks(inputs, outputs, rank):
+    assert svd_rank(inputs, outputs, 2.0) == rank
+
+
+@pytest.mark.parametrize(("channels", "rank"), [(512, 309), (64, 38)])
+def test_published_tucker_ranks(channels, rank):
+    assert tucker2_ranks(channels, channels, 9, 2.0) == (rank, rank)
+
+
+@given(st.integers(4, 600), st.integers(4, 600), st.sampled_from([3, 9, 25]), st.floats(1.1, 20))
+def test_formula_ranks_meet_their_ratio(inputs, outputs, kernel, ratio):
+    dense = inputs * outputs * kernel
+    first, second = tucker2_ranks(inputs, outputs, kernel, ratio)
+    if min(first, second) > 1:
+        assert inputs * first + kernel * first * second + second * outputs <= dense / ratio
+    rank = svd_rank(inputs, outputs, ratio)
+    if rank > 1:
+        assert rank * (inputs + outputs) <= inputs * outputs / ratio
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "params", "macs", "dense"),
+    [
+        ("resnet50", -50.10, -47.31, 4_089_184_256),
+        ("resnet101", -50.14, -48.75, 7_801_405_440),
+        ("resnet152", -50.15, -49.26, 11_513_626_624),
+    ],
+)
+@pytest.mark.parametrize("stride_on", ["first", "last"])
+def test_published_table(name, params, macs, dense, stride_on):
+    """arXiv 2407.20266, table 1, on the built model; the paper strides the last factor."""
+    model = import_torchvision().models.get_model(name)
+    plan = rankopt.search(
+        model,
+        None,
+        strategy=ParameterRatio(2.0),
+        methods=[rankopt.decompositions.create("svd", stride_on=stride_on), "tucker2"],
+        example_inputs=torch.randn(1, 3, 224, 224),
+        ignore=["conv1"],
+    )
+    papers = {"resnet50": -43.55, "resnet101": -46.78, "resnet152": -47.92}
+    assert plan.totals["macs"]["before"] == dense
+    change = {
+        axis: round(100 * (entry["measured"] / entry["before"] - 1), 2)
+        for axis, entry in plan.totals.items()
+    }
+    assert change["params"] == params
+    assert change["macs"] == (macs if stride_on == "first" else papers[name])
+
+
+def test_unknown_method_has_no_formula():
+    @dataclasses.dataclass(frozen=True)
+    class Other(type(rankopt.decompositions.create("svd"))):
+        name = "other"
+
+    with pytest.raises(RankoptError, match="no formula for 'other'"):
+        rankopt.search(nn.Linear(8, 8), None, strategy="parameter_ratio", methods=[Other()])
+
+
+# energy
+
+
+def test_energy_without_a_budget_retains_its_threshold():
+    plan = rankopt.search(planted_model(), None, strategy=Energy(0.95))
+    assert plan.changes
+    for decision in plan.changes:
+        assert decision.error**2 <= 0.05
+        tighter = rankopt.Decision(
+            decision.targets, decision.shapes, decision.method,
+            {"ranks": [max(1, rank - 1) for rank in decision.ranks]},
+        )  # fmt: skip
+        assert tighter.ranks != decision.ranks or decision.ranks[0] == 1
+
+
+def test_energy_compresses_what_decays():
+    flat = nn.Linear(32, 32)
+    nn.init.orthogonal_(flat.weight)
+    decaying = nn.Linear(32, 32)
+    with torch.no_grad():
+        decaying.weight.copy_(flat.weight * torch.logspace(0, -4, 32))
+    plan = rankopt.search(nn.Sequential(flat, decaying), "params<=60%")
+    assert plan["0"].keeps or plan["0"].ranks > plan["1"].ranks
+
+
+# vbmf
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(30, 80), st.integers(30, 120), st.integers(1, 6), st.integers(0, 10**6))
+def test_evbmf_finds_planted_ranks(rows, columns, rank, seed):
+    rng = np.random.default_rng(seed)
+    left = np.linalg.qr(rng.normal(size=(rows, rank)))[0]
+    right = np.linalg.qr(rng.normal(size=(columns, rank)))[0]
+    # Every component well above the noise's edge, √rows + √columns.
+    signal = left * (4 * (np.sqrt(rows) + np.sqrt(columns))) @ right.T
+    matrix = signal + rng.normal(size=(rows, columns))
+    assert evbmf_rank(matrix) == rank
+    assert evbmf_rank(matrix.T) == rank
+    assert evbmf_rank(1e-8 * matrix) == rank
+
+
+def test_evbmf_edges():
+    rng = np.random.default_rng(0)
+    assert evbmf_rank(rng.normal(size=(40, 60))) <= 1
+    assert evbmf_rank(np.zeros((4, 5))) == 0
+    exact = rng.normal(size=(30, 3)) @ rng.normal(size=(3, 50))
+    assert evbmf_rank(exact) == 3
+    assert evbmf_rank(np.ones((3, 7))) == 1
+    assert evbmf_rank(np.ones((1, 1))) in (0, 1)
+    for bad, match in (
+        (np.ones(3), r"shape \(3,\)"),
+        (np.ones((0, 3)), "non-empty"),
+        ([[np.nan, 1.0]], "finite"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            evbmf_rank(bad)
+
+
+def test_evbmf_against_a_brute_force_minimum():
+    """The noise variance the rank rests on is the global minimum of the free energy."""
+    from rankopt_strategies.vbmf import _free_energy
+
+    rng = np.random.default_rng(3)
+    small, large = 24, 40
+    matrix = rng.normal(size=(small, 5)) @ rng.normal(size=(5, large)) + rng.normal(
+        size=(small, large)
+    )
+    matrix /= np.sqrt((matrix**2).mean())
+    squared = np.linalg.svd(matrix, compute_uv=False) ** 2
+    aspect = small / large
+    tau = 2.5129 * np.sqrt(aspect)
+    x_bar = (1 + tau) * (1 + aspect / tau)
+    grid = np.exp(np.linspace(np.log(1e-4), 0, 20001))
+    energies = [_free_energy(v, squared, small, large, aspect, x_bar) for v in grid]
+    variance = grid[int(np.argmin(energies))]
+    assert evbmf_rank(matrix) == int((squared > large * variance * x_bar).sum())
+
+
+def test_vbmf_explains_what_it_leaves():
+    model = planted_model()
+    with torch.no_grad():
+        model.hidden.weight.normal_()
+    plan = rankopt.search(model, None, strategy="vbmf")
+    assert "no component above the noise" in plan["hidden"].reason
+    # Four components were planted in the output mode: 32 - 0.8 * (32 - 4), rounded down.
+    assert re.fullmatch(r"VBMF rank \d+ x 4, weakening 0.8", plan["conv"].reason)
+    assert plan["conv"].ranks[1] == 9
+    forced = rankopt.search(model, None, strategy=VBMF(noise="compress"))
+    assert not forced["hidden"].keeps
+
+
+def test_vbmf_on_pure_noise_names_the_way_out():
+    model = nn.Sequential(nn.Linear(32, 32))
+    with torch.no_grad():
+        model[0].weight.normal_()
+    with pytest.raises(BudgetInfeasible, match="smallest reachable is params 100.00%"):
+        rankopt.search(model, "params<=50%", strategy="vbmf")
+    plan = rankopt.search(model, "params<=50%", strategy=VBMF(noise="compress"))
+    assert plan.changes
+
+
+def test_every_strategy_names_itself_in_the_plan():
+    for name in rankopt.strategies.names():
+        plan = rankopt.search(
+            planted_model(), "macs<=60%", strategy=name, example_inputs=planted_inputs()
+        )
+        assert plan.strategy["name"] == name
+        assert rankopt.strategies.create(name, **plan.strategy["settings"])

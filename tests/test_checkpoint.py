@@ -1,0 +1,159 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from torch import nn
+
+import rankopt
+from rankopt.errors import CheckpointError, PlanError, RankoptError
+from rankopt.testing import planted_inputs, planted_model
+
+
+@pytest.fixture
+def small():
+    return rankopt.apply(planted_model(), rankopt.search(planted_model(), "params<=60%"))
+
+
+def test_round_trip_is_bitwise(small, tmp_path):
+    path = tmp_path / "small.safetensors"
+    rankopt.save(small, path)
+    fresh = planted_model(7)
+    again = rankopt.load(fresh, path)
+    x = planted_inputs()
+    with torch.no_grad():
+        assert torch.equal(again(x), small(x))
+        assert not torch.equal(fresh(x), small(x))
+    assert rankopt.load_plan(path) == small.rankopt_plan
+    assert list(tmp_path.iterdir()) == [path]
+    rankopt.save(again, path)  # what was loaded can be saved again
+
+
+def test_dtype_memory_format_and_flags(tmp_path):
+    model = planted_model().to(torch.bfloat16).to(memory_format=torch.channels_last)
+    small = rankopt.apply(model, rankopt.search(model, "params<=60%"))
+    rankopt.save(small, tmp_path / "s.safetensors")
+    fresh = planted_model()
+    fresh.head.weight.requires_grad_(False)
+    again = rankopt.load(fresh, tmp_path / "s.safetensors")
+    assert {p.dtype for p in again.parameters()} == {torch.bfloat16}
+    assert again.conv.core.weight.stride() == small.conv.core.weight.stride()
+    assert not again.head.first.weight.requires_grad
+    assert again.conv.core.weight.requires_grad
+
+
+def test_trained_weights_are_what_is_saved(small, tmp_path):
+    with torch.no_grad():
+        small.conv.core.weight.add_(0.5)
+    rankopt.save(torch.compile(small, backend="eager"), tmp_path / "s.safetensors")
+    again = rankopt.load(planted_model(), tmp_path / "s.safetensors")
+    assert torch.equal(again.conv.core.weight, small.conv.core.weight)
+
+
+def test_shards(small, tmp_path):
+    path = tmp_path / "s.safetensors"
+    rankopt.save(small, path, max_shard_bytes=4000)
+    names = sorted(p.name for p in tmp_path.iterdir())
+    assert len(names) > 2
+    assert "s.safetensors.index.json" in names
+    again = rankopt.load(planted_model(), path)
+    assert torch.equal(again(planted_inputs()), small(planted_inputs()))
+    assert rankopt.load_plan(path) == small.rankopt_plan
+    index = json.loads((tmp_path / "s.safetensors.index.json").read_text())
+    (tmp_path / next(iter(index["weight_map"].values()))).unlink()
+    with pytest.raises(CheckpointError, match="does not exist"):
+        rankopt.load(planted_model(), path)
+
+
+def test_rounded_buffers_outside_the_state_come_back(tmp_path):
+    class Rotary(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(32, 32)
+            self.register_buffer("angles", torch.linspace(0, 1, 32) / 3, persistent=False)
+
+        def forward(self, x):
+            return self.fc(x) * self.angles
+
+    model = Rotary().to(torch.bfloat16)
+    small = rankopt.apply(model, rankopt.search(model, "params<=60%"))
+    rankopt.save(small, tmp_path / "r.safetensors")
+    again = rankopt.load(Rotary(), tmp_path / "r.safetensors")
+    x = torch.randn(2, 32).to(torch.bfloat16)
+    assert torch.equal(again(x), small(x))
+
+
+def test_damaged_files(small, tmp_path):
+    path = tmp_path / "s.safetensors"
+    rankopt.save(small, path)
+    whole = path.read_bytes()
+    for cut in (4, 100, len(whole) - 10):
+        path.write_bytes(whole[:cut])
+        with pytest.raises(CheckpointError, match="not a complete safetensors file.*truncated"):
+            rankopt.load(planted_model(), path)
+    path.write_bytes(b"")
+    with pytest.raises(CheckpointError, match="not a complete"):
+        rankopt.load(planted_model(), path)
+    with pytest.raises(CheckpointError, match="does not exist"):
+        rankopt.load(planted_model(), tmp_path / "nope.safetensors")
+
+
+def rewritten(path, change):
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    with safe_open(path, "pt") as handle:
+        tensors = {key: handle.get_tensor(key) for key in handle.keys()}  # noqa: SIM118
+        metadata = handle.metadata()
+    change(tensors, metadata)
+    save_file(tensors, path, metadata)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "match"),
+    [
+        (lambda t, m: t.pop("conv.core.weight"), CheckpointError, "lacks conv.core.weight"),
+        (lambda t, m: t.update(x=torch.ones(1)), CheckpointError, "holds x, which has no place"),
+        (
+            lambda t, m: t.update({"conv.core.weight": torch.ones(2)}),
+            CheckpointError,
+            r"conv.core.weight is \[2\], the model expects",
+        ),
+        (lambda t, m: m.pop("rankopt.plan"), CheckpointError, "holds no rankopt plan"),
+        (lambda t, m: m.update({"rankopt.plan": "{"}), PlanError, "no valid JSON"),
+    ],
+)
+def test_files_that_do_not_fit(small, tmp_path, change, error, match):
+    path = tmp_path / "s.safetensors"
+    rankopt.save(small, path)
+    rewritten(path, change)
+    with pytest.raises(error, match=match):
+        rankopt.load(planted_model(), path)
+
+
+def test_another_architecture(small, tmp_path):
+    path = tmp_path / "s.safetensors"
+    rankopt.save(small, path)
+    other = planted_model()
+    other.hidden = nn.Linear(48, 65)
+    with pytest.raises(PlanError, match=r"layer hidden: the plan expected a weight \[64, 48\]"):
+        rankopt.load(other, path)
+
+
+def test_what_cannot_be_saved(small, tmp_path):
+    with pytest.raises(CheckpointError, match=r"was not built by rankopt.apply.*plan="):
+        rankopt.save(planted_model(), tmp_path / "s.safetensors")
+    with pytest.raises(CheckpointError, match=r"name the file \*.safetensors"):
+        rankopt.save(small, tmp_path / "s.pt")
+    with pytest.raises(RankoptError, match="cannot write /proc/s.safetensors"):
+        rankopt.save(small, "/proc/s.safetensors")
+    small.head.get_extra_state = lambda: {"a": 1}
+    small.head.set_extra_state = lambda state: None
+    type(small.head).get_extra_state = lambda self: {"a": 1}
+    try:
+        with pytest.raises(CheckpointError, match=r"extra state of type dict is no tensor"):
+            rankopt.save(small, tmp_path / "s.safetensors")
+    finally:
+        del type(small.head).get_extra_state
+    assert not list(tmp_path.iterdir())

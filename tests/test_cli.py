@@ -1,0 +1,209 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from rankopt.cli import main
+
+MODELS = """
+import torch
+from torch import nn
+
+def build():
+    return nn.Sequential(nn.Conv2d(8, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3), nn.Flatten(),
+                         nn.Linear(16 * 16, 10))
+
+def broken():
+    raise RuntimeError("no data today")
+
+def number():
+    return 3
+
+def accuracy(model):
+    return 12.5
+"""
+
+
+@pytest.fixture
+def spec(tmp_path):
+    path = tmp_path / "my_models.py"
+    path.write_text(MODELS)
+    return f"{path}:build"
+
+
+def run(*arguments):
+    return main([str(argument) for argument in arguments])
+
+
+INPUT = ("--input", "1,8,8,8")
+
+
+def test_search_apply_compare(spec, tmp_path, capsys):
+    plan, out = tmp_path / "plan.json", tmp_path / "out.safetensors"
+    assert run("search", spec, "--budget", "macs<=50%", *INPUT, "-o", plan) == 0
+    text = capsys.readouterr().out
+    assert "tucker2" in text
+    assert f"plan written to {plan}" in text
+    assert run("apply", spec, plan, "-o", out) == 0
+    assert "sites decomposed" in capsys.readouterr().out
+    accuracy = spec.replace(":build", ":accuracy")
+    arguments = ("compare", spec, out, *INPUT, "--rounds", 3, "--evaluate", accuracy)
+    assert run(*arguments) == 0
+    assert "12.5" in capsys.readouterr().out
+    assert run(*arguments, "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["macs"]["after"] <= 0.5 * found["macs"]["before"]
+    assert run("compare", spec, plan, "--json") == 0
+    assert json.loads(capsys.readouterr().out)["macs"] is None
+
+
+def test_torchvision_needs_nothing_else(tmp_path, capsys):
+    arguments = ("search", "torchvision:mobilenet_v3_small", "--budget", "macs<=50%", "--json")
+    assert run(*arguments, "--strategy", "parameter_ratio") == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["totals"]["macs"]["measured"] <= 0.5 * plan["totals"]["macs"]["before"]
+
+
+def test_settings_and_globs(spec, capsys):
+    arguments = ("search", spec, "--strategy", "vbmf", "--json")
+    assert run(*arguments, "--set", "noise=compress", "--set", "weakening=0.5") == 0
+    assert json.loads(capsys.readouterr().out)["strategy"]["settings"] == {
+        "noise": "compress", "weakening": 0.5,
+    }  # fmt: skip
+    code = run("search", spec, "--budget", "params<=90%", "--ignore", "4", "--methods", "tucker2",
+               "--json")  # fmt: skip
+    assert code == 0
+    methods = {d["method"] for d in json.loads(capsys.readouterr().out)["decisions"]}
+    assert methods == {"keep", "tucker2"}
+
+
+def test_weights(spec, tmp_path, capsys):
+    from safetensors.torch import save_file
+
+    model = torch.nn.Sequential(
+        torch.nn.Conv2d(8, 16, 3), torch.nn.ReLU(), torch.nn.Conv2d(16, 16, 3),
+        torch.nn.Flatten(), torch.nn.Linear(256, 10),
+    )  # fmt: skip
+    state = model.state_dict()
+    state["4.weight"][:] = 0
+    for name in ("w.safetensors", "w.pt"):
+        path = tmp_path / name
+        save_file(state, path) if name.endswith("s") else torch.save(state, path)
+        assert run("search", spec, "--budget", "params<=95%", "--weights", path, "--json") == 0
+        reasons = [d["reason"] for d in json.loads(capsys.readouterr().out)["decisions"]]
+        assert "keep: its weight is all zero" in reasons
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (("--budget", "0.5"), 1, "does not say of what"),
+        (("--budget", "params<=0.1%"), 3, "smallest reachable is params"),
+        (("--budget", "macs<=50%"), 1, "needs example_inputs"),
+        (("--budget", "params<=50%", "--strategy", "x"), 1, "unknown strategy 'x'"),
+        (("--strategy", "energy", "--set", "threshold=7"), 1, "threshold=7"),
+        (("--strategy", "energy", "--set", "threshold"), 1, "expected KEY=VALUE"),
+        (("--strategy", "energy", "--set", "x=1"), 1, "has no setting x"),
+        (("--budget", "params<=50%", "--input", "1,x"), 1, "expected a shape"),
+        (("--budget", "params<=50%", "--input", "1,2:int7"), 1, "unknown dtype 'int7'"),
+        (("--budget", "params<=50%", "--input", "1,3,8,8"), 1, "fails on example_inputs"),
+        (("--budget", "params<=50%", "--weights", "/no/file.pt"), 1, "cannot load weights"),
+        (("--budget", "params<=50%", "-o", "/proc/p.json"), 1, "cannot write /proc/p.json"),
+    ],
+)
+def test_mistakes_get_a_sentence_and_a_code(spec, capsys, arguments, code, message):
+    assert run("search", spec, *arguments) == code
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert captured.err.startswith("rankopt: ")
+    assert "Traceback" not in captured.err
+    assert captured.out == ""
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("broken", "no data today"),
+        ("number", "returned a int, not a torch.nn.Module"),
+        ("missing", "has no callable 'missing'; it has "),
+    ],
+)
+def test_broken_builders(spec, capsys, name, message):
+    assert run("search", spec.replace(":build", f":{name}"), "--budget", "params<=50%") == 1
+    assert message in capsys.readouterr().err
+
+
+def test_broken_specs(tmp_path, capsys):
+    bad = tmp_path / "bad.py"
+    bad.write_text("import nothing_like_this")
+    for model, message in (
+        ("torchvision:resnet19", "did you mean resnet"),
+        ("resnet50", "expected FILE.py:NAME"),
+        (f"{tmp_path}/none.py:build", "does not exist"),
+        (f"{bad}:build", "fails to import: ModuleNotFoundError"),
+        ("no.such.module:build", "fails to import"),
+    ):
+        assert run("search", model, "--budget", "params<=50%") == 1
+        assert message in capsys.readouterr().err
+
+
+def test_damaged_files(spec, tmp_path, capsys):
+    plan = tmp_path / "plan.json"
+    plan.write_text("{")
+    assert run("apply", spec, plan, "-o", tmp_path / "o.safetensors") == 1
+    assert "no valid JSON" in capsys.readouterr().err
+    broken = tmp_path / "b.safetensors"
+    broken.write_bytes(b"123")
+    assert run("compare", spec, broken) == 1
+    assert "truncated" in capsys.readouterr().err
+    assert not (tmp_path / "o.safetensors").exists()
+
+
+def test_strategies(capsys):
+    assert run("strategies") == 0
+    assert "parameter_ratio" in capsys.readouterr().out
+    assert run("strategies", "--json") == 0
+    names = [row["name"] for row in json.loads(capsys.readouterr().out)]
+    assert names == sorted(names)
+
+
+def test_interrupt_leaves_nothing(spec, tmp_path, capsys, monkeypatch):
+    import rankopt
+
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(rankopt, "search", interrupted)
+    before = sorted(tmp_path.iterdir())
+    assert run("search", spec, "--budget", "params<=50%", "-o", tmp_path / "p.json") == 130
+    assert "nothing was written" in capsys.readouterr().err
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_usage_errors_exit_with_two():
+    with pytest.raises(SystemExit) as found:
+        run("search")
+    assert found.value.code == 2
+
+
+def test_as_a_process():
+    command = [str(Path(sys.executable).with_name("rankopt")), "--version"]
+    assert (
+        subprocess.run(command, capture_output=True, text=True, check=True).stdout[:8] == "rankopt "
+    )
+
+
+@pytest.mark.slow
+def test_demo(tmp_path, capsys):
+    assert run("demo", "--json", "--output", tmp_path) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["dense_accuracy"] > 95
+    assert {row["strategy"] for row in result["rows"]} == {"energy", "parameter_ratio", "vbmf"}
+    assert all(row["macs_ratio"] <= 0.5 for row in result["rows"])
+    assert (tmp_path / "digits.safetensors").exists()
+    assert (tmp_path / "digits-plan.json").exists()

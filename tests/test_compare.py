@@ -1,0 +1,85 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+import rankopt
+from rankopt.errors import ModelError
+from rankopt.latency import Interval, Timings, time_interleaved
+from rankopt.report.tables import count, plan_table, to_text, totals_table
+from rankopt.testing import planted_inputs, planted_model
+
+
+def test_counts_without_inputs():
+    model = planted_model()
+    small = rankopt.apply(model, rankopt.search(model, "params<=60%"))
+    found = rankopt.compare(model, small)
+    assert found.params.before == sum(p.numel() for p in model.parameters())
+    assert found.params.ratio <= 0.6
+    assert found.macs is None
+    assert "not measured: pass example_inputs" in found.verdict
+
+
+def test_measures_and_leaves_modes_alone():
+    model = planted_model().train()
+    small = rankopt.apply(model, rankopt.search(model, "params<=60%"))
+    found = rankopt.compare(
+        model, small, example_inputs=planted_inputs(), rounds=5, evaluate=lambda m: 1.0
+    )
+    assert model.training
+    assert small.training
+    assert found.latency_ratio.low <= found.latency_ratio.median <= found.latency_ratio.high
+    text = str(found)
+    assert "macs" in text
+    assert found.verdict.split(";")[0][:20] in text
+    assert found.to_dict()["metric"] == {"before": 1.0, "after": 1.0}
+
+
+def comparison(low, median, high):
+    figure = rankopt._compare.Figure(100, 50)
+    return rankopt.Comparison(figure, figure, latency_ratio=Interval(median, low, high))
+
+
+def test_verdicts_are_plain():
+    assert comparison(0.4, 0.5, 0.52).verdict == "2.00x as fast as the original"
+    assert "takes 1.50 times as long" in comparison(1.4, 1.5, 1.6).verdict
+    assert "keep the original" in comparison(1.4, 1.5, 1.6).verdict
+    assert comparison(0.98, 1.0, 1.02).verdict.startswith("no faster and no slower")
+    assert "noisy" in comparison(0.8, 1.0, 1.2).verdict
+
+
+def test_bad_inputs():
+    model = planted_model()
+    with pytest.raises(ModelError, match="fails on example_inputs"):
+        rankopt.compare(model, model, example_inputs=torch.zeros(1, 4))
+    with pytest.raises(ModelError, match="example_inputs is a int"):
+        rankopt.compare(model, model, example_inputs=3)
+    with pytest.raises(ValueError, match="rounds=1"):
+        rankopt.compare(model, model, example_inputs=planted_inputs(), rounds=1)
+
+
+def test_paired_ratios_cancel_common_noise():
+    noise = np.random.default_rng(0).uniform(1, 5, size=40)
+    ratio = Timings({"a": noise, "b": 2 * noise}).ratio("b", "a")
+    assert ratio.median == pytest.approx(2)
+    assert not ratio.noisy
+    assert Timings({"a": noise}).interval("a").noisy
+
+
+def test_every_round_times_every_candidate():
+    calls = []
+    timings = time_interleaved(
+        {name: lambda name=name: calls.append(name) for name in "abc"}, rounds=4
+    )
+    assert {len(times) for times in timings.latency_ms.values()} == {4}
+    last = calls[-12:]
+    assert all(sorted(last[i : i + 3]) == ["a", "b", "c"] for i in range(0, 12, 3))
+
+
+def test_tables_say_what_and_why():
+    plan = rankopt.search(planted_model(), "macs<=50%", example_inputs=planted_inputs())
+    text = to_text(plan_table(plan), totals_table(plan))
+    for word in ("conv", "tucker2", "energy", "depthwise", "measured", "kept"):
+        assert word in text
+    assert [count(x) for x in (None, 5, 1500, 2.5e6, 3e9)] == ["–", "5", "1.5 k", "2.5 M", "3 G"]

@@ -1,0 +1,70 @@
+from __future__ import annotations
+
+import dataclasses
+from importlib.metadata import EntryPoint
+
+import pytest
+
+import rankopt
+from rankopt.errors import RegistryError
+from rankopt.registry import Registry
+from rankopt.strategy import Strategy
+
+
+def registry(*points):
+    made = Registry("no.such.group", "strategy", Strategy)
+    found = {}
+    for name, value in points:
+        found.setdefault(name, []).append(EntryPoint(name, value, "no.such.group"))
+    made.__dict__["_installed"] = found
+    return made
+
+
+def test_built_in_names():
+    assert {"energy", "parameter_ratio", "vbmf"} <= set(rankopt.strategies.names())
+    assert {"svd", "tucker2"} <= set(rankopt.decompositions.names())
+    assert rankopt.strategies.origin("energy") == "rankopt"
+
+
+def test_registering_in_this_process():
+    made = registry(("energy", "rankopt_strategies.energy:Energy"))
+
+    @made.register("mine")
+    @dataclasses.dataclass(frozen=True)
+    class Mine(Strategy):
+        name = "mine"
+        amount: int = 1
+
+        def search(self, problem):
+            raise NotImplementedError
+
+    assert made.names() == ("energy", "mine")
+    assert made.create("mine", amount=3).amount == 3
+    for taken in ("mine", "energy"):
+        with pytest.raises(RegistryError, match=f"'{taken}' is registered already by"):
+            made.register(taken)(Mine)
+    with pytest.raises(RegistryError, match="has no setting nope; it has amount"):
+        made.create("mine", nope=1)
+    with pytest.raises(RegistryError, match="made already"):
+        made.create(Mine(), amount=2)
+    made.unregister("mine")
+    assert made.names() == ("energy",)
+
+
+def test_duplicates_name_both():
+    made = registry(("x", "one:A"), ("x", "two:B"))
+    with pytest.raises(RegistryError, match="'x' is provided by one:A and two:B"):
+        made.get("x")
+
+
+def test_broken_plug_ins_do_not_break_others():
+    made = registry(("bad", "no_such_module:A"), ("wrong", "math:pi"), ("type", "json:JSONDecoder"),
+                    ("energy", "rankopt_strategies.energy:Energy"))  # fmt: skip
+    with pytest.raises(RegistryError, match="'bad' of no_such_module:A failed to import: Module"):
+        made.get("bad")
+    for name in ("wrong", "type"):
+        with pytest.raises(RegistryError, match="not a subclass of rankopt.strategy.Strategy"):
+            made.get(name)
+    assert made.get("energy").name == "energy"
+    with pytest.raises(RegistryError, match="unknown strategy 'engery'; known: bad, energy"):
+        made.get("engery")

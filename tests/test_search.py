@@ -1,0 +1,223 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import rankopt
+from rankopt.errors import (
+    BudgetError,
+    BudgetInfeasible,
+    LayerError,
+    ModelError,
+    NotYetSupported,
+    RegistryError,
+)
+from rankopt.testing import planted_inputs, planted_model
+
+
+def test_one_line():
+    plan = rankopt.search(planted_model(), "params<=50%")
+    assert plan.strategy["name"] == "energy"
+    assert plan.totals["params"]["measured"] <= 0.5 * plan.totals["params"]["before"]
+    assert set(plan.layer_names) == {
+        "stem", "conv", "grouped", "depthwise", "point", "hidden", "head",
+    }  # fmt: skip
+    assert plan["depthwise"].reason == "keep: depthwise: each group has one input channel"
+    assert plan["stem"].reason == "keep: only 3 input and 16 output channels"
+    assert plan.environment["torch"] == torch.__version__
+    assert plan.seconds > 0
+
+
+def test_globs():
+    plan = rankopt.search(planted_model(), "params<=90%", only=["h*", "conv"], ignore=["head"])
+    assert plan["head"].reason == "keep: ignored by the user"
+    assert plan["point"].reason == "keep: not among only="
+    assert {d.targets[0] for d in plan.changes} <= {"hidden", "conv"}
+    for keyword in ("only", "ignore"):
+        with pytest.raises(ModelError, match=f"{keyword}='H\\*' matches no layer; the layers are"):
+            rankopt.search(planted_model(), "params<=90%", **{keyword: "H*"})
+    with pytest.raises(ModelError, match="expected a glob"):
+        rankopt.search(planted_model(), "params<=90%", only=[3])
+
+
+@pytest.mark.parametrize(
+    ("budget", "arguments", "error", "match"),
+    [
+        (0.5, {}, BudgetError, "does not say of what"),
+        ("macs<=50%", {}, BudgetError, "needs example_inputs"),
+        ("latency<=70%", {}, NotYetSupported, "latency is not supported yet"),
+        ("latency_ms<=7", {}, NotYetSupported, "latency_ms is not supported yet"),
+        ("metric_drop<=1, minimize=macs", {}, NotYetSupported, "metric_drop is not supported yet"),
+        (
+            "params<=50%",
+            {"strategy": "magic"},
+            RegistryError,
+            "unknown strategy 'magic'; known: en",
+        ),
+        ("params<=50%", {"strategy": 3}, RegistryError, "a name or an instance of Strategy"),
+        ("params<=50%", {"methods": ["magic"]}, RegistryError, "unknown decomposition 'magic'"),
+        ("params<=50%", {"evaluate": len}, NotYetSupported, "does not use evaluate="),
+        ("params<=50%", {"calibration": []}, NotYetSupported, "does not use calibration="),
+        ("params<=50%", {"example_inputs": "x"}, ModelError, "example_inputs is a str"),
+        ("params<=50%", {"example_inputs": torch.zeros(1, 4)}, ModelError, "fails on example_inp"),
+    ],
+)
+def test_bad_requests(budget, arguments, error, match):
+    with pytest.raises(error, match=match):
+        rankopt.search(planted_model(), budget, **arguments)
+
+
+def test_infeasible_budget_says_the_smallest():
+    with pytest.raises(BudgetInfeasible, match=r"smallest reachable is params [\d.]+%") as found:
+        rankopt.search(planted_model(), "params<=1%")
+    smallest = found.value.smallest["params"]
+    plan = rankopt.search(planted_model(), f"params<={smallest + 1e-9}")
+    assert plan.totals["params"]["measured"] / plan.totals["params"]["before"] <= smallest + 1e-9
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_weights_that_are_not_finite(bad):
+    model = planted_model()
+    model.conv.weight.data[0, 0, 0, 0] = bad
+    with pytest.raises(LayerError, match=r"layer conv: .*holds 1 NaN or infinite.*ignore"):
+        rankopt.search(model, "params<=50%")
+    assert rankopt.search(model, "params<=80%", ignore=["conv"])["conv"].keeps
+
+
+def test_huge_finite_weights_are_fine():
+    model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16))
+    model[0].weight.data.mul_(1e38)
+    assert rankopt.search(model, "params<=60%").changes
+
+
+def test_zero_weights_are_kept():
+    model = planted_model()
+    model.conv.weight.data.zero_()
+    plan = rankopt.search(model, "params<=80%")
+    assert plan["conv"].reason == "keep: its weight is all zero"
+
+
+def test_nothing_to_decompose():
+    with pytest.raises(ModelError, match=r"Sequential has no layer to decompose \(no weights\)"):
+        rankopt.search(nn.Sequential(nn.ReLU()), "params<=50%")
+    with pytest.raises(ModelError, match="0: Embedding is not a layer"):
+        rankopt.search(nn.Sequential(nn.Embedding(4, 4)), "params<=50%")
+
+
+class Reader(nn.Module):
+    """Reads a child's weight from outside the child's forward."""
+
+    def __init__(self):
+        super().__init__()
+        self.read, self.called, self.idle = nn.Linear(32, 32), nn.Linear(32, 32), nn.Linear(32, 32)
+        self.shape = nn.Linear(32, 32)
+
+    def forward(self, x):
+        x = torch.nn.functional.linear(x, self.read.weight, self.read.bias)
+        return self.called(x) + self.shape(x) / self.shape.out_features
+
+
+@pytest.mark.parametrize("inputs", [None, torch.randn(2, 32)], ids=["source", "probe"])
+def test_weights_read_from_outside_are_kept(inputs):
+    plan = rankopt.search(Reader(), "params<=80%", example_inputs=inputs)
+    how = "read by Reader" if inputs is None else "outside its own forward, by Reader.forward"
+    assert f"its weight is {how}" in plan["read"].reason or "Reader" in plan["read"].reason
+    assert plan["read"].keeps
+    assert plan["shape"].keeps
+    assert "out_features" in plan["shape"].reason
+    assert not plan["called"].keeps
+    if inputs is not None:
+        assert plan["idle"].reason == "keep: example_inputs never reach it"
+
+
+def test_other_layer_forms_are_listed_with_reasons():
+    class Special(nn.Linear):
+        pass
+
+    hooked = nn.Linear(16, 16)
+    hooked.register_forward_hook(lambda *_: None)
+    model = nn.ModuleDict(
+        {
+            "good": nn.Linear(16, 16),
+            "special": Special(16, 16),
+            "hooked": hooked,
+            "normed": nn.utils.parametrizations.weight_norm(nn.Linear(16, 16)),
+            "transposed": nn.ConvTranspose2d(8, 8, 3),
+            "lstm": nn.LSTM(8, 8),
+            "narrow": nn.Linear(16, 2),
+            "integer": nn.Linear(16, 16),
+        }
+    )
+    model["integer"].weight = nn.Parameter(
+        torch.ones(16, 16, dtype=torch.int8), requires_grad=False
+    )
+    plan = rankopt.search(model, "params<=95%")
+    reasons = {d.targets[0]: d.reason for d in plan if d.keeps}
+    assert "Special is a subclass of Linear" in reasons["special"]
+    assert "hooks are attached" in reasons["hooked"]
+    assert "ParametrizedLinear is a subclass" in reasons["normed"]
+    assert "ConvTranspose2d is not a layer" in reasons["transposed"]
+    assert "LSTM is not a layer" in reasons["lstm"]
+    assert "only 16 input and 2 output" in reasons["narrow"]
+    assert "int8, not floating point" in reasons["integer"]
+    assert [d.targets for d in plan.changes] == [("good",)]
+
+
+def test_old_style_weight_norm_is_kept():
+    with pytest.warns(FutureWarning, match="weight_norm"):
+        normed = nn.utils.weight_norm(nn.Linear(16, 16))
+    plan = rankopt.search(nn.Sequential(normed, nn.Linear(16, 16)), "params<=95%")
+    assert plan["0"].keeps
+
+
+def test_dictionary_inputs_and_their_device():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(32, 32)
+
+        def forward(self, *, a, b=None):
+            return self.fc(a) if b is None else self.fc(a) + b
+
+    inputs = {"a": torch.randn(2, 32), "b": torch.ones(2, 32)}
+    plan = rankopt.search(Two(), "macs<=50%", example_inputs=inputs)
+    assert plan.totals["macs"]["before"] == 2 * 32 * 32
+
+
+def test_methods_can_be_limited_and_configured():
+    plan = rankopt.search(planted_model(), "params<=90%", methods=["svd"])
+    assert {d.method for d in plan.changes} == {"svd"}
+    assert "tucker2" not in plan["conv"].reason
+    assert "svd takes linear layers and 1x1" in plan["conv"].reason
+    last = rankopt.decompositions.create("svd", stride_on="last")
+    plan = rankopt.search(planted_model(), None, strategy="parameter_ratio", methods=[last])
+    assert plan["point"].args == {"ranks": [9], "stride_on": "last"}
+    small = rankopt.apply(planted_model(), plan)
+    assert small.point.first.stride == (1, 1)
+    assert small.point.last.stride == (2, 2)
+
+
+def test_attention_matmuls_count():
+    model = nn.MultiheadAttention(32, 4, batch_first=True)
+    x = torch.randn(2, 5, 32)
+    plan = rankopt.search(model, "params<=60%", example_inputs=(x, x, x))
+    projections = 2 * 5 * 32 * (96 + 32)
+    products = 2 * 2 * 5 * 5 * 32
+    assert plan.totals["macs"]["before"] == projections + products
+
+
+def test_more_than_one_axis():
+    plan = rankopt.search(
+        planted_model(), "macs<=60%, params<=40%, memory<=45%", example_inputs=planted_inputs()
+    )
+    for axis, share in (("macs", 0.6), ("params", 0.4), ("memory", 0.45)):
+        assert plan.totals[axis]["measured"] <= share * plan.totals[axis]["before"]
+
+
+def test_the_whole_budget_keeps_everything():
+    plan = rankopt.search(planted_model(), "params<=100%")
+    assert not plan.changes
+    assert (
+        not rankopt.compare(planted_model(), rankopt.apply(planted_model(), plan)).params.ratio < 1
+    )
