@@ -2,9 +2,11 @@
 
 from rankopt._apply import apply, apply_
 from rankopt._compare import Comparison, compare
+from rankopt._recover import Recovery, recover
 from rankopt._search import search
 from rankopt._version import __version__
 from rankopt.budget import Budget
+from rankopt.calibration import recalibrate
 from rankopt.checkpoint import load, load_plan, save
 from rankopt.plan import Decision, RankPlan
 from rankopt.registry import decompositions, strategies
@@ -17,6 +19,7 @@ __all__ = [
     "Option",
     "Problem",
     "RankPlan",
+    "Recovery",
     "Site",
     "Strategy",
     "Tags",
@@ -27,6 +30,8 @@ __all__ = [
     "decompositions",
     "load",
     "load_plan",
+    "recalibrate",
+    "recover",
     "save",
     "search",
     "strategies",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -13,6 +13,15 @@ from torch import Tensor, nn
 from rankopt import measure, surgery
 from rankopt._parallel import for_each, largest_first
 from rankopt._progress import progress_bar
+from rankopt.calibration import (
+    MAX_SAMPLES,
+    collect,
+    digest,
+    divergence,
+    hold,
+    recalibrate,
+    run,
+)
 from rankopt.decompositions.base import Decomposition
 from rankopt.decompositions.cache import shared
 from rankopt.errors import LayerError, NotYetSupported, PlanError, RankoptWarning, RegistryError
@@ -23,6 +32,7 @@ from rankopt.layers import (
     check_weight,
     find_layers,
 )
+from rankopt.moments import Moments, pool
 from rankopt.plan import Decision, RankPlan
 from rankopt.registry import decompositions
 from rankopt.unpack import unpack
@@ -33,6 +43,7 @@ __all__ = [
     "build_empty",
     "fill_skeleton",
     "plan_of",
+    "settle_norms",
     "unpacked_clone",
 ]
 
@@ -54,6 +65,7 @@ def apply(
     plan: RankPlan,
     *,
     calibration: Any = None,
+    calibration_samples: int | None = MAX_SAMPLES,
     factors: Any = None,
     progress: bool | None = None,
 ) -> nn.Module:
@@ -65,7 +77,9 @@ def apply(
     Args:
         model: The model the plan was made for; not changed.
         plan: From `rankopt.search` or `RankPlan.load`.
-        calibration: For plans whose factors are data-aware (none so far).
+        calibration: The inputs the plan was made with, for data-aware factors; also
+            refreshes BatchNorm statistics (see `rankopt.recalibrate`).
+        calibration_samples: As given to `search`.
         factors: For plans whose factors were stored (none so far).
         progress: Whether to show a progress bar; None decides by the terminal.
 
@@ -85,10 +99,11 @@ def apply(
     """
     _check_sources(plan, calibration, factors)
     source = surgery.unwrap(model)
-    view = _unpacked_view(source, plan)
-    chains = _build_chains(view, _checked_steps(view, source, plan), _factorise, progress)
-    result = _swap(view, chains)
+    chains = _computed_chains(source, plan, calibration, calibration_samples, progress)[1]
+    result = _swap(_unpacked_view(source, plan), chains)
     surgery.copy_parameters(result, source.parameters())
+    if calibration is not None:
+        settle_norms(result, source, calibration, calibration_samples)
     remember_plan(result, plan)
     return result
 
@@ -98,6 +113,7 @@ def apply_(
     plan: RankPlan,
     *,
     calibration: Any = None,
+    calibration_samples: int | None = MAX_SAMPLES,
     factors: Any = None,
     progress: bool | None = None,
 ) -> nn.Module:
@@ -112,16 +128,35 @@ def apply_(
     """
     _check_sources(plan, calibration, factors)
     source = surgery.unwrap(model)
-    view = _unpacked_view(source, plan)
-    chains = _build_chains(view, _checked_steps(view, source, plan), _factorise, progress)
+    view, chains = _computed_chains(source, plan, calibration, calibration_samples, progress)
     if "" in chains or (chains and type(view) is not type(source)):
         raise PlanError(
             f"the plan replaces the root module {type(source).__name__} itself; "
             "use rankopt.apply, which returns a new model"
         )
+    teacher = surgery.clone(source, share=source.parameters()) if calibration is not None else None
     _swap(_unpack_for(source, plan), chains)
+    if teacher is not None:
+        settle_norms(source, teacher, calibration, calibration_samples)
     remember_plan(source, plan)
     return model
+
+
+def _computed_chains(
+    source: nn.Module,
+    plan: RankPlan,
+    calibration: Any,
+    samples: int | None,
+    progress: bool | None,
+) -> tuple[nn.Module, dict[str, nn.Module]]:
+    """The unpacked view and, for every layer the plan changes, its finished chain."""
+    view = _unpacked_view(source, plan)
+    steps = _checked_steps(view, source, plan)
+    moments: dict[str, Moments] = {}
+    if calibration is not None:
+        held = hold(source, calibration, max_samples=samples)
+        moments = _moments_for(view, plan, held, progress)
+    return view, _build_chains(view, steps, _factoriser(moments), progress)
 
 
 def fill_skeleton(view: nn.Module, plan: RankPlan) -> nn.Module:
@@ -176,13 +211,94 @@ Fill = Callable[[_Step, nn.Sequential, Tensor], dict[str, Tensor]]
 
 def _check_sources(plan: RankPlan, calibration: Any, factors: Any) -> None:
     for decision in plan.changes:
-        if decision.factors.kind != "weights":
+        kind, name = decision.factors.kind, decision.targets[0]
+        if kind in ("learned", "asymmetric") or factors is not None:
             raise NotYetSupported(
-                f"layer {decision.targets[0]}: its factors are {decision.factors.kind!r}; this "
-                "version makes factors from weights only, and never falls back to them in silence"
+                f"layer {name}: stored and {kind!r} factors are not built yet; factors are made "
+                "from weights or from calibration inputs"
             )
-    if calibration is not None or factors is not None:
-        raise NotYetSupported("data-aware factors (calibration=, factors=) are not built yet")
+        if kind != "weights" and calibration is None:
+            raise PlanError(
+                f"layer {name}: its factors are {kind!r}: pass the calibration inputs the plan was "
+                "made with, apply(..., calibration=...); they are never replaced by factors from "
+                "weights alone"
+            )
+
+
+def _moments_for(
+    view: nn.Module, plan: RankPlan, held: list[Any], progress: bool | None
+) -> dict[str, Moments]:
+    """Moments of the layers whose factors are data-aware."""
+    aware = [d for d in plan.changes if d.factors.kind != "weights"]
+    if not aware:
+        return {}
+    found = digest(held)
+    if any(decision.factors.digest != found for decision in aware):
+        warnings.warn(
+            "the calibration inputs are not those the plan was made with: ranks are applied, the "
+            "errors it states do not hold",
+            RankoptWarning,
+            stacklevel=4,
+        )
+    layers = {name: layer for layer in find_layers(view) for name in layer.names}
+    groups = [[layers[name] for name in d.targets if name in layers] for d in aware]
+    return collect_for(view, groups, held, progress=progress)
+
+
+def collect_for(
+    view: nn.Module, groups: Sequence[Sequence[Layer]], held: Any, *, progress: bool | None = None
+) -> dict[str, Moments]:
+    """Moments for sites, under the name of each site's first layer, pooled over the site."""
+    layers = [layer for group in groups for layer in group]
+    found = collect(view, layers, held, max_samples=None, progress=progress)
+    pooled = {}
+    for group in groups:
+        parts = [found[layer.name] for layer in group if layer.name in found]
+        if parts:
+            pooled[group[0].name] = pool(parts)
+    return pooled
+
+
+def build_with_moments(
+    view: nn.Module, decisions: Iterable[Decision], moments: Mapping[str, Moments]
+) -> nn.Module:
+    """A clone of an unpacked model with some decisions carried out, sharing the rest."""
+    copy = surgery.clone(view, share=[*view.parameters(), *view.buffers()])
+    plan = RankPlan(model={}, decisions=tuple(decisions))
+    return _swap(copy, _build_chains(copy, _steps(copy, plan), _factoriser(moments), False))
+
+
+def settle_norms(
+    result: nn.Module, teacher: nn.Module, calibration: Any, samples: int | None
+) -> None:
+    """Recalibrate BatchNorm; of old, pooled and teacher-matched statistics the best stay.
+
+    Best is what moves the outputs least from the dense model's on the calibration inputs.
+    """
+    held = hold(teacher, calibration, max_samples=samples)
+    with torch.no_grad(), measure.evaluation(teacher):
+        outputs = [run(teacher, inputs) for inputs in held]
+    buffers = dict(result.named_buffers())
+
+    def moved() -> float:
+        with torch.no_grad(), measure.evaluation(result):
+            pairs = zip(held, outputs, strict=True)
+            return sum(divergence(before, run(result, x)) for x, before in pairs)
+
+    def state() -> dict[str, Tensor]:
+        return {name: value.clone() for name, value in buffers.items()}
+
+    stale = state()
+    candidates = [(moved(), stale)]
+    with torch.no_grad():
+        for reference in (None, teacher):
+            for name, value in buffers.items():
+                value.copy_(stale[name])
+            if recalibrate(result, held, teacher=reference, max_samples=None):
+                candidates.append((moved(), state()))
+        best = min(candidates, key=lambda candidate: candidate[0])[1]
+        for name, value in buffers.items():
+            value.copy_(best[name])
 
 
 def _split(plan: RankPlan) -> set[str]:
@@ -283,9 +399,13 @@ def _method(decision: Decision, layers: list[Layer]) -> Decomposition:
     return method
 
 
-def _factorise(step: _Step, chain: nn.Sequential, weight: Tensor) -> dict[str, Tensor]:
-    check_weight(step.layers[0], weight)
-    return shared.get(step.method, weight).factors(step.decision.ranks)
+def _factoriser(moments: Mapping[str, Moments]) -> Fill:
+    def factorise(step: _Step, chain: nn.Sequential, weight: Tensor) -> dict[str, Tensor]:
+        check_weight(step.layers[0], weight)
+        known = moments.get(step.layers[0].name)
+        return shared.get(step.method, weight, known).factors(step.decision.ranks)
+
+    return factorise
 
 
 def _build_chains(

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from rankopt import measure, surgery
-from rankopt._apply import fill_skeleton, unpacked_clone
+from rankopt._apply import build_with_moments, collect_for, fill_skeleton, unpacked_clone
 from rankopt._version import __version__
 from rankopt.budget import Budget
+from rankopt.calibration import MAX_SAMPLES, digest, divergence, hold, run
 from rankopt.decompositions.base import Decomposition
 from rankopt.errors import BudgetError, ModelError, NotYetSupported, RankoptError
 from rankopt.layers import (
@@ -28,12 +29,14 @@ from rankopt.layers import (
 from rankopt.plan import RankPlan
 from rankopt.probe import Probe, probe, static_reads
 from rankopt.registry import decompositions, strategies
-from rankopt.strategy import Problem, Site, Strategy
+from rankopt.strategy import Option, Problem, Site, Strategy, decide
 
 __all__ = ["DEFAULT_METHODS", "DEFAULT_STRATEGY", "environment", "search"]
 
-DEFAULT_STRATEGY: Final = "energy"
-DEFAULT_METHODS: Final = ("svd", "tucker2")
+DEFAULT_STRATEGY: Final = "knapsack"
+DEFAULT_METHODS: Final = ("svd", "tucker2", "spatial_svd")
+# Samples on which candidate options are run to measure how far outputs move.
+DIVERGENCE_SAMPLES: Final = 256
 _NOT_YET: Final = {
     "latency": "measured latency budgets need the profile table",
     "latency_ms": "measured latency budgets need the profile table",
@@ -48,6 +51,7 @@ def search(
     strategy: str | Strategy = DEFAULT_STRATEGY,
     example_inputs: Any = None,
     calibration: Any = None,
+    calibration_samples: int | None = MAX_SAMPLES,
     evaluate: Any = None,
     methods: Sequence[str | Decomposition] = DEFAULT_METHODS,
     only: Iterable[str] = (),
@@ -69,7 +73,10 @@ def search(
         example_inputs: A tensor, a tuple (positional) or a mapping (keywords)
             to call the model with. Needed for MACs; it also lets rankopt see
             how each layer is used instead of reading the model's source.
-        calibration: For data-aware strategies (none so far).
+        calibration: An iterable of inputs (tensors, tuples, mappings, a
+            DataLoader); labels are left out. Factors and errors are then those
+            of the layers' outputs, and `apply` needs the same inputs.
+        calibration_samples: Where to stop reading; None reads to the end.
         evaluate: For strategies that use the task's metric (none so far).
         methods: Decompositions to choose from, names or instances.
         only: Case-sensitive globs on full module names; the rest is kept.
@@ -105,6 +112,8 @@ def search(
         layers = _select(layers, only, ignore)
         problem = _problem(view, layers, seen, allowed, methods)
         problem.seed, problem.deadline, problem.progress = seed, deadline, progress
+        if calibration is not None:
+            _calibrate(problem, view, calibration, calibration_samples)
         plan = chosen.search(problem)
         plan = _verify(plan, view, seen, example_inputs)
         return replace(
@@ -137,16 +146,40 @@ def _check_request(
             "a budget on macs needs example_inputs: MACs depend on the input's size; pass a "
             "tensor, a tuple or a dict to call the model with, or bound params instead"
         )
-    given = {"calibration": calibration, "evaluate": evaluate}
-    for name, value in given.items():
+    for name, value in (("calibration", calibration), ("evaluate", evaluate)):
         if name in strategy.tags.needs and value is None:
             raise ModelError(f"strategy {strategy.name!r} needs {name}=")
-        if value is not None and name not in strategy.tags.needs:
-            raise NotYetSupported(
-                f"strategy {strategy.name!r} does not use {name}=; leave it out "
-                "(data-aware strategies are not built yet)"
-            )
+    if evaluate is not None and "evaluate" not in strategy.tags.needs:
+        raise NotYetSupported(
+            f"strategy {strategy.name!r} does not use evaluate=; leave it out "
+            "(strategies that measure the task are not built yet)"
+        )
     return budget
+
+
+def _calibrate(problem: Problem, view: nn.Module, data: Any, samples: int | None) -> None:
+    """Collect what the strategy and the factors need from calibration inputs."""
+    held = hold(view, data, max_samples=samples)
+    problem.moments = collect_for(
+        view, [site.layers for site in problem.sites], held, progress=problem.progress
+    )
+    problem.calibration = digest(held)
+    probes = hold(view, held, max_samples=DIVERGENCE_SAMPLES)
+    with measure.evaluation(view):
+        outputs = [run(view, inputs) for inputs in probes]
+
+    def moved(options: Mapping[int, Option]) -> float:
+        problem.check_deadline()
+        decisions = [
+            decide(problem.sites[index], option)
+            for index, option in options.items()
+            if not option.keeps
+        ]
+        model = build_with_moments(view, decisions, problem.moments).eval()
+        pairs = zip(probes, outputs, strict=True)
+        return sum(divergence(before, run(model, x)) for x, before in pairs) / len(probes)
+
+    problem.divergence = moved
 
 
 def _describe(

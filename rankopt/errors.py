@@ -11,6 +11,7 @@ from collections.abc import Mapping
 __all__ = [
     "BudgetError",
     "BudgetInfeasible",
+    "CalibrationError",
     "CheckpointError",
     "DeadlineExceeded",
     "LayerError",
@@ -62,6 +63,10 @@ class ModelError(RankoptError, ValueError):
 
 class RegistryError(RankoptError, LookupError):
     """An unknown or doubly registered strategy or decomposition."""
+
+
+class CalibrationError(RankoptError, ValueError):
+    """Calibration data a model cannot run on, or that says nothing."""
 
 
 class CheckpointError(RankoptError, ValueError):

@@ -60,6 +60,8 @@ class Layer:
         positions_in: Input positions (batch times pixels or tokens) over all
             calls for one `example_inputs`; None if not probed.
         positions_out: The same on the output side.
+        positions_between: The same with the output's first spatial side and the
+            input's others, as between the factors of a separated kernel.
         refusal: Why the layer is kept whatever the strategy; None if it is free.
     """
 
@@ -81,6 +83,7 @@ class Layer:
     tied_to: tuple[str, ...] = ()
     positions_in: int | None = None
     positions_out: int | None = None
+    positions_between: int | None = None
     refusal: str | None = None
 
     @property

@@ -56,14 +56,15 @@ class Probe:
 
     Args:
         macs: Multiply-accumulates of the whole (unpacked) model.
-        positions: Layer name to (input, output) positions over all calls.
+        positions: Layer name to (input, output, between) positions over all calls;
+            see `Layer`.
         reads: Layer name to what was read from outside its forward.
         crossed: Packed attention called with different query and key.
         trains: Whether the model also runs in train mode on these inputs.
     """
 
     macs: int = 0
-    positions: dict[str, tuple[int, int]] = field(default_factory=dict)
+    positions: dict[str, tuple[int, int, int]] = field(default_factory=dict)
     reads: dict[str, str] = field(default_factory=dict)
     crossed: set[str] = field(default_factory=set)
     trains: bool = True
@@ -72,8 +73,13 @@ class Probe:
         """Layers with positions filled in, and refused where use forbids a chain."""
         annotated = []
         for layer in layers:
-            entering, leaving = self.positions.get(layer.name, (0, 0))
-            layer = replace(layer, positions_in=entering, positions_out=leaving)
+            entering, leaving, between = self.positions.get(layer.name, (0, 0, 0))
+            layer = replace(
+                layer,
+                positions_in=entering,
+                positions_out=leaving,
+                positions_between=between,
+            )
             if layer.name in self.reads:
                 layer = layer.refused(self.reads[layer.name])
             elif layer.name not in self.positions:
@@ -102,9 +108,9 @@ def probe(view: nn.Module, layers: Iterable[Layer], example_inputs: Any) -> Prob
 
     def count(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            before = result.positions.get(name, (0, 0))
-            now = _positions(module, args[0], output) if counting and args else (0, 0)
-            result.positions[name] = (before[0] + now[0], before[1] + now[1])
+            before = result.positions.get(name, (0, 0, 0))
+            now = _positions(module, args[0], output) if counting and args else (0, 0, 0)
+            result.positions[name] = (before[0] + now[0], before[1] + now[1], before[2] + now[2])
 
         return hook
 
@@ -143,12 +149,17 @@ def probe(view: nn.Module, layers: Iterable[Layer], example_inputs: Any) -> Prob
     return result
 
 
-def _positions(module: nn.Module, entering: Any, leaving: Any) -> tuple[int, int]:
+def _positions(module: Any, entering: Any, leaving: Any) -> tuple[int, int, int]:
+    """(input, output, between) positions of one call."""
     kernel = getattr(module, "kernel_size", None)
     if kernel is None:
-        return tuple(x.numel() // max(x.shape[-1], 1) for x in (entering, leaving))
-    channels: Any = (module.in_channels, module.out_channels)
-    return entering.numel() // channels[0], leaving.numel() // channels[1]
+        inside, outside = (x.numel() // max(x.shape[-1], 1) for x in (entering, leaving))
+        return inside, outside, outside
+    inside = entering.numel() // module.in_channels
+    outside = leaving.numel() // module.out_channels
+    dims = len(kernel)
+    between = inside // max(entering.shape[-dims], 1) * leaving.shape[-dims]
+    return inside, outside, between
 
 
 def _note_crossing(result: Probe, name: str) -> Callable[..., None]:
@@ -222,9 +233,9 @@ def static_reads(view: nn.Module) -> dict[str, str]:
     """
     reads: dict[str, str] = {}
     for name, module in surgery.named_modules(view):
-        if is_registered(module):
+        if is_registered(module) or isinstance(module, UnpackedAttention):
             continue
-        for child, attribute in _reads_in_source(cast(Any, type(module))):
+        for child, attribute in sorted(_reads_in_source(cast(Any, type(module))), reverse=True):
             if child in module._modules:
                 path = f"{name}.{child}" if name else child
                 reads.setdefault(

@@ -11,7 +11,7 @@ import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, is_dataclass
+from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from functools import cached_property
 from typing import Any, ClassVar, Final
 
@@ -26,7 +26,8 @@ from rankopt.decompositions.base import Basis, Decomposition
 from rankopt.decompositions.cache import BasisCache, shared
 from rankopt.errors import BudgetInfeasible, DeadlineExceeded
 from rankopt.layers import Layer
-from rankopt.plan import KEEP, Decision, RankPlan
+from rankopt.moments import Moments
+from rankopt.plan import KEEP, Decision, Factors, RankPlan
 
 __all__ = ["Frontier", "Option", "Problem", "Site", "Strategy", "Tags"]
 
@@ -60,6 +61,7 @@ class Option:
         cost: Axis to the site's figure under this option.
         error: Relative Frobenius error; None if unknown.
         reason: Why, in words.
+        factors: How the factors are made.
     """
 
     method: str
@@ -67,6 +69,7 @@ class Option:
     cost: Mapping[str, int]
     error: float | None
     reason: str = ""
+    factors: Factors = field(default_factory=Factors)
 
     @property
     def keeps(self) -> bool:
@@ -137,6 +140,10 @@ class Problem:
         weight: Gives the canonical weight of a layer.
         seed: For strategies that draw random numbers.
         deadline: `time.monotonic()` value after which to stop; None for never.
+        moments: Layer name to the moments of its inputs; empty without calibration.
+        calibration: Digest of the calibration inputs, for the plan.
+        divergence: How far the outputs on calibration inputs move when some sites
+            take options (by index) and the others stay dense; None without calibration.
         cache: Where bases are held.
         progress: Whether to show progress bars; None decides by the terminal.
     """
@@ -148,11 +155,14 @@ class Problem:
     weight: Callable[[Layer], Tensor]
     seed: int = 0
     deadline: float | None = None
+    moments: Mapping[str, Moments] = field(default_factory=dict)
+    calibration: str | None = None
+    divergence: Callable[[Mapping[int, Option]], float] | None = None
     cache: BasisCache = field(default_factory=lambda: shared)
     progress: bool | None = None
 
     def __post_init__(self) -> None:
-        self._bases: dict[tuple[str, str], Basis] = {}
+        self._bases: dict[tuple[str, str, bool], Basis] = {}
         self._frontiers: dict[tuple[str, str], Frontier] = {}
 
     # What an option costs and loses
@@ -170,16 +180,23 @@ class Problem:
         ratio = 1.0 if self.budget is None else self.budget.ratio(axis)
         return ratio * self.totals[axis]
 
-    def basis(self, site: Site, method: Decomposition) -> Basis:
+    def basis(self, site: Site, method: Decomposition, *, data_aware: bool = True) -> Basis:
         """The basis of a site's weight, computed on first use.
+
+        Args:
+            site: The site.
+            method: One of its methods.
+            data_aware: Whether errors are those of the output, where moments of
+                the inputs are known.
 
         Raises:
             DeadlineExceeded: The deadline has passed.
         """
         self.check_deadline()
-        key = (site.name, repr(method))
+        moments = self.moments.get(site.name) if data_aware else None
+        key = (site.name, repr(method), moments is not None)
         if key not in self._bases:
-            self._bases[key] = self.cache.get(method, self.weight(site.layer))
+            self._bases[key] = self.cache.get(method, self.weight(site.layer), moments)
         return self._bases[key]
 
     def prepare(self) -> None:
@@ -244,10 +261,14 @@ class Problem:
             named = " x ".join(map(str, chosen))
             return self.keep(site, f"{method.name} at rank {named} would save nothing")
         # A formula that never looked at the weights has no error to state.
-        known = self._bases.get((site.name, repr(method)))
+        aware = site.name in self.moments
+        known = self._bases.get((site.name, repr(method), aware))
         error = None if known is None else float(known.error(chosen))
         args = {"ranks": list(chosen), **method.settings}
-        return Option(method.name, args, cost, error, reason)
+        factors = Factors()
+        if aware:
+            factors = Factors(method.factors_kind(self.moments[site.name]), self.calibration)
+        return Option(method.name, args, cost, error, reason, factors)
 
     # Whole choices
 
@@ -317,12 +338,17 @@ class Problem:
                 "the search ran into its deadline before it had a plan; allow more time"
             )
 
+    @staticmethod
+    def annotate(plan: RankPlan, facts: Mapping[str, Any]) -> RankPlan:
+        """The plan with a strategy's own findings under ``extensions``."""
+        return replace(plan, extensions={**plan.extensions, **facts})
+
     def plan(self, strategy: Strategy, options: Sequence[Option]) -> RankPlan:
         """Write the options down; `search` adds what it knows of model and machine."""
         if len(options) != len(self.sites):
             raise ValueError(f"{len(options)} options for {len(self.sites)} sites: give one each")
         decided = {
-            site.name: _decide(site, option)
+            site.name: decide(site, option)
             for site, option in zip(self.sites, options, strict=True)
         }
         covered = {layer.name for site in self.sites for layer in site.layers}
@@ -344,7 +370,8 @@ class Problem:
         )
 
 
-def _decide(site: Site, option: Option) -> Decision:
+def decide(site: Site, option: Option) -> Decision:
+    """The decision that writes an option down."""
     return Decision(
         targets=tuple(layer.name for layer in site.layers),
         shapes=tuple(layer.shape for layer in site.layers),
@@ -353,6 +380,7 @@ def _decide(site: Site, option: Option) -> Decision:
         reason=f"keep: {option.reason}" if option.keeps else option.reason,
         cost={axis: (int(before), int(option.cost[axis])) for axis, before in site.cost.items()},
         error=option.error,
+        factors=option.factors,
     )
 
 

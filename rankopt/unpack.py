@@ -146,6 +146,11 @@ class UnpackedAttention(nn.Module):
             return self.q_proj(query), self.k_proj(key), self.v_proj(value)
         if query is key and key is value:
             return tuple(self.in_proj(query).chunk(3, dim=-1))
+        if type(self.in_proj) is nn.Linear:  # still dense: each input needs its rows only
+            weights = self.in_proj.weight.chunk(3)
+            biases = (None,) * 3 if self.in_proj.bias is None else self.in_proj.bias.chunk(3)
+            triples = zip((query, key, value), weights, biases, strict=True)
+            return tuple(F.linear(x, weight, bias) for x, weight, bias in triples)
         parts = {id(x): self.in_proj(x).chunk(3, dim=-1) for x in (query, key, value)}
         return parts[id(query)][0], parts[id(key)][1], parts[id(value)][2]
 

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 
@@ -7,6 +9,10 @@ from rankopt.vision import import_torchvision
 
 # transformers imports torchvision, so the repair has to come first.
 import_torchvision()
+
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # one core for each worker
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)

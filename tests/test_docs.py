@@ -28,7 +28,7 @@ def test_readme_snippets(tmp_path, monkeypatch, capsys):
     assert len(snippets) >= 4
     try:
         for snippet in snippets:
-            exec(compile(snippet, "README.md", "exec"), namespace)
+            exec(compile(snippet, "README.md", "exec", dont_inherit=True), namespace)
     finally:
         rankopt.strategies.unregister("uniform")
     assert (tmp_path / "plan.json").exists()

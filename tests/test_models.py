@@ -114,7 +114,8 @@ def test_hugging_face(make, dtype, probed, tmp_path):
     model = make().eval().to(dtype)
     inputs = {"input_ids": IDS}
     budget = "macs<=70%" if probed else "params<=80%"
-    plan = rankopt.search(model, budget, example_inputs=inputs if probed else None)
+    given = inputs if probed else None
+    plan = rankopt.search(model, budget, strategy="energy", example_inputs=given)
     kept = {decision.targets[0]: decision.reason for decision in plan if decision.keeps}
     assert any("Embedding" in reason for reason in kept.values())
     if make is gpt2:

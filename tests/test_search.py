@@ -8,6 +8,7 @@ import rankopt
 from rankopt.errors import (
     BudgetError,
     BudgetInfeasible,
+    CalibrationError,
     LayerError,
     ModelError,
     NotYetSupported,
@@ -18,7 +19,7 @@ from rankopt.testing import planted_inputs, planted_model
 
 def test_one_line():
     plan = rankopt.search(planted_model(), "params<=50%")
-    assert plan.strategy["name"] == "energy"
+    assert plan.strategy["name"] == "knapsack"
     assert plan.totals["params"]["measured"] <= 0.5 * plan.totals["params"]["before"]
     assert set(plan.layer_names) == {
         "stem", "conv", "grouped", "depthwise", "point", "hidden", "head",
@@ -58,7 +59,7 @@ def test_globs():
         ("params<=50%", {"strategy": 3}, RegistryError, "a name or an instance of Strategy"),
         ("params<=50%", {"methods": ["magic"]}, RegistryError, "unknown decomposition 'magic'"),
         ("params<=50%", {"evaluate": len}, NotYetSupported, "does not use evaluate="),
-        ("params<=50%", {"calibration": []}, NotYetSupported, "does not use calibration="),
+        ("params<=50%", {"calibration": []}, CalibrationError, "calibration is empty"),
         ("params<=50%", {"example_inputs": "x"}, ModelError, "example_inputs is a str"),
         ("params<=50%", {"example_inputs": torch.zeros(1, 4)}, ModelError, "fails on example_inp"),
     ],

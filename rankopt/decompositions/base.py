@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from rankopt.errors import LayerError
 from rankopt.layers import Layer
+from rankopt.moments import Moments
 
 __all__ = ["Basis", "Decomposition", "IntArray", "RankAxis", "chain", "conv"]
 
@@ -111,12 +112,20 @@ class Decomposition(ABC):
         """Multiply-accumulates of the chain for one `example_inputs`."""
 
     @abstractmethod
-    def prepare(self, weight: Tensor, moments: None = None) -> Basis:
-        """Compute the basis of a canonical weight [groups, out, in, *kernel]."""
+    def prepare(self, weight: Tensor, moments: Moments | None = None) -> Basis:
+        """Compute the basis of a canonical weight [groups, out, in, *kernel].
+
+        With `moments` errors are relative output errors, ‖(W − Ŵ)S‖/‖WS‖, and
+        factors minimise them.
+        """
 
     @abstractmethod
     def build(self, layer: Layer, ranks: Sequence[int]) -> nn.Sequential:
         """The chain with uninitialised weights on the meta device."""
+
+    def factors_kind(self, moments: Moments) -> str:
+        """How a plan names factors made with `moments`: see `rankopt.plan.Factors`."""
+        return "whitened"
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -245,6 +254,13 @@ def positions(layer: Layer) -> tuple[int, int]:
             f"layer {layer.name}: its MACs are unknown without example_inputs; pass them"
         )
     return layer.positions_in, layer.positions_out
+
+
+def positions_between(layer: Layer) -> int:
+    """Positions once only the first spatial side has been convolved."""
+    positions(layer)
+    assert layer.positions_between is not None
+    return layer.positions_between
 
 
 def kernel_size(layer: Layer) -> int:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from rankopt.decompositions.base import Basis, Decomposition
 from rankopt.measure import tensor_digest
+from rankopt.moments import Moments
 
 __all__ = ["BasisCache", "shared"]
 
@@ -33,14 +34,17 @@ class BasisCache:
         self._bytes = 0
         self._lock = threading.Lock()
 
-    def get(self, decomposition: Decomposition, weight: Tensor) -> Basis:
-        """The basis of a canonical `weight`, computed if it is not held."""
-        key = (repr(decomposition), tensor_digest(weight) + str(weight.device).encode())
+    def get(
+        self, decomposition: Decomposition, weight: Tensor, moments: Moments | None = None
+    ) -> Basis:
+        """The basis of a canonical `weight` under `moments`, computed if it is not held."""
+        known = b"" if moments is None else moments.key
+        key = (repr(decomposition), tensor_digest(weight) + known + str(weight.device).encode())
         with self._lock:
             held = self._entries.get(key)
             if held is not None:
                 self._entries.move_to_end(key)
-        basis = decomposition.prepare(weight) if held is None else copy.copy(held)
+        basis = decomposition.prepare(weight, moments) if held is None else copy.copy(held)
         if held is None:
             self._put(key, basis)
         basis.weight = weight

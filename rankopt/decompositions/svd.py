@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from rankopt.decompositions import base
 from rankopt.layers import Layer
+from rankopt.moments import Moments
 
 __all__ = ["SVD"]
 
@@ -21,10 +22,14 @@ NUMERICAL_RANK = 1e-8
 
 
 class _Basis(base.Basis):
-    """Singular vectors of the smaller side, shared by copies of the basis."""
+    """Singular vectors of the smaller side, shared by copies of the basis.
 
-    def __init__(self, weight: Tensor) -> None:
+    With moments the matrix is W·S, whose discarded energy is the output error.
+    """
+
+    def __init__(self, weight: Tensor, moments: Moments | None = None) -> None:
         self.weight: Tensor | None = weight
+        self._moments = moments
         matrix = self._matrix
         self._on_input = matrix.shape[2] <= matrix.shape[1]
         gram = matrix.mT @ matrix if self._on_input else matrix @ matrix.mT
@@ -32,12 +37,21 @@ class _Basis(base.Basis):
         self._parts: dict[str, base.FloatArray] = {}
 
     @property
-    def _matrix(self) -> Tensor:
+    def _dense(self) -> Tensor:
         assert self.weight is not None
         return base.working_copy(self.weight.flatten(2))  # [groups, S, C]
 
+    @property
+    def _root(self) -> Tensor | None:
+        return None if self._moments is None else self._moments.channel_root.to(self._dense.dtype)
+
+    @property
+    def _matrix(self) -> Tensor:
+        root = self._root
+        return self._dense if root is None else self._dense @ root
+
     def _projected(self, rank: int | None = None) -> Tensor:
-        """The weight in the leading directions: [groups, larger side, rank], columns u·σ."""
+        """The matrix in the leading directions: [groups, larger side, rank], columns u·σ."""
         matrix = self._matrix if self._on_input else self._matrix.mT
         return matrix @ self._vectors[..., :rank]
 
@@ -56,18 +70,23 @@ class _Basis(base.Basis):
 
     def factors(self, ranks: Sequence[int]) -> dict[str, Tensor]:
         (rank,) = ranks
-        vectors, projected = self._vectors[..., :rank], self._projected(rank)
-        sigma = torch.linalg.vector_norm(projected, dim=-2, keepdim=True)
-        floor = NUMERICAL_RANK * sigma.amax(dim=-1, keepdim=True)
-        # √σ on both sides: factors of equal size train and quantise best.
-        root = torch.where(sigma > floor, sigma, torch.ones_like(sigma)).sqrt()
-        small, large = vectors * root, projected / root
-        first, last = (small.mT, large) if self._on_input else (large.mT, small)
+        vectors, root = self._vectors[..., :rank], self._root
+        if self._on_input:
+            first, last = vectors.mT, self._projected(rank)
+            if root is not None:  # back from whitened inputs: Vᵀ S⁻¹
+                first = torch.linalg.solve_triangular(root, first, upper=False, left=False)
+        else:
+            first, last = vectors.mT @ self._dense, vectors
+        # Factors of equal size train and quantise best.
+        left = torch.linalg.vector_norm(first, dim=-1, keepdim=True)
+        right = torch.linalg.vector_norm(last, dim=-2, keepdim=True).mT
+        floor = NUMERICAL_RANK * (left * right).amax(dim=-2, keepdim=True)
+        scale = torch.where(left * right > floor, right / left, torch.ones_like(left)).sqrt()
         assert self.weight is not None
         ones = (...,) + (None,) * (self.weight.dim() - 3)
         return {
-            "first.weight": first.flatten(0, 1)[ones],
-            "last.weight": last.flatten(0, 1)[ones],
+            "first.weight": (first * scale).flatten(0, 1)[ones],
+            "last.weight": (last / scale.mT).flatten(0, 1)[ones],
         }
 
     @property
@@ -118,8 +137,8 @@ class SVD(base.Decomposition):
         first = leaving if self.stride_on == "first" else entering
         return layer.groups * rank * (inputs * first + outputs * leaving)
 
-    def prepare(self, weight: Tensor, moments: None = None) -> base.Basis:
-        return _Basis(weight)
+    def prepare(self, weight: Tensor, moments: Moments | None = None) -> base.Basis:
+        return _Basis(weight, moments)
 
     def build(self, layer: Layer, ranks: Sequence[int]) -> nn.Sequential:
         (rank,) = ranks

@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Final
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from rankopt.decompositions import base
 from rankopt.layers import Layer
+from rankopt.moments import Moments
 
 __all__ = ["Tucker2"]
 
@@ -22,19 +24,28 @@ class _Basis(base.Basis):
     """HOSVD vectors of both channel modes; the core's energies give every error.
 
     Each part is computed when first asked for and shared by copies of the basis.
+    With moments of the channels the tensor is whitened along its input mode.
     """
 
-    def __init__(self, weight: Tensor, hooi: int) -> None:
+    def __init__(self, weight: Tensor, hooi: int, moments: Moments | None = None) -> None:
         self.weight: Tensor | None = weight
         self.hooi = hooi
+        self._moments = moments
         self._parts: dict[str, Any] = {}
         groups, outputs, inputs = weight.shape[:3]
         self._size = groups * (outputs**2 + inputs**2) + inputs * outputs
 
     @property
-    def _tensor(self) -> Tensor:
+    def _dense(self) -> Tensor:
         assert self.weight is not None
         return base.working_copy(self.weight.flatten(3))  # [groups, S, C, k]
+
+    @property
+    def _tensor(self) -> Tensor:
+        dense = self._dense
+        if self._moments is None:
+            return dense
+        return _project(dense, self._moments.channel_root.to(dense.dtype), 2)
 
     def _vectors(self, side: str) -> Tensor:
         """Orthonormal columns [groups, n, n] of the ``input`` or ``output`` mode."""
@@ -56,16 +67,18 @@ class _Basis(base.Basis):
     def _errors(self) -> base.FloatArray:
         """Error of every (input, output) rank pair, indexed from rank 1."""
         if "errors" not in self._parts:
-            core = _project(_project(self._tensor, self._vectors("output"), 1),
-                            self._vectors("input"), 2)  # fmt: skip
-            energy = base.energy(core, (0, 3)).T  # [C, S]
-            # What lies outside the kept block, as sums of positive terms only.
-            below = base.tails(energy.sum(axis=1))[:, None]
-            beside = np.cumsum(base.tails(energy.T).T, axis=0)
-            total = energy.sum()
-            self._parts["errors"] = np.sqrt((below + beside) / (total or 1.0))
+            self._parts["errors"] = self._error_table()
         found: base.FloatArray = self._parts["errors"]
         return found
+
+    def _error_table(self) -> base.FloatArray:
+        core = _project(self._tensor, self._vectors("output"), 1)
+        energy = base.energy(_project(core, self._vectors("input"), 2), (0, 3)).T  # [C, S]
+        # What lies outside the kept block, as sums of positive terms only.
+        below = base.tails(energy.sum(axis=1))[:, None]
+        beside = np.cumsum(base.tails(energy.T).T, axis=0)
+        table: base.FloatArray = np.sqrt((below + beside) / (energy.sum() or 1.0))
+        return table
 
     def error(self, ranks: Sequence[Any]) -> Any:
         first, second = ranks
@@ -82,19 +95,108 @@ class _Basis(base.Basis):
             inputs = base.principal_vectors(_gram(_project(tensor, outputs, 1), 2))[..., :first]
             reduced = _project(tensor, inputs, 2)
             outputs = base.principal_vectors(_gram(reduced, 1))[..., :second]
-        core = _project(reduced, outputs, 1)
+        leading = self._unwhitened(inputs)
+        return self._named(ranks, leading, _project(reduced, outputs, 1), outputs)
+
+    def _unwhitened(self, vectors: Tensor) -> Tensor:
+        """Rows [groups, r, C] that take raw inputs to the truncated whitened ones."""
+        if self._moments is None:
+            return vectors.mT
+        root = self._moments.channel_root.to(vectors.dtype)
+        rows: Tensor = torch.linalg.solve_triangular(root, vectors.mT, upper=False, left=False)
+        return rows
+
+    def _named(
+        self, ranks: Sequence[int], inputs: Tensor, core: Tensor, outputs: Tensor
+    ) -> dict[str, Tensor]:
+        """Factors by name; a mode at full rank needs no factor and joins the core.
+
+        Args:
+            ranks: Input and output rank.
+            inputs: [groups, r1, C].
+            core: [groups, r2, r1, k].
+            outputs: [groups, S, r2].
+        """
         assert self.weight is not None
         kernel = self.weight.shape[3:]
+        first, second = ranks
+        named = {}
         ones = (...,) + (None,) * len(kernel)
-        return {
-            "first.weight": inputs.mT.flatten(0, 1)[ones],
-            "core.weight": core.flatten(0, 1).unflatten(-1, kernel),
-            "last.weight": outputs.flatten(0, 1)[ones],
-        }
+        if first < self.weight.shape[2]:
+            named["first.weight"] = inputs.flatten(0, 1)[ones]
+        else:
+            core = _project(core, inputs, 2)
+        if second == self.weight.shape[1]:
+            core = _project(core, outputs.mT, 1)
+        named["core.weight"] = core.flatten(0, 1).unflatten(-1, kernel)
+        if second < self.weight.shape[1]:
+            named["last.weight"] = outputs.flatten(0, 1)[ones]
+        return named
 
     @property
     def nbytes(self) -> int:
         return 8 * self._size
+
+
+class _PatchBasis(_Basis):
+    """With moments of whole patches, core and output mode by reduced-rank regression.
+
+    The input vectors are those of the channel-whitened tensor. Given the first
+    r1 of them, the best map from the reduced patches to the output is a least
+    squares problem, and its best rank-r2 version follows from the covariance of
+    its predictions. In the Cholesky basis of the reduced patches' moments both
+    are nested in r1, so the error of every rank pair is exact.
+    """
+
+    def _regression(self) -> tuple[Tensor, Tensor, Tensor]:
+        """(rows A [g, C, C], lower root R of their moments, predictions Y [g, S, C·k])."""
+        if "regression" not in self._parts:
+            assert self._moments is not None
+            rows = self._unwhitened(self._vectors("input")).double()
+            pixels = self._moments.pixels
+            second = self._moments.damped.double()
+            # (A ⊗ I) P (A ⊗ I)ᵀ and W P (A ⊗ I)ᵀ, channel-major.
+            half = _apply_channels(rows, second, pixels)
+            reduced = _apply_channels(rows, half.mT, pixels)
+            root = torch.linalg.cholesky(0.5 * (reduced + reduced.mT))
+            cross = self._dense.double().flatten(2) @ half.mT
+            predictions = torch.linalg.solve_triangular(root.mT, cross, upper=True, left=False)
+            self._parts["regression"] = (rows, root, predictions)
+        found: tuple[Tensor, Tensor, Tensor] = self._parts["regression"]
+        return found
+
+    def _covariances(self) -> Tensor:
+        """Covariance [g, C, S, S] of the predictions for every input rank."""
+        _, _, predictions = self._regression()
+        assert self._moments is not None
+        blocks = predictions.unflatten(-1, (-1, self._moments.pixels)).transpose(1, 2)
+        covariances: Tensor = (blocks @ blocks.mT).cumsum(dim=1)
+        return covariances
+
+    def _error_table(self) -> base.FloatArray:
+        energies = torch.linalg.eigvalsh(self._covariances()).flip(-1).clamp_min(0)
+        retained = energies.cumsum(dim=-1).sum(dim=0).cpu().numpy()  # [C, S]
+        table: base.FloatArray = np.sqrt(np.clip(1 - retained / retained[-1, -1], 0.0, None))
+        return table
+
+    def factors(self, ranks: Sequence[int]) -> dict[str, Tensor]:
+        first, second = ranks
+        rows, root, predictions = self._regression()
+        assert self._moments is not None
+        width = first * self._moments.pixels
+        kept = predictions[..., :width]
+        outputs = base.principal_vectors(kept @ kept.mT)[..., :second]
+        lower = root[..., :width, :width]
+        solved = torch.linalg.solve_triangular(lower, outputs.mT @ kept, upper=False, left=False)
+        core = solved.unflatten(-1, (first, self._moments.pixels))
+        return self._named(ranks, rows[..., :first, :], core, outputs)
+
+
+def _apply_channels(rows: Tensor, matrix: Tensor, pixels: int) -> Tensor:
+    """(A ⊗ I_pixels) @ matrix for rows A [g, r, C] and matrix [g, C·pixels, m]."""
+    blocks = matrix.unflatten(1, (-1, pixels)).flatten(2)
+    applied: Tensor = (rows @ blocks).unflatten(2, (pixels, -1)).flatten(1, 2)
+    return applied
 
 
 def _gram(tensor: Tensor, mode: int) -> Tensor:
@@ -114,11 +216,15 @@ def _project(tensor: Tensor, vectors: Tensor, mode: int) -> Tensor:
 class Tucker2(base.Decomposition):
     """Both channel modes compressed, the kernel kept in a small core.
 
+    A mode at full rank needs no factor: the chain then has two layers, or at
+    full rank in both modes one.
+
     Args:
         hooi: Sweeps of higher-order orthogonal iteration after the sequentially
             truncated HOSVD that factors are made by. They cost a factorisation
             each and lower the error by well under 1%. `Basis.error` is that of the
-            nested truncation, so an upper bound for any number of sweeps.
+            nested truncation, so an upper bound for any number of sweeps. With
+            moments of whole patches there is nothing to sweep.
     """
 
     name: ClassVar[str] = "tucker2"
@@ -147,30 +253,45 @@ class Tucker2(base.Decomposition):
         first, second = ranks
         inputs, outputs = layer.group_shape
         core = base.kernel_size(layer) * first * second
-        return layer.groups * (inputs * first + core + second * outputs)
+        return layer.groups * (
+            inputs * first * (first < inputs) + core + second * outputs * (second < outputs)
+        )
 
     def macs(self, layer: Layer, ranks: Sequence[Any]) -> Any:
         first, second = ranks
         entering, leaving = base.positions(layer)
         inputs, outputs = layer.group_shape
         core = base.kernel_size(layer) * first * second
-        return layer.groups * (inputs * first * entering + (core + second * outputs) * leaving)
+        last = second * outputs * (second < outputs)
+        return layer.groups * (
+            inputs * first * (first < inputs) * entering + (core + last) * leaving
+        )
 
-    def prepare(self, weight: Tensor, moments: None = None) -> base.Basis:
-        return _Basis(weight, self.hooi)
+    def prepare(self, weight: Tensor, moments: Moments | None = None) -> base.Basis:
+        if moments is not None and moments.pixels > 1:
+            return _PatchBasis(weight, self.hooi, moments)
+        return _Basis(weight, self.hooi, moments)
+
+    def factors_kind(self, moments: Moments) -> str:
+        return "whitened+output" if moments.pixels > 1 else "whitened"
 
     def build(self, layer: Layer, ranks: Sequence[int]) -> nn.Sequential:
         first, second = (layer.groups * rank for rank in ranks)
-        groups = layer.groups
-        return base.chain(
-            first=base.conv(layer, layer.in_channels, first, groups=groups),
-            core=base.conv(
-                layer,
-                first,
-                second,
-                kernel=layer.kernel,
-                groups=groups,
-                place=base.geometry(layer),
-            ),
-            last=base.conv(layer, second, layer.out_channels, groups=groups, bias=layer.bias),
+        factors: dict[str, nn.Module] = {}
+        if first < layer.in_channels:
+            factors["first"] = base.conv(layer, layer.in_channels, first, groups=layer.groups)
+        ends = second == layer.out_channels
+        factors["core"] = base.conv(
+            layer,
+            first,
+            second,
+            kernel=layer.kernel,
+            groups=layer.groups,
+            bias=layer.bias and ends,
+            place=base.geometry(layer),
         )
+        if not ends:
+            factors["last"] = base.conv(
+                layer, second, layer.out_channels, groups=layer.groups, bias=layer.bias
+            )
+        return base.chain(**factors)

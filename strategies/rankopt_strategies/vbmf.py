@@ -179,7 +179,8 @@ class VBMF(Strategy):
 
 def _vbmf_ranks(problem: Problem, site: Site, method: Decomposition) -> list[int]:
     """EVBMF rank of each unfolding; the largest over the groups of a grouped layer."""
-    basis = problem.basis(site, method)
+    # Noise is told from signal by the weight's own spectrum, whatever the inputs.
+    basis = problem.basis(site, method, data_aware=False)
     elements = math.prod(site.layer.shape) // site.layer.groups
     ranks = []
     for axis, spectra in zip(method.rank_axes(site.layer), basis.spectra, strict=True):

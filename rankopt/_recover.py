@@ -1,0 +1,340 @@
+"""recover(): label-free repair of a compressed model against its dense teacher."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rankopt import measure, surgery
+from rankopt._apply import plan_of, settle_norms, unpacked_clone
+from rankopt._progress import progress_bar
+from rankopt.calibration import MAX_SAMPLES, divergence, hold, run
+from rankopt.errors import CalibrationError, ModelError
+
+__all__ = ["Recovery", "recover"]
+
+# Share of the calibration inputs kept out of training, for an honest before and after.
+HELD_OUT: Final = 1 / 16
+# How far images are shifted, as a share of their side.
+SHIFT: Final = 1 / 8
+GRADIENT_NORM: Final = 1.0
+# Weight of the layers' outputs beside the model's.
+FEATURES: Final = 3.0
+
+
+@dataclass(frozen=True)
+class Recovery:
+    """What a repair achieved.
+
+    Args:
+        before: Divergence from the teacher on held-out inputs (see
+            `rankopt.calibration.divergence`): KL for logits, else relative error².
+        after: The same afterwards.
+        steps: Optimiser steps taken.
+        seconds: Wall-clock time.
+        kept: Whether the repaired weights were kept; False if they were no better.
+    """
+
+    before: float
+    after: float
+    steps: int
+    seconds: float
+    kept: bool
+
+    def __str__(self) -> str:
+        verdict = "" if self.kept else "; no better, so the model is as it was"
+        return (
+            f"recovered for {self.seconds:.0f} s ({self.steps} steps): divergence from the "
+            f"teacher on held-out inputs {self.before:.4g} before, {self.after:.4g} after{verdict}"
+        )
+
+
+def recover(
+    model: nn.Module,
+    *,
+    teacher: nn.Module,
+    calibration: Any,
+    seconds: float = 120.0,
+    batch_size: int = 64,
+    learning_rate: float = 1e-3,
+    augment: Callable[[Any, torch.Generator], Any] | str = "auto",
+    calibration_samples: int | None = MAX_SAMPLES,
+    seed: int = 0,
+    progress: bool | None = None,
+) -> Recovery:
+    """Train a compressed model towards its teacher's outputs, in place, without labels.
+
+    The loss is the divergence of the outputs plus the mean relative error² of the
+    outputs of the decomposed layers; Adam with a cosine schedule over the time
+    given. A part of the inputs is held out, and the model is left as it was if
+    it does not come closer to its teacher there.
+
+    Args:
+        model: From `rankopt.apply`; its trainable parameters and BatchNorm
+            statistics change.
+        teacher: The dense model; not changed.
+        calibration: Inputs; labels are left out.
+        seconds: Wall-clock limit.
+        batch_size: Samples per step.
+        learning_rate: Adam's, at the start.
+        augment: A function of (inputs, generator); ``auto`` shifts and mirrors
+            4-d floating-point inputs, ``none`` leaves inputs alone.
+        calibration_samples: Where to stop reading.
+        seed: Orders the batches and draws the augmentation.
+        progress: Whether to show a progress bar.
+
+    Returns:
+        What was achieved, measured on the inputs held out.
+
+    Raises:
+        CalibrationError: Too few inputs, or inputs a model fails on.
+        ModelError: Nothing to train, or outputs of another shape.
+
+    Example:
+        >>> dense = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 4)).eval()
+        >>> small = rankopt.apply(dense, rankopt.search(dense, "params<=60%"))
+        >>> data = [torch.randn(64, 16) for _ in range(4)]
+        >>> done = rankopt.recover(small, teacher=dense, calibration=data, seconds=1)
+        >>> done.after <= done.before
+        True
+    """
+    if not seconds > 0:
+        raise ValueError(f"seconds={seconds!r}: expected a positive number")
+    started = time.perf_counter()
+    samples = _Samples(hold(model, calibration, max_samples=calibration_samples))
+    train, test = samples.split(HELD_OUT)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    if not parameters:
+        raise ModelError("recover has nothing to train: every parameter has requires_grad=False")
+    generator = torch.Generator().manual_seed(seed)
+    change = _augmentation(augment)
+    guide = unpacked_clone(surgery.unwrap(teacher)).eval()
+    tested = [samples.take(part) for part in test.split(batch_size)]
+    with torch.no_grad():
+        wanted = [run(guide, inputs) for inputs in tested]
+
+    def distance() -> float:
+        with torch.no_grad(), measure.evaluation(model):
+            pairs = zip(tested, wanted, strict=True)
+            return sum(divergence(old, run(model, x)) for x, old in pairs) / len(tested)
+
+    before = distance()
+    saved = {key: value.clone() for key, value in model.state_dict().items()}
+    modes = [(module, module.training) for module in model.modules()]
+    features = _Features(model, guide)
+    steps = 0
+    try:
+        with measure.preserve_rng(), torch.enable_grad(), features:
+            torch.manual_seed(seed)
+            _train_mode(model)
+            optimiser = torch.optim.Adam(parameters, lr=learning_rate)
+            limit = seconds * 0.95 - (time.perf_counter() - started)
+            begun = time.perf_counter()
+            with progress_bar("recovering", None, enabled=progress) as advance:
+                for batch in _endless(train, batch_size, generator):
+                    spent = (time.perf_counter() - begun) / max(limit, 1e-9)
+                    if spent >= 1:
+                        break
+                    for group in optimiser.param_groups:
+                        group["lr"] = learning_rate * 0.5 * (1 + math.cos(math.pi * spent))
+                    loss = features.loss(change(samples.take(batch), generator))
+                    if not bool(loss.isfinite()):
+                        break
+                    optimiser.zero_grad(set_to_none=True)
+                    loss.backward()
+                    nn.utils.clip_grad_norm_(parameters, GRADIENT_NORM)
+                    optimiser.step()
+                    steps += 1
+                    advance()
+    finally:
+        for module, mode in modes:
+            module.training = mode
+        for parameter in parameters:
+            parameter.grad = None
+    settle_norms(model, guide, [samples.take(part) for part in train.split(batch_size)], None)
+    after = distance()
+    kept = after < before
+    if not kept:
+        model.load_state_dict(saved)
+    elapsed = time.perf_counter() - started
+    return Recovery(before, after if kept else before, steps, elapsed, kept)
+
+
+class _Samples:
+    """Calibration inputs as one batch that can be indexed by sample."""
+
+    def __init__(self, held: list[Any]) -> None:
+        self.inputs = _joined(held)
+        self.count = sum(_size(inputs) for inputs in held)
+
+    def split(self, share: float) -> tuple[Tensor, Tensor]:
+        """Indices to train on and to hold out, interleaved."""
+        every = max(2, round(1 / share))
+        if self.count < every:
+            raise CalibrationError(
+                f"recover needs at least {every} calibration samples, got {self.count}"
+            )
+        index = torch.arange(self.count)
+        return index[index % every != 0], index[index % every == 0]
+
+    def take(self, index: Tensor) -> Any:
+        return _indexed(self.inputs, index)
+
+
+def _size(inputs: Any) -> int:
+    if isinstance(inputs, Tensor):
+        return len(inputs)
+    return _size(next(iter(inputs.values() if isinstance(inputs, Mapping) else inputs)))
+
+
+def _joined(parts: list[Any]) -> Any:
+    first = parts[0]
+    try:
+        if isinstance(first, Tensor):
+            return torch.cat(parts)
+        if isinstance(first, Mapping):
+            return {key: _joined([part[key] for part in parts]) for key in first}
+        if isinstance(first, (tuple, list)):
+            return tuple(_joined([part[i] for part in parts]) for i in range(len(first)))
+    except (RuntimeError, KeyError, IndexError, TypeError) as error:
+        raise CalibrationError(
+            f"calibration batches differ in form ({error}); pad them to one shape to recover"
+        ) from error
+    return first
+
+
+def _indexed(inputs: Any, index: Tensor) -> Any:
+    if isinstance(inputs, Tensor):
+        return inputs[index.to(inputs.device)]
+    if isinstance(inputs, Mapping):
+        return {key: _indexed(value, index) for key, value in inputs.items()}
+    if isinstance(inputs, tuple):
+        return tuple(_indexed(value, index) for value in inputs)
+    return inputs
+
+
+def _endless(index: Tensor, batch_size: int, generator: torch.Generator) -> Iterator[Tensor]:
+    while True:
+        shuffled = index[torch.randperm(len(index), generator=generator)]
+        parts = shuffled.split(batch_size)
+        # A last batch of one or two would upset BatchNorm.
+        yield from (part for part in parts if len(parts) == 1 or 2 * len(part) >= batch_size)
+
+
+def _augmentation(augment: Any) -> Callable[[Any, torch.Generator], Any]:
+    if callable(augment):
+        chosen: Callable[[Any, torch.Generator], Any] = augment
+        return chosen
+    if augment == "none":
+        return lambda inputs, generator: inputs
+    if augment == "auto":
+        return _shift_and_mirror
+    raise ValueError(f"augment={augment!r}: expected 'auto', 'none' or a function")
+
+
+def _shift_and_mirror(inputs: Any, generator: torch.Generator) -> Any:
+    """Images [n, c, h, w] moved by up to `SHIFT` of their side, half of them mirrored."""
+    if isinstance(inputs, tuple) and len(inputs) == 1:
+        return (_shift_and_mirror(inputs[0], generator),)
+    if not (isinstance(inputs, Tensor) and inputs.dim() == 4 and inputs.is_floating_point()):
+        return inputs
+    count, _, height, width = inputs.shape
+    down, across = round(height * SHIFT), round(width * SHIFT)
+    padded = F.pad(inputs, (across, across, down, down))
+    rows = torch.randint(0, 2 * down + 1, (count,), generator=generator)
+    columns = torch.randint(0, 2 * across + 1, (count,), generator=generator)
+    mirrored = torch.rand(count, generator=generator) < 0.5
+    moved = torch.stack(
+        [
+            padded[i, :, row : row + height, column : column + width]
+            for i, (row, column) in enumerate(zip(rows.tolist(), columns.tolist(), strict=True))
+        ]
+    )
+    mirrored = mirrored.to(inputs.device)
+    return torch.where(mirrored[:, None, None, None], moved.flip(-1), moved)
+
+
+def _train_mode(model: nn.Module) -> None:
+    """Train mode with dropout off, which would only blur the target."""
+    model.train()
+    for module in model.modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            module.eval()
+
+
+class _Features:
+    """The loss: outputs of both models, and of the layers the plan decomposed."""
+
+    def __init__(self, model: nn.Module, teacher: nn.Module) -> None:
+        self.model, self.teacher = model, teacher
+        plan = plan_of(model)
+        ours = dict(surgery.named_modules(model))
+        theirs = dict(surgery.named_modules(teacher))
+        names = [d.targets[0] for d in plan.changes] if plan is not None else []
+        self.names = [name for name in names if name in ours and name in theirs]
+        self.seen: tuple[dict[str, Tensor], dict[str, Tensor]] = ({}, {})
+        self.watched = [(ours, self.seen[0]), (theirs, self.seen[1])]
+        self.handles: list[Any] = []
+
+    def __enter__(self) -> _Features:
+        for modules, seen in self.watched:
+            for name in self.names:
+                self.handles.append(modules[name].register_forward_hook(_store(seen, name)))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self.handles:
+            handle.remove()
+        for _, seen in self.watched:
+            seen.clear()
+
+    def loss(self, inputs: Any) -> Tensor:
+        with torch.no_grad():
+            wanted = run(self.teacher, inputs)
+        found = run(self.model, inputs)
+        total = _output_loss(wanted, found)
+        mine, targets = self.seen
+        errors = [_relative(targets[name], mine[name]) for name in self.names if name in mine]
+        return total + FEATURES * torch.stack(errors).mean() if errors else total
+
+
+def _store(seen: dict[str, Tensor], name: str) -> Callable[..., None]:
+    def hook(module: nn.Module, args: Any, output: Any) -> None:
+        if isinstance(output, Tensor):
+            seen[name] = output
+
+    return hook
+
+
+def _relative(wanted: Tensor, found: Tensor) -> Tensor:
+    error: Tensor = (wanted - found).square().sum() / wanted.square().sum().clamp_min(1e-12)
+    return error
+
+
+def _output_loss(wanted: Any, found: Any) -> Tensor:
+    """Relative error² of every floating-point tensor the models return."""
+    pairs = list(zip(_floats(wanted), _floats(found), strict=True))
+    if not pairs:
+        raise CalibrationError("the model's output holds no floating-point tensor to compare")
+    if any(a.shape != b.shape for a, b in pairs):
+        raise ModelError("teacher and model return outputs of different shapes")
+    return torch.stack([_relative(a, b) for a, b in pairs]).mean()
+
+
+def _floats(output: Any) -> Iterator[Tensor]:
+    if isinstance(output, Tensor):
+        if output.is_floating_point():
+            yield output
+    elif isinstance(output, Mapping):
+        for value in output.values():
+            yield from _floats(value)
+    elif isinstance(output, (tuple, list)):
+        for value in output:
+            yield from _floats(value)

@@ -1,0 +1,130 @@
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import rankopt
+from rankopt.errors import BudgetInfeasible, ModelError
+from rankopt.testing import _squared_error, planted_inputs, planted_model
+from rankopt_strategies.knapsack import Knapsack, allocate
+
+
+def brute_force(damages, costs, limits):
+    best = None
+    for chosen in itertools.product(*(range(len(damage)) for damage in damages)):
+        used = sum(cost[i] for cost, i in zip(costs, chosen, strict=True))
+        if (used <= limits).all():
+            damage = sum(d[i] for d, i in zip(damages, chosen, strict=True))
+            best = damage if best is None else min(best, damage)
+    return best
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 10**6), st.integers(1, 4), st.integers(1, 3), st.floats(0.05, 1.0))
+def test_finds_the_optimum(seed, sites, axes, share):
+    rng = np.random.default_rng(seed)
+    damages, costs = [], []
+    for _ in range(sites):
+        size = int(rng.integers(1, 7))
+        damages.append(rng.uniform(size=size))
+        costs.append(rng.integers(0, 20, size=(size, axes)).astype(float))
+    whole = np.sum([cost.max(axis=0) for cost in costs], axis=0)
+    limits = np.maximum(1.0, np.floor(share * whole))
+    best = brute_force(damages, costs, limits)
+    found = allocate(damages, costs, limits)
+    if best is None:
+        assert found is None
+        return
+    assert found is not None
+    assert found.damage == pytest.approx(best, rel=1e-5, abs=1e-9)
+    assert found.bound <= best + 1e-9
+    used = sum(cost[i] for cost, i in zip(costs, found.chosen, strict=True))
+    assert (used <= limits * (1 + 1e-9)).all()
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 10**6))
+def test_relaxation_alone_is_feasible_and_bounded(seed):
+    rng = np.random.default_rng(seed)
+    damages = [np.sort(rng.uniform(size=8))[::-1] for _ in range(5)]
+    costs = [np.sort(rng.uniform(size=8))[:, None] for _ in range(5)]
+    limits = np.array([2.0])
+    best = brute_force(damages, costs, limits)
+    found = allocate(damages, costs, limits, exact=False)
+    if best is None:
+        assert found is None
+        return
+    assert found.bound <= best + 1e-9 <= found.damage + 2e-9
+
+
+def test_beats_uniform_ranks_by_its_own_measure():
+    x = planted_inputs()
+    damage = {}
+    for strategy in ("parameter_ratio", "energy", Knapsack()):
+        plan = rankopt.search(
+            planted_model(noise=0.4), "macs<=50%", strategy=strategy, example_inputs=x
+        )
+        model = planted_model(noise=0.4)
+        damage[plan.strategy["name"]] = sum(_squared_error(model, d) for d in plan.changes)
+    assert damage["knapsack"] <= min(damage.values()) + 1e-9
+
+
+def test_reports_its_gap():
+    plan = rankopt.search(
+        planted_model(), "macs<=50%, params<=40%", strategy="knapsack",
+        example_inputs=planted_inputs(),
+    )  # fmt: skip
+    facts = plan.extensions["knapsack"]
+    assert facts["bound"] <= facts["damage"] + 1e-12
+    assert facts["gap"] <= 1e-3
+    assert rankopt.RankPlan.from_json(plan.to_json()) == plan
+
+
+def test_chooses_between_decompositions():
+    separable = torch.nn.Conv2d(8, 8, 3, padding=1)
+    low_rank = torch.nn.Conv2d(32, 32, 3, padding=1)
+    with torch.no_grad():
+        column, row = torch.randn(8, 8, 3, 1), torch.randn(1, 1, 1, 3)
+        separable.weight.copy_(column * row)
+        left, core, right = torch.randn(32, 5), torch.randn(5, 5, 3, 3), torch.randn(5, 32)
+        low_rank.weight.copy_(torch.einsum("sp,pqij,qc->scij", left, core, right))
+    model = torch.nn.Sequential(separable, torch.nn.Conv2d(8, 32, 1), low_rank)
+    plan = rankopt.search(
+        model, "params<=30%", strategy="knapsack", methods=["svd", "tucker2", "spatial_svd"]
+    )
+    assert plan["0"].method == "spatial_svd"
+    assert plan["2"].method == "tucker2"
+    assert plan["2"].ranks == (5, 5)
+
+
+def test_measured_sensitivity_spares_what_matters():
+    model = torch.nn.Sequential(
+        torch.nn.Linear(32, 32), torch.nn.Linear(32, 32), torch.nn.Linear(32, 8)
+    )
+    with torch.no_grad():
+        # The second layer sees what the first lets through: scale its output's influence.
+        model[2].weight.mul_(5)
+    held = [torch.randn(64, 32) for _ in range(3)]
+    for sensitivity in ("equal", "tempered", "measured"):
+        plan = rankopt.search(
+            model, "params<=60%", strategy=Knapsack(sensitivity), calibration=held
+        )
+        assert plan.totals["params"]["measured"] <= 0.6 * plan.totals["params"]["before"]
+    with pytest.raises(ModelError, match="needs calibration="):
+        rankopt.search(model, "params<=60%", strategy=Knapsack("measured"))
+
+
+def test_infeasible_names_the_smallest():
+    with pytest.raises(BudgetInfeasible, match="smallest reachable is params"):
+        rankopt.search(planted_model(), "params<=1%", strategy="knapsack")
+
+
+@pytest.mark.parametrize("bad", [{"sensitivity": "high"}, {"threshold": 2}])
+def test_settings_are_validated(bad):
+    with pytest.raises(ValueError, match=next(iter(bad))):
+        Knapsack(**bad)

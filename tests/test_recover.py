@@ -1,0 +1,109 @@
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import rankopt
+from rankopt._recover import _shift_and_mirror
+from rankopt.errors import CalibrationError, ModelError
+from rankopt.testing import planted_model
+
+
+@pytest.fixture
+def pair():
+    teacher = planted_model(noise=0.5)
+    held = [torch.randn(32, 3, 12, 12) for _ in range(4)]
+    plan = rankopt.search(teacher, "params<=25%", strategy="parameter_ratio")
+    return teacher, rankopt.apply(teacher, plan), held
+
+
+def snapshot(model):
+    return {key: value.clone() for key, value in model.state_dict().items()}
+
+
+def test_comes_closer_to_its_teacher(pair):
+    teacher, small, held = pair
+    theirs = snapshot(teacher)
+    modes = [module.training for module in small.modules()]
+    torch.manual_seed(5)
+    state = torch.get_rng_state()
+    done = rankopt.recover(small, teacher=teacher, calibration=held, seconds=3)
+    assert torch.equal(state, torch.get_rng_state())
+    assert done.kept
+    assert done.after < done.before
+    assert done.steps > 0
+    assert "held-out inputs" in str(done)
+    assert all(torch.equal(theirs[k], v) for k, v in teacher.state_dict().items())
+    assert [module.training for module in small.modules()] == modes
+    assert all(parameter.grad is None for parameter in small.parameters())
+
+
+def test_leaves_the_model_alone_where_it_does_not_help(pair):
+    teacher, small, held = pair
+    before = snapshot(small)
+    done = rankopt.recover(
+        small, teacher=teacher, calibration=held, seconds=0.5, learning_rate=10.0
+    )
+    assert not done.kept
+    assert done.after == done.before
+    assert "no better" in str(done)
+    assert all(torch.equal(before[k], v) for k, v in small.state_dict().items())
+
+
+def test_frozen_parameters_stay(pair):
+    teacher, small, held = pair
+    for parameter in small.head.parameters():
+        parameter.requires_grad_(False)
+    before = snapshot(small.head)
+    rankopt.recover(small, teacher=teacher, calibration=held, seconds=0.5)
+    assert all(torch.equal(before[k], v) for k, v in small.head.state_dict().items())
+    for parameter in small.parameters():
+        parameter.requires_grad_(False)
+    with pytest.raises(ModelError, match="nothing to train"):
+        rankopt.recover(small, teacher=teacher, calibration=held)
+
+
+def test_mappings_and_attention():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.TransformerEncoderLayer(32, 4, 64, dropout=0.5, batch_first=True)
+
+        def forward(self, *, x):
+            return {"hidden": self.layer(x)}
+
+    teacher = Net().eval()
+    held = [{"x": torch.randn(16, 5, 32)} for _ in range(4)]
+    plan = rankopt.search(teacher, "params<=40%", calibration=held)
+    small = rankopt.apply(teacher, plan, calibration=held)
+    done = rankopt.recover(small, teacher=teacher, calibration=held, seconds=1.5)
+    assert done.kept
+
+
+def test_bad_requests(pair):
+    teacher, small, held = pair
+    with pytest.raises(ValueError, match="seconds=0"):
+        rankopt.recover(small, teacher=teacher, calibration=held, seconds=0)
+    with pytest.raises(CalibrationError, match="at least 16 calibration samples, got 4"):
+        rankopt.recover(small, teacher=teacher, calibration=[held[0][:4]])
+    with pytest.raises(ValueError, match="augment='flip'"):
+        rankopt.recover(small, teacher=teacher, calibration=held, augment="flip")
+    ragged = [torch.randn(16, 3, 12, 12), torch.randn(16, 3, 10, 10)]
+    with pytest.raises(CalibrationError, match="differ in form"):
+        rankopt.recover(small, teacher=teacher, calibration=ragged)
+    other = copy.deepcopy(teacher)
+    other.head = nn.Linear(64, 7)
+    with pytest.raises((ModelError, CalibrationError), match="shape|outputs changed"):
+        rankopt.recover(small, teacher=other, calibration=held, seconds=1)
+
+
+def test_augmentation_touches_images_only():
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(6, 3, 16, 16)
+    assert _shift_and_mirror(images, generator).shape == images.shape
+    assert not torch.equal(_shift_and_mirror(images, generator), images)
+    tokens = torch.randint(0, 5, (2, 7))
+    assert _shift_and_mirror(tokens, generator) is tokens
