@@ -12,13 +12,13 @@ import copy
 import time
 from typing import Any
 
-import rankopt
 import torch
-from rankopt.report.tables import table, to_text
-from rankopt_strategies import Knapsack
 
+import rankopt
 from benchmarks.cifar import correct, images, resnet20
 from benchmarks.foundation import make
+from rankopt.report.tables import table, to_text
+from rankopt_strategies import Knapsack
 
 HALF, THIRD = "macs<=50%, params<=50%", "macs<=30%, params<=30%"
 TWO = ("svd", "tucker2")

@@ -99,11 +99,12 @@ def apply(
     """
     _check_sources(plan, calibration, factors)
     source = surgery.unwrap(model)
-    chains = _computed_chains(source, plan, calibration, calibration_samples, progress)[1]
-    result = _swap(_unpacked_view(source, plan), chains)
+    held = _held(source, calibration, calibration_samples)
+    view, chains = _computed_chains(source, plan, held, progress)
+    result = _swap(view, chains)
     surgery.copy_parameters(result, source.parameters())
-    if calibration is not None:
-        settle_norms(result, source, calibration, calibration_samples)
+    if held is not None:
+        settle_norms(result, source, held)
     remember_plan(result, plan)
     return result
 
@@ -128,33 +129,37 @@ def apply_(
     """
     _check_sources(plan, calibration, factors)
     source = surgery.unwrap(model)
-    view, chains = _computed_chains(source, plan, calibration, calibration_samples, progress)
+    held = _held(source, calibration, calibration_samples)
+    view, chains = _computed_chains(source, plan, held, progress)
     if "" in chains or (chains and type(view) is not type(source)):
         raise PlanError(
             f"the plan replaces the root module {type(source).__name__} itself; "
             "use rankopt.apply, which returns a new model"
         )
-    teacher = surgery.clone(source, share=source.parameters()) if calibration is not None else None
+    teacher = surgery.clone(source, share=source.parameters())
     _swap(_unpack_for(source, plan), chains)
-    if teacher is not None:
-        settle_norms(source, teacher, calibration, calibration_samples)
+    if held is not None:
+        settle_norms(source, teacher, held)
     remember_plan(source, plan)
     return model
+
+
+def _held(model: nn.Module, calibration: Any, samples: int | None) -> list[Any] | None:
+    """Calibration batches kept for several passes, so that a generator will do."""
+    return None if calibration is None else hold(model, calibration, max_samples=samples)
 
 
 def _computed_chains(
     source: nn.Module,
     plan: RankPlan,
-    calibration: Any,
-    samples: int | None,
+    held: list[Any] | None,
     progress: bool | None,
 ) -> tuple[nn.Module, dict[str, nn.Module]]:
     """The unpacked view and, for every layer the plan changes, its finished chain."""
     view = _unpacked_view(source, plan)
     steps = _checked_steps(view, source, plan)
     moments: dict[str, Moments] = {}
-    if calibration is not None:
-        held = hold(source, calibration, max_samples=samples)
+    if held is not None:
         moments = _moments_for(view, plan, held, progress)
     return view, _build_chains(view, steps, _factoriser(moments), progress)
 
@@ -268,14 +273,11 @@ def build_with_moments(
     return _swap(copy, _build_chains(copy, _steps(copy, plan), _factoriser(moments), False))
 
 
-def settle_norms(
-    result: nn.Module, teacher: nn.Module, calibration: Any, samples: int | None
-) -> None:
+def settle_norms(result: nn.Module, teacher: nn.Module, held: Sequence[Any]) -> None:
     """Recalibrate BatchNorm; of old, pooled and teacher-matched statistics the best stay.
 
     Best is what moves the outputs least from the dense model's on the calibration inputs.
     """
-    held = hold(teacher, calibration, max_samples=samples)
     with torch.no_grad(), measure.evaluation(teacher):
         outputs = [run(teacher, inputs) for inputs in held]
     buffers = dict(result.named_buffers())

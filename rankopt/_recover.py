@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from rankopt import measure, surgery
 from rankopt._apply import plan_of, settle_norms, unpacked_clone
 from rankopt._progress import progress_bar
-from rankopt.calibration import MAX_SAMPLES, divergence, hold, run
+from rankopt.calibration import MAX_SAMPLES, divergence, hold, run, tensors_in
 from rankopt.errors import CalibrationError, ModelError
 
 __all__ = ["Recovery", "recover"]
@@ -158,7 +158,7 @@ def recover(
             module.training = mode
         for parameter in parameters:
             parameter.grad = None
-    settle_norms(model, guide, [samples.take(part) for part in train.split(batch_size)], None)
+    settle_norms(model, guide, [samples.take(part) for part in train.split(batch_size)])
     after = distance()
     kept = after < before
     if not kept:
@@ -172,7 +172,7 @@ class _Samples:
 
     def __init__(self, held: list[Any]) -> None:
         self.inputs = _joined(held)
-        self.count = sum(_size(inputs) for inputs in held)
+        self.count = sum(len(next(tensors_in(inputs))) for inputs in held)
 
     def split(self, share: float) -> tuple[Tensor, Tensor]:
         """Indices to train on and to hold out, interleaved."""
@@ -186,12 +186,6 @@ class _Samples:
 
     def take(self, index: Tensor) -> Any:
         return _indexed(self.inputs, index)
-
-
-def _size(inputs: Any) -> int:
-    if isinstance(inputs, Tensor):
-        return len(inputs)
-    return _size(next(iter(inputs.values() if isinstance(inputs, Mapping) else inputs)))
 
 
 def _joined(parts: list[Any]) -> Any:
@@ -292,7 +286,7 @@ class _Features:
     def __exit__(self, *_: object) -> None:
         for handle in self.handles:
             handle.remove()
-        for _, seen in self.watched:
+        for seen in self.seen:
             seen.clear()
 
     def loss(self, inputs: Any) -> Tensor:
@@ -320,21 +314,13 @@ def _relative(wanted: Tensor, found: Tensor) -> Tensor:
 
 def _output_loss(wanted: Any, found: Any) -> Tensor:
     """Relative error² of every floating-point tensor the models return."""
-    pairs = list(zip(_floats(wanted), _floats(found), strict=True))
+    old, new = (
+        [tensor for tensor in tensors_in(output) if tensor.is_floating_point()]
+        for output in (wanted, found)
+    )
+    pairs = list(zip(old, new, strict=True))
     if not pairs:
         raise CalibrationError("the model's output holds no floating-point tensor to compare")
     if any(a.shape != b.shape for a, b in pairs):
         raise ModelError("teacher and model return outputs of different shapes")
     return torch.stack([_relative(a, b) for a, b in pairs]).mean()
-
-
-def _floats(output: Any) -> Iterator[Tensor]:
-    if isinstance(output, Tensor):
-        if output.is_floating_point():
-            yield output
-    elif isinstance(output, Mapping):
-        for value in output.values():
-            yield from _floats(value)
-    elif isinstance(output, (tuple, list)):
-        for value in output:
-            yield from _floats(value)

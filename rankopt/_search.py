@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from rankopt.decompositions.base import Decomposition
 from rankopt.errors import BudgetError, ModelError, NotYetSupported, RankoptError
 from rankopt.layers import (
     Layer,
+    Patterns,
     canonical_weight,
     check_materialised,
     check_weight,
@@ -54,8 +55,10 @@ def search(
     calibration_samples: int | None = MAX_SAMPLES,
     evaluate: Any = None,
     methods: Sequence[str | Decomposition] = DEFAULT_METHODS,
-    only: Iterable[str] = (),
-    ignore: Iterable[str] = (),
+    only: Patterns = (),
+    ignore: Patterns = (),
+    round_to: int = 1,
+    rounding: Literal["down", "nearest", "up"] = "down",
     seed: int = 0,
     timeout: float | None = None,
     progress: bool | None = None,
@@ -79,8 +82,12 @@ def search(
         calibration_samples: Where to stop reading; None reads to the end.
         evaluate: For strategies that use the task's metric (none so far).
         methods: Decompositions to choose from, names or instances.
-        only: Case-sensitive globs on full module names; the rest is kept.
+        only: Case-sensitive globs on full module names, or functions of a `Layer`
+            (its type, kernel, params, …); the rest is kept.
         ignore: The same; what matches is kept.
+        round_to: Ranks are multiples of this (or full); hardware likes 8 or 16.
+        rounding: Which multiple the rank of a formula becomes; the budget is held
+            with the rounded ranks.
         seed: For strategies that draw random numbers.
         timeout: Seconds after which to give up with `DeadlineExceeded`.
         progress: Whether to show progress bars; None decides by the terminal.
@@ -103,6 +110,10 @@ def search(
         ('svd', (15,))
     """
     started = time.perf_counter()
+    if isinstance(round_to, bool) or not isinstance(round_to, int) or round_to < 1:
+        raise ValueError(f"round_to={round_to!r}: expected an integer of at least 1")
+    if rounding not in ("down", "nearest", "up"):
+        raise ValueError(f"rounding={rounding!r}: expected 'down', 'nearest' or 'up'")
     deadline = None if timeout is None else time.monotonic() + timeout
     chosen = strategies.create(strategy)
     allowed = _check_request(Budget.parse(budget), chosen, example_inputs, calibration, evaluate)
@@ -112,6 +123,7 @@ def search(
         layers = _select(layers, only, ignore)
         problem = _problem(view, layers, seen, allowed, methods)
         problem.seed, problem.deadline, problem.progress = seed, deadline, progress
+        problem.round_to, problem.rounding = round_to, rounding
         if calibration is not None:
             _calibrate(problem, view, calibration, calibration_samples)
         plan = chosen.search(problem)
@@ -206,7 +218,7 @@ def _refuse_for(layer: Layer, reads: Mapping[str, str]) -> Layer:
     return layer.refused(reasons[0]) if reasons else layer
 
 
-def _select(layers: list[Layer], only: Iterable[str], ignore: Iterable[str]) -> list[Layer]:
+def _select(layers: list[Layer], only: Patterns, ignore: Patterns) -> list[Layer]:
     """The user's globs, then narrowness, then ties with kept layers."""
     chosen = []
     for layer in select(layers, only, ignore):

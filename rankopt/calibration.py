@@ -29,6 +29,7 @@ __all__ = [
     "divergence",
     "hold",
     "recalibrate",
+    "tensors_in",
 ]
 
 # Samples read from an iterable that does not end by itself.
@@ -111,19 +112,20 @@ def _without_labels(batch: Any, positional: int | None) -> Any:
     return tuple(batch)
 
 
-def _tensors(inputs: Any) -> Iterator[Tensor]:
+def tensors_in(inputs: Any) -> Iterator[Tensor]:
+    """Every tensor inside nested tuples, lists and mappings, in order."""
     if isinstance(inputs, Tensor):
         yield inputs
     elif isinstance(inputs, Mapping):
         for value in inputs.values():
-            yield from _tensors(value)
+            yield from tensors_in(value)
     elif isinstance(inputs, (tuple, list)):
         for value in inputs:
-            yield from _tensors(value)
+            yield from tensors_in(value)
 
 
 def _batch_size(inputs: Any) -> int:
-    first = next(_tensors(inputs), None)
+    first = next(tensors_in(inputs), None)
     if first is None or first.dim() == 0:
         raise CalibrationError("calibration yielded a batch without a tensor that has a batch size")
     return len(first)
@@ -148,7 +150,7 @@ def digest(held: Iterable[Any]) -> str:
     """SHA-256 of held calibration inputs, in order, however they were batched."""
     parts: dict[int, Any] = {}
     for inputs in held:
-        for index, tensor in enumerate(_tensors(inputs)):
+        for index, tensor in enumerate(tensors_in(inputs)):
             part = parts.setdefault(index, hashlib.sha256())
             for sample in tensor.detach().cpu().contiguous():
                 part.update(sample.contiguous().view(-1).view(torch.uint8).numpy().data)
@@ -175,7 +177,7 @@ def divergence(before: Any, after: Any) -> float:
 def _output(output: Any) -> Tensor:
     if isinstance(output, Mapping) and "logits" in output:
         output = output["logits"]
-    for tensor in _tensors(output):
+    for tensor in tensors_in(output):
         if tensor.is_floating_point():
             return tensor
     raise CalibrationError("the model's output holds no floating-point tensor to compare")
@@ -186,7 +188,7 @@ def run(model: nn.Module, inputs: Any) -> Any:
     try:
         return measure.call(model, inputs)
     except (RuntimeError, TypeError, ValueError, IndexError) as error:
-        shapes = [f"{list(t.shape)} {t.dtype}" for t in _tensors(inputs)]
+        shapes = [f"{list(t.shape)} {t.dtype}" for t in tensors_in(inputs)]
         raise CalibrationError(
             f"the model fails on a calibration batch of {', '.join(shapes)}: {error}; "
             "calibration yields inputs of the shape and dtype the model takes"

@@ -7,7 +7,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import fields, is_dataclass
+from dataclasses import is_dataclass
 from typing import Any, Final
 
 from rankopt import __version__
@@ -84,6 +84,7 @@ def _parser() -> argparse.ArgumentParser:
     search.add_argument("--methods", help="decompositions to allow, comma-separated")
     search.add_argument("--only", action="append", default=[], metavar="GLOB")
     search.add_argument("--ignore", action="append", default=[], metavar="GLOB")
+    search.add_argument("--round-to", type=int, default=1, metavar="N", help="multiples of N only")
     search.add_argument("--timeout", type=float, metavar="SECONDS")
     search.add_argument("-o", "--output", metavar="PLAN.json", help="where to write the plan")
     search.set_defaults(run=_search)
@@ -124,6 +125,7 @@ def _search(arguments: argparse.Namespace) -> int:
         methods=arguments.methods.split(",") if arguments.methods else DEFAULT_METHODS,
         only=arguments.only,
         ignore=arguments.ignore,
+        round_to=arguments.round_to,
         seed=arguments.seed,
         timeout=arguments.timeout,
     )
@@ -196,7 +198,7 @@ def _strategies(arguments: argparse.Namespace) -> int:
         else:
             row["summary"] = (cls.__doc__ or "").strip().splitlines()[0]
             row["needs"] = sorted(cls.tags.needs)
-            row["settings"] = {f.name: f.default for f in fields(cls)} if is_dataclass(cls) else {}
+            row["settings"] = vars(cls()) if is_dataclass(cls) else {}
         rows.append(row)
     if arguments.json:
         print(json.dumps(rows, default=str))

@@ -7,10 +7,10 @@ cannot be decomposed are described too, with the reason.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ from rankopt.unpack import type_name
 __all__ = [
     "MIN_CHANNELS",
     "Layer",
+    "Patterns",
     "canonical_weight",
     "check_materialised",
     "check_weight",
@@ -191,23 +192,26 @@ def find_layers(model: nn.Module) -> list[Layer]:
     return [_resolve_ties(layer, owners.get(key, []), described) for layer, key in layers]
 
 
-def select(
-    layers: Sequence[Layer], only: Iterable[str] = (), ignore: Iterable[str] = ()
-) -> list[Layer]:
-    """Refuse the layers that the user's globs exclude.
+Pattern: TypeAlias = "str | Callable[[Layer], bool]"
+Patterns: TypeAlias = "Pattern | Iterable[Pattern]"
+
+
+def select(layers: Sequence[Layer], only: Patterns = (), ignore: Patterns = ()) -> list[Layer]:
+    """Refuse the layers that the user's patterns exclude.
 
     Args:
         layers: As found.
-        only: Case-sensitive globs on full module names; empty means all.
+        only: Case-sensitive globs on full module names, or functions of a layer;
+            empty means all.
         ignore: The same; what matches is kept.
 
     Raises:
         ModelError: A pattern that matches no layer.
     """
-    only, ignore = _as_patterns(only, "only"), _as_patterns(ignore, "ignore")
-    for keyword, patterns in (("only", only), ("ignore", ignore)):
+    wanted, unwanted = _as_patterns(only, "only"), _as_patterns(ignore, "ignore")
+    for keyword, patterns in (("only", wanted), ("ignore", unwanted)):
         for pattern in patterns:
-            if not any(fnmatchcase(name, pattern) for layer in layers for name in layer.names):
+            if not any(_matches(layer, pattern) for layer in layers):
                 raise ModelError(
                     f"{keyword}={pattern!r} matches no layer; the layers are "
                     f"{', '.join(layer.name for layer in layers[:6])}, … "
@@ -215,22 +219,30 @@ def select(
                 )
     chosen = []
     for layer in layers:
-        if any(fnmatchcase(name, pattern) for pattern in ignore for name in layer.names):
+        if any(_matches(layer, pattern) for pattern in unwanted):
             layer = replace(layer, refusal="ignored by the user")
-        elif only and not any(fnmatchcase(n, pattern) for pattern in only for n in layer.names):
+        elif wanted and not any(_matches(layer, pattern) for pattern in wanted):
             layer = replace(layer, refusal="not among only=")
         chosen.append(layer)
     return chosen
 
 
-def _as_patterns(patterns: Iterable[str], keyword: str) -> tuple[str, ...]:
-    if isinstance(patterns, str):
+def _matches(layer: Layer, pattern: Pattern) -> bool:
+    if isinstance(pattern, str):
+        return any(fnmatchcase(name, pattern) for name in layer.names)
+    return bool(pattern(layer))
+
+
+def _as_patterns(patterns: Patterns, keyword: str) -> tuple[Pattern, ...]:
+    if isinstance(patterns, str) or callable(patterns):
         return (patterns,)
-    patterns = tuple(patterns)
-    for pattern in patterns:
-        if not isinstance(pattern, str):
-            raise ModelError(f"{keyword}={pattern!r}: expected a glob on module names")
-    return patterns
+    listed = tuple(patterns)
+    for pattern in listed:
+        if not isinstance(pattern, str) and not callable(pattern):
+            raise ModelError(
+                f"{keyword}={pattern!r}: expected a glob on module names or a function of a layer"
+            )
+    return listed
 
 
 def check_materialised(model: nn.Module) -> None:

@@ -55,6 +55,12 @@ class Moments:
         root = damped_root(self.second)
         return root @ root.mT
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes held once all the derived matrices have been asked for."""
+        channels = self.second.shape[-1] // self.pixels
+        return 16 * len(self.second) * (self.second.shape[-1] ** 2 + channels**2)
+
     @cached_property
     def key(self) -> bytes:
         """Identifies the moments in a cache."""

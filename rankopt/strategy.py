@@ -144,6 +144,8 @@ class Problem:
         calibration: Digest of the calibration inputs, for the plan.
         divergence: How far the outputs on calibration inputs move when some sites
             take options (by index) and the others stay dense; None without calibration.
+        round_to: Ranks are multiples of this, or an axis's maximum; 1 for any rank.
+        rounding: Which multiple a strategy's rank becomes: ``down``, ``nearest``, ``up``.
         cache: Where bases are held.
         progress: Whether to show progress bars; None decides by the terminal.
     """
@@ -158,6 +160,8 @@ class Problem:
     moments: Mapping[str, Moments] = field(default_factory=dict)
     calibration: str | None = None
     divergence: Callable[[Mapping[int, Option]], float] | None = None
+    round_to: int = 1
+    rounding: str = "down"
     cache: BasisCache = field(default_factory=lambda: shared)
     progress: bool | None = None
 
@@ -226,21 +230,38 @@ class Problem:
 
     def _build_frontier(self, site: Site, method: Decomposition) -> Frontier:
         axes = method.rank_axes(site.layer)
-        grids = np.meshgrid(
-            *(np.arange(1, axis.maximum + 1) for axis in axes), indexing="ij", sparse=True
-        )
+        choices = [self._ranks_up_to(axis.maximum) for axis in axes]
+        grids = np.meshgrid(*choices, indexing="ij", sparse=True)
         load = np.broadcast_arrays(self.load(site.price(method, grids)), *grids)[0].ravel()
         error = np.broadcast_to(
-            self.basis(site, method).error(grids), [axis.maximum for axis in axes]
+            self.basis(site, method).error(grids), [len(ranks) for ranks in choices]
         ).ravel()
         cheaper = np.flatnonzero(load < self.load(site.cost))
         order = cheaper[np.lexsort((error[cheaper], load[cheaper]))]
         best = np.minimum.accumulate(error[order]) if len(order) else error[order]
         improving = np.append(True, error[order][1:] < best[:-1]) if len(order) else order
         chosen = order[np.asarray(improving, dtype=bool)]
-        shape = tuple(axis.maximum for axis in axes)
-        ranks = np.stack(np.unravel_index(chosen, shape), axis=1) + 1
-        return Frontier(ranks.astype(np.int64), load[chosen], error[chosen])
+        places = np.unravel_index(chosen, [len(ranks) for ranks in choices])
+        ranks = np.stack([axis[i] for axis, i in zip(choices, places, strict=True)], axis=1)
+        return Frontier(ranks, load[chosen], error[chosen])
+
+    def _ranks_up_to(self, maximum: int) -> npt.NDArray[np.int64]:
+        """The ranks that `round_to` allows."""
+        every = np.arange(1, maximum + 1)
+        allowed = every[(every % self.round_to == 0) | (every == maximum)]
+        return (every if maximum < self.round_to else allowed).astype(np.int64)
+
+    def rounded(self, rank: int, maximum: int) -> int:
+        """`rank` as the multiple of `round_to` that `rounding` asks for, if there is one."""
+        if self.round_to == 1 or rank == maximum or maximum < self.round_to:
+            return rank
+        below = rank // self.round_to * self.round_to
+        above = min(-(-rank // self.round_to) * self.round_to, maximum)
+        if below == 0 or self.rounding == "up":
+            return above
+        if self.rounding == "nearest" and above - rank < rank - below:
+            return above
+        return below
 
     def keep(self, site: Site, reason: str) -> Option:
         """The option that leaves a site dense."""
@@ -254,8 +275,12 @@ class Problem:
         Raises:
             LayerError: Infeasible ranks.
         """
-        chosen = tuple(int(rank) for rank in ranks)
-        method.check_ranks(site.layer, chosen)
+        wanted = tuple(int(rank) for rank in ranks)
+        method.check_ranks(site.layer, wanted)
+        chosen = tuple(
+            self.rounded(rank, axis.maximum)
+            for rank, axis in zip(wanted, method.rank_axes(site.layer), strict=True)
+        )
         cost = site.price(method, chosen)
         if self.load(cost) >= self.load(site.cost):
             named = " x ".join(map(str, chosen))

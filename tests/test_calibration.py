@@ -243,6 +243,13 @@ def test_data_aware_plans(strategy, tmp_path):
     assert torch.allclose(in_place(planted_inputs()), small(planted_inputs()), atol=1e-5)
 
 
+def test_a_generator_is_read_once():
+    model = planted_model()
+    plan = rankopt.search(model, BUDGET, calibration=(x for x in data()))
+    small = rankopt.apply(model, plan, calibration=(x for x in data()))
+    assert small(planted_inputs()).isfinite().all()
+
+
 def test_data_aware_is_closer_to_the_model():
     model = planted_model(noise=0.5)
     held = data()

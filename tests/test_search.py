@@ -222,3 +222,51 @@ def test_the_whole_budget_keeps_everything():
     assert (
         not rankopt.compare(planted_model(), rankopt.apply(planted_model(), plan)).params.ratio < 1
     )
+
+
+def test_functions_of_a_layer_choose_too():
+    plan = rankopt.search(
+        planted_model(),
+        "params<=90%",
+        only=lambda layer: layer.type == "Conv2d" and layer.params > 1000,
+        ignore=[lambda layer: layer.kernel == (1, 1)],
+    )
+    assert plan["hidden"].reason == "keep: not among only="
+    assert plan["point"].reason == "keep: ignored by the user"
+    with pytest.raises(ModelError, match="matches no layer"):
+        rankopt.search(planted_model(), "params<=90%", only=lambda layer: False)
+
+
+@pytest.mark.parametrize("strategy", ["energy", "parameter_ratio", "vbmf", "knapsack"])
+@pytest.mark.parametrize("rounding", ["down", "nearest", "up"])
+def test_rounded_ranks_hold_the_budget(strategy, rounding):
+    plan = rankopt.search(
+        planted_model(),
+        "macs<=60%",
+        strategy=strategy,
+        example_inputs=planted_inputs(),
+        round_to=8,
+        rounding=rounding,
+    )
+    assert plan.totals["macs"]["measured"] <= 0.6 * plan.totals["macs"]["before"]
+    full = {16, 32, 48, 64, 10}
+    ranks = [rank for decision in plan.changes for rank in decision.ranks]
+    assert ranks
+    assert all(rank % 8 == 0 or rank in full for rank in ranks)
+
+
+def test_rounding_directions():
+    def ranks(**arguments):
+        plan = rankopt.search(
+            nn.Sequential(nn.Linear(64, 64)), None, strategy="parameter_ratio", **arguments
+        )
+        return plan["0"].ranks
+
+    assert ranks() == (16,)
+    assert ranks(round_to=6) == (12,)
+    assert ranks(round_to=6, rounding="up") == (18,)
+    assert ranks(round_to=6, rounding="nearest") == (18,)
+    assert ranks(round_to=100) == (16,)
+    for bad in ({"round_to": 0}, {"round_to": 2.0}, {"rounding": "sideways"}):
+        with pytest.raises(ValueError, match=next(iter(bad))):
+            ranks(**bad)

@@ -147,7 +147,7 @@ class _Basis(base.Basis):
 
     @property
     def nbytes(self) -> int:
-        return 8 * self._size
+        return 8 * self._size + (0 if self._moments is None else 2 * self._moments.nbytes)
 
 
 @dataclass(frozen=True)

@@ -91,7 +91,8 @@ class _Basis(base.Basis):
 
     @property
     def nbytes(self) -> int:
-        return self._vectors.numel() * self._vectors.element_size()
+        held = self._vectors.numel() * self._vectors.element_size()
+        return held + (0 if self._moments is None else self._moments.nbytes)
 
 
 @dataclass(frozen=True)

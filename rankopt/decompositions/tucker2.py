@@ -135,7 +135,10 @@ class _Basis(base.Basis):
 
     @property
     def nbytes(self) -> int:
-        return 8 * self._size
+        if self._moments is None:
+            return 8 * self._size
+        # With moments of patches the regression holds two more matrices of their size.
+        return 8 * self._size + 2 * self._moments.nbytes
 
 
 class _PatchBasis(_Basis):

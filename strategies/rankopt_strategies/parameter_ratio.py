@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from typing import ClassVar
 
 from rankopt.decompositions.base import Decomposition, kernel_size
@@ -66,6 +67,8 @@ class ParameterRatio(Strategy):
     Args:
         ratio: Parameters of a layer before / after, above 1.
         beta: Output over input rank of Tucker-2; None for S/C of each layer.
+        overrides: Glob on the layer's name to its own ratio, whatever the budget
+            asks of the others; 1 keeps the layer. The first match counts.
 
     References:
         arXiv 2407.20266, section 2.1.
@@ -76,6 +79,7 @@ class ParameterRatio(Strategy):
     tags: ClassVar[Tags] = Tags()
     ratio: float = 2.0
     beta: float | None = None
+    overrides: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if isinstance(self.ratio, bool) or not isinstance(self.ratio, (int, float)):
@@ -84,6 +88,9 @@ class ParameterRatio(Strategy):
             raise ValueError(f"ratio={self.ratio!r}: parameters before / after lie above 1")
         if self.beta is not None and not (math.isfinite(self.beta) and self.beta > 0):
             raise ValueError(f"beta={self.beta!r}: expected a positive number")
+        for pattern, ratio in self.overrides.items():
+            if not (isinstance(ratio, (int, float)) and math.isfinite(ratio) and ratio >= 1):
+                raise ValueError(f"overrides[{pattern!r}]={ratio!r}: a ratio is at least 1")
 
     def search(self, problem: Problem) -> RankPlan:
         """Bisect the ratio to the budget; see `Strategy.search`."""
@@ -97,10 +104,17 @@ class ParameterRatio(Strategy):
     def _choose(self, problem: Problem, ratio: float) -> list[Option]:
         options = []
         for site in problem.sites:
-            method = site.methods[0]
-            ranks = self._ranks(site, method, ratio)
-            options.append(problem.option(site, method, ranks, f"parameter ratio {ratio:.4g}"))
+            method, own = site.methods[0], self._override(site)
+            if own == 1:
+                options.append(problem.keep(site, "overrides= asks for a ratio of 1"))
+                continue
+            ranks = self._ranks(site, method, ratio if own is None else own)
+            reason = f"parameter ratio {ratio if own is None else own:.4g}"
+            options.append(problem.option(site, method, ranks, reason))
         return options
+
+    def _override(self, site: Site) -> float | None:
+        return next((r for p, r in self.overrides.items() if fnmatchcase(site.name, p)), None)
 
     def _ranks(self, site: Site, method: Decomposition, ratio: float) -> Sequence[int]:
         inputs, outputs = site.layer.group_shape

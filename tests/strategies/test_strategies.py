@@ -44,6 +44,7 @@ def test_contract_with_other_settings(strategy):
         (lambda: ParameterRatio(1.0), "ratio=1.0: .* above 1"),
         (lambda: ParameterRatio(beta=0), "beta=0"),
         (lambda: ParameterRatio("2"), "ratio='2'"),
+        (lambda: ParameterRatio(overrides={"fc": 0.5}), r"overrides\['fc'\]=0.5"),
         (lambda: VBMF(0), r"weakening=0: expected a number in \(0, 1\]"),
         (lambda: VBMF("x"), "weakening='x'"),
         (lambda: VBMF(noise="drop"), "noise='drop'"),
@@ -253,3 +254,14 @@ def test_every_strategy_names_itself_in_the_plan():
         )
         assert plan.strategy["name"] == name
         assert rankopt.strategies.create(name, **plan.strategy["settings"])
+
+
+def test_overrides_give_some_layers_their_own_ratio():
+    strategy = ParameterRatio(2.0, overrides={"head": 1, "hid*": 4.0})
+    plan = rankopt.search(planted_model(), None, strategy=strategy)
+    assert plan["head"].reason == "keep: overrides= asks for a ratio of 1"
+    assert plan["hidden"].ranks == (svd_rank(48, 64, 4.0),)
+    assert plan["point"].ranks == (svd_rank(32, 48, 2.0),)
+    held = rankopt.search(planted_model(), "params<=60%", strategy=strategy)
+    assert held["hidden"].ranks == plan["hidden"].ranks
+    assert rankopt.RankPlan.from_json(held.to_json()) == held
