@@ -18,9 +18,11 @@ from rankopt.calibration import (
     collect,
     digest,
     divergence,
+    has_norms,
     hold,
     recalibrate,
     run,
+    shortened,
 )
 from rankopt.decompositions.base import Decomposition
 from rankopt.decompositions.cache import shared
@@ -48,6 +50,8 @@ __all__ = [
 ]
 
 _PLAN_ATTRIBUTE: Final = "rankopt_plan"
+# Samples on which candidate BatchNorm statistics are compared.
+COMPARED_SAMPLES: Final = 512
 
 
 @dataclass(frozen=True)
@@ -146,7 +150,10 @@ def apply_(
 
 def _held(model: nn.Module, calibration: Any, samples: int | None) -> list[Any] | None:
     """Calibration batches kept for several passes, so that a generator will do."""
-    return None if calibration is None else hold(model, calibration, max_samples=samples)
+    if calibration is None:
+        return None
+    with measure.preserve_rng():  # a shuffling DataLoader draws from the global generator
+        return hold(model, calibration, max_samples=samples)
 
 
 def _computed_chains(
@@ -160,7 +167,7 @@ def _computed_chains(
     steps = _checked_steps(view, source, plan)
     moments: dict[str, Moments] = {}
     if held is not None:
-        moments = _moments_for(view, plan, held, progress)
+        moments = _moments_for(surgery.clone(view), plan, held, progress)
     return view, _build_chains(view, steps, _factoriser(moments), progress)
 
 
@@ -206,9 +213,17 @@ def remember_plan(model: nn.Module, plan: RankPlan) -> None:
     model.__dict__[_PLAN_ATTRIBUTE] = plan
 
 
-def unpacked_clone(model: nn.Module, split: Iterable[str] = ()) -> nn.Module:
-    """A clone with shared parameters and its own buffers, every parent unpacked."""
-    return unpack(surgery.clone(model, share=model.parameters()), split=split)
+def unpacked_clone(model: nn.Module, split: Iterable[str] = (), *, runs: bool = False) -> nn.Module:
+    """A clone with every parent unpacked and its own buffers.
+
+    Args:
+        model: The model to clone.
+        split: Attention modules whose packed projection becomes three.
+        runs: Whether the clone will be run. It then has its own parameters too, for
+            a forward may write into them (renormed embeddings, merged adapters).
+    """
+    share = () if runs else tuple(model.parameters())
+    return unpack(surgery.clone(model, share=share), split=split)
 
 
 Fill = Callable[[_Step, nn.Sequential, Tensor], dict[str, Tensor]]
@@ -278,8 +293,12 @@ def settle_norms(result: nn.Module, teacher: nn.Module, held: Sequence[Any]) -> 
 
     Best is what moves the outputs least from the dense model's on the calibration inputs.
     """
-    with torch.no_grad(), measure.evaluation(teacher):
-        outputs = [run(teacher, inputs) for inputs in held]
+    if not has_norms(result):
+        return
+    everything, held = held, shortened(held, COMPARED_SAMPLES)
+    with torch.no_grad(), measure.preserve_rng():
+        dense = surgery.clone(teacher).eval()  # a forward may write into its parameters
+        outputs = [run(dense, inputs) for inputs in held]
     buffers = dict(result.named_buffers())
 
     def moved() -> float:
@@ -293,10 +312,10 @@ def settle_norms(result: nn.Module, teacher: nn.Module, held: Sequence[Any]) -> 
     stale = state()
     candidates = [(moved(), stale)]
     with torch.no_grad():
-        for reference in (None, teacher):
+        for reference in (None, dense):
             for name, value in buffers.items():
                 value.copy_(stale[name])
-            if recalibrate(result, held, teacher=reference, max_samples=None):
+            if recalibrate(result, everything, teacher=reference, max_samples=None):
                 candidates.append((moved(), state()))
         best = min(candidates, key=lambda candidate: candidate[0])[1]
         for name, value in buffers.items():
@@ -305,8 +324,8 @@ def settle_norms(result: nn.Module, teacher: nn.Module, held: Sequence[Any]) -> 
 
 def _split(plan: RankPlan) -> set[str]:
     """Attention modules whose packed projection the plan treats as three."""
-    thirds = (".q_proj", ".k_proj", ".v_proj")
-    return {name.rpartition(".")[0] for name in plan.layer_names if name.endswith(thirds)}
+    parts = (name.rpartition(".") for name in plan.layer_names)
+    return {parent for parent, _, leaf in parts if leaf in ("q_proj", "k_proj", "v_proj")}
 
 
 def _unpack_for(model: nn.Module, plan: RankPlan) -> nn.Module:

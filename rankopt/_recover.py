@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from rankopt import measure, surgery
 from rankopt._apply import plan_of, settle_norms, unpacked_clone
 from rankopt._progress import progress_bar
-from rankopt.calibration import MAX_SAMPLES, divergence, hold, run, tensors_in
+from rankopt.calibration import MAX_SAMPLES, divergence, hold, main_output, run, tensors_in
 from rankopt.errors import CalibrationError, ModelError
+from rankopt.unpack import UnpackedAttention
 
 __all__ = ["Recovery", "recover"]
 
@@ -108,17 +109,18 @@ def recover(
     if not seconds > 0:
         raise ValueError(f"seconds={seconds!r}: expected a positive number")
     started = time.perf_counter()
-    samples = _Samples(hold(model, calibration, max_samples=calibration_samples))
+    with measure.preserve_rng():
+        samples = _Samples(hold(model, calibration, max_samples=calibration_samples))
     train, test = samples.split(HELD_OUT)
     parameters = [p for p in model.parameters() if p.requires_grad]
     if not parameters:
         raise ModelError("recover has nothing to train: every parameter has requires_grad=False")
     generator = torch.Generator().manual_seed(seed)
     change = _augmentation(augment)
-    guide = unpacked_clone(surgery.unwrap(teacher)).eval()
+    guide = unpacked_clone(surgery.unwrap(teacher), runs=True).eval()
     tested = [samples.take(part) for part in test.split(batch_size)]
     with torch.no_grad():
-        wanted = [run(guide, inputs) for inputs in tested]
+        wanted = [main_output(run(guide, inputs)) for inputs in tested]
 
     def distance() -> float:
         with torch.no_grad(), measure.evaluation(model):
@@ -153,6 +155,9 @@ def recover(
                     optimiser.step()
                     steps += 1
                     advance()
+    except BaseException:
+        model.load_state_dict(saved)  # Ctrl-C, no memory: never leave it half-trained
+        raise
     finally:
         for module, mode in modes:
             module.training = mode
@@ -258,9 +263,10 @@ def _shift_and_mirror(inputs: Any, generator: torch.Generator) -> Any:
 def _train_mode(model: nn.Module) -> None:
     """Train mode with dropout off, which would only blur the target."""
     model.train()
+    attention = (nn.MultiheadAttention, UnpackedAttention)  # these drop by their own mode
     for module in model.modules():
-        if isinstance(module, nn.modules.dropout._DropoutNd):
-            module.eval()
+        if isinstance(module, (nn.modules.dropout._DropoutNd, *attention)):
+            module.training = False
 
 
 class _Features:

@@ -15,7 +15,7 @@ from rankopt import measure, surgery
 from rankopt._apply import build_with_moments, collect_for, fill_skeleton, unpacked_clone
 from rankopt._version import __version__
 from rankopt.budget import Budget
-from rankopt.calibration import MAX_SAMPLES, digest, divergence, hold, run
+from rankopt.calibration import MAX_SAMPLES, digest, divergence, hold, main_output, run
 from rankopt.decompositions.base import Decomposition
 from rankopt.errors import BudgetError, ModelError, NotYetSupported, RankoptError
 from rankopt.layers import (
@@ -119,7 +119,8 @@ def search(
     allowed = _check_request(Budget.parse(budget), chosen, example_inputs, calibration, evaluate)
     source = surgery.unwrap(model)
     with torch.no_grad(), measure.preserve_rng():
-        view, layers, seen = _describe(source, example_inputs)
+        runs = example_inputs is not None or calibration is not None
+        view, layers, seen = _describe(source, example_inputs, runs=runs)
         layers = _select(layers, only, ignore)
         problem = _problem(view, layers, seen, allowed, methods)
         problem.seed, problem.deadline, problem.progress = seed, deadline, progress
@@ -178,7 +179,7 @@ def _calibrate(problem: Problem, view: nn.Module, data: Any, samples: int | None
     problem.calibration = digest(held)
     probes = hold(view, held, max_samples=DIVERGENCE_SAMPLES)
     with measure.evaluation(view):
-        outputs = [run(view, inputs) for inputs in probes]
+        outputs = [main_output(run(view, inputs)) for inputs in probes]
 
     def moved(options: Mapping[int, Option]) -> float:
         problem.check_deadline()
@@ -195,11 +196,11 @@ def _calibrate(problem: Problem, view: nn.Module, data: Any, samples: int | None
 
 
 def _describe(
-    source: nn.Module, example_inputs: Any
+    source: nn.Module, example_inputs: Any, *, runs: bool
 ) -> tuple[nn.Module, list[Layer], Probe | None]:
     """An unpacked clone, its layers, and what a run on the inputs showed."""
     check_materialised(source)
-    view = unpacked_clone(source)
+    view = unpacked_clone(source, runs=runs)
     layers = find_layers(view)
     if example_inputs is None:
         reads = static_reads(view)
@@ -207,7 +208,7 @@ def _describe(
     seen = probe(view, layers, example_inputs)
     if seen.crossed:
         # Cross-attention: one packed projection would be run for each input.
-        view = unpacked_clone(source, split=seen.crossed)
+        view = unpacked_clone(source, split=seen.crossed, runs=True)
         layers = find_layers(view)
         seen = probe(view, layers, example_inputs)
     return view, seen.annotate(layers), seen
@@ -312,8 +313,8 @@ def _verify(plan: RankPlan, view: nn.Module, seen: Probe | None, inputs: Any) ->
     if plan.budget is not None and not plan.budget.fits(measured, before):
         raise RankoptError(
             f"strategy {plan.strategy.get('name')!r} returned a plan that breaks its budget "
-            f"({plan.budget.explain()}): measured {measured} of {before}; this is a defect of "
-            "the strategy or of rankopt, please report it"
+            f"({plan.budget.explain()}): measured {measured} of {before}; the model's MACs depend "
+            "on its data, or this is a defect of the strategy or of rankopt"
         )
     totals = {
         axis: {**entry, "measured": measured.get(axis)} for axis, entry in plan.totals.items()

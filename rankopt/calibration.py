@@ -27,8 +27,11 @@ __all__ = [
     "collect",
     "digest",
     "divergence",
+    "has_norms",
     "hold",
+    "main_output",
     "recalibrate",
+    "shortened",
     "tensors_in",
 ]
 
@@ -40,6 +43,8 @@ MAX_PATCH: Final = 1664
 # Layers with more inputs than this get factors from weights alone: the moments
 # would take more than half a gigabyte.
 MAX_FEATURES: Final = 8192
+# Patches unfolded at a time: 128 MB in float32.
+CHUNK_ELEMENTS: Final = 2**25
 
 
 def batches(
@@ -78,8 +83,8 @@ def batches(
         raise CalibrationError("calibration is empty: it yielded no batch")
 
 
-def _positional_arguments(model: nn.Module) -> int | None:
-    """How many positional arguments the model takes; None for any number."""
+def _positional_arguments(model: nn.Module) -> tuple[int, int] | None:
+    """How many positional arguments the model requires and takes; None if unknown."""
     kinds = inspect.Parameter
     try:
         parameters = inspect.signature(surgery.unwrap(model).forward).parameters.values()
@@ -87,10 +92,13 @@ def _positional_arguments(model: nn.Module) -> int | None:
         return None
     if any(parameter.kind is kinds.VAR_POSITIONAL for parameter in parameters):
         return None
-    return sum(p.kind in (kinds.POSITIONAL_ONLY, kinds.POSITIONAL_OR_KEYWORD) for p in parameters)
+    taken = [
+        p for p in parameters if p.kind in (kinds.POSITIONAL_ONLY, kinds.POSITIONAL_OR_KEYWORD)
+    ]
+    return sum(p.default is kinds.empty for p in taken), len(taken)
 
 
-def _without_labels(batch: Any, positional: int | None) -> Any:
+def _without_labels(batch: Any, positional: tuple[int, int] | None) -> Any:
     if isinstance(batch, (Tensor, Mapping)):
         return batch
     if not isinstance(batch, (tuple, list)) or not batch:
@@ -106,10 +114,12 @@ def _without_labels(batch: Any, positional: int | None) -> Any:
         and last.dim() <= 1
         and len(first) == last.numel()
     )
-    surplus = positional is not None and len(batch) > positional
-    if len(batch) == 2 and (surplus or (labels and not last.is_floating_point())):
-        return first
-    return tuple(batch)
+    required, taken = positional or (1, len(batch))
+    if len(batch) > max(taken, 1):  # labels, indices and the like
+        batch = batch[:taken]
+    elif labels and required < 2 and not last.is_floating_point():
+        batch = batch[:1]
+    return batch[0] if len(batch) == 1 else tuple(batch)
 
 
 def tensors_in(inputs: Any) -> Iterator[Tensor]:
@@ -125,20 +135,37 @@ def tensors_in(inputs: Any) -> Iterator[Tensor]:
 
 
 def _batch_size(inputs: Any) -> int:
-    first = next(tensors_in(inputs), None)
-    if first is None or first.dim() == 0:
+    first = next((tensor for tensor in tensors_in(inputs) if tensor.dim()), None)
+    if first is None:
         raise CalibrationError("calibration yielded a batch without a tensor that has a batch size")
     return len(first)
 
 
 def _first(inputs: Any, count: int) -> Any:
-    if isinstance(inputs, Tensor):
-        return inputs[:count]
-    if isinstance(inputs, Mapping):
-        return {key: _first(value, count) for key, value in inputs.items()}
-    if isinstance(inputs, (tuple, list)):
-        return tuple(_first(value, count) for value in inputs)
-    return inputs
+    """The first `count` samples of whatever has the batch's size."""
+    size = _batch_size(inputs)
+
+    def cut(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return value[:count] if value.dim() and len(value) == size else value
+        if isinstance(value, Mapping):
+            return {key: cut(entry) for key, entry in value.items()}
+        if isinstance(value, (tuple, list)):
+            return tuple(cut(entry) for entry in value)
+        return value
+
+    return cut(inputs)
+
+
+def shortened(held: Iterable[Any], samples: int) -> list[Any]:
+    """The first `samples` samples of held batches."""
+    kept: list[Any] = []
+    for inputs in held:
+        size = min(_batch_size(inputs), samples)
+        if size:
+            kept.append(_first(inputs, size))
+        samples -= size
+    return kept
 
 
 def hold(model: nn.Module, data: Any, *, max_samples: int | None = MAX_SAMPLES) -> list[Any]:
@@ -152,7 +179,7 @@ def digest(held: Iterable[Any]) -> str:
     for inputs in held:
         for index, tensor in enumerate(tensors_in(inputs)):
             part = parts.setdefault(index, hashlib.sha256())
-            for sample in tensor.detach().cpu().contiguous():
+            for sample in tensor.detach().cpu().reshape(len(tensor) if tensor.dim() else 1, -1):
                 part.update(sample.contiguous().view(-1).view(torch.uint8).numpy().data)
     total = hashlib.sha256(b"".join(part.digest() for part in parts.values()))
     return total.hexdigest()
@@ -163,7 +190,7 @@ def divergence(before: Any, after: Any) -> float:
 
     Logits are 2-d outputs or what an output calls ``logits``.
     """
-    old, new = _output(before), _output(after)
+    old, new = _compared(before), _compared(after)
     if old.shape != new.shape:
         raise CalibrationError(f"outputs changed from {list(old.shape)} to {list(new.shape)}")
     old, new = old.double(), new.double()
@@ -174,7 +201,14 @@ def divergence(before: Any, after: Any) -> float:
     return float((old - new).square().sum() / old.square().sum().clamp_min(1e-300))
 
 
-def _output(output: Any) -> Tensor:
+def main_output(output: Any) -> Any:
+    """The logits of an output, else its first floating-point tensor; {"logits": …} if named."""
+    if isinstance(output, Mapping) and "logits" in output:
+        return {"logits": output["logits"]}
+    return _compared(output)
+
+
+def _compared(output: Any) -> Tensor:
     if isinstance(output, Mapping) and "logits" in output:
         output = output["logits"]
     for tensor in tensors_in(output):
@@ -222,19 +256,22 @@ def collect(
     counts: dict[str, int] = {}
 
     def watch(layer: Layer) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-            rows = layer_inputs(layer, args[0])
-            # Products in the model's own precision, summed in float64.
-            product = (rows.mT @ rows).to(torch.float64)
-            if layer.name in sums:
-                sums[layer.name] += product
-            else:
-                sums[layer.name] = product
-            counts[layer.name] = counts.get(layer.name, 0) + rows.shape[1]
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+            for part in _chunks(layer, next(iter((*args, *kwargs.values())))):
+                rows = layer_inputs(layer, part)
+                # Products in the model's own precision, summed in float64.
+                product = (rows.mT @ rows).to(torch.float64)
+                if layer.name in sums:
+                    sums[layer.name] += product
+                else:
+                    sums[layer.name] = product
+                counts[layer.name] = counts.get(layer.name, 0) + rows.shape[1]
 
         return hook
 
-    handles = [modules[x.name].register_forward_pre_hook(watch(x)) for x in layers]
+    handles = [
+        modules[x.name].register_forward_pre_hook(watch(x), with_kwargs=True) for x in layers
+    ]
     try:
         with (
             torch.no_grad(),
@@ -260,6 +297,17 @@ def collect(
         channels = layer.group_shape[0]
         found[layer.name] = Moments(second, second.shape[-1] // channels, counts[layer.name])
     return found
+
+
+def _chunks(layer: Layer, x: Tensor) -> Iterable[Tensor]:
+    """`x` in parts whose patches fit into `CHUNK_ELEMENTS`."""
+    pixels = math.prod(layer.kernel)
+    if not layer.is_conv or x.dim() != len(layer.kernel) + 2 or not len(x):
+        return (x,)
+    per_sample = max(1, x[0].numel() * pixels)
+    size = max(1, CHUNK_ELEMENTS // per_sample)
+    parts: tuple[Tensor, ...] = torch.split(x, size)
+    return parts
 
 
 def layer_inputs(layer: Layer, x: Tensor) -> Tensor:
@@ -369,6 +417,11 @@ def recalibrate(
     return changed
 
 
+def has_norms(model: nn.Module) -> bool:
+    """Whether there is a BatchNorm layer with running statistics."""
+    return bool(_norms_of(model))
+
+
 def _norms_of(model: nn.Module) -> dict[str, Any]:
     return {
         name: module
@@ -394,11 +447,12 @@ def _norm_statistics(
 
     def watch(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-            rows = args[0].detach().transpose(0, 1).flatten(1)
+            # Squares in half precision would overflow; float64 squares cancel safely.
+            rows = args[0].detach().transpose(0, 1).flatten(1).to(torch.float64)
             entry = totals.setdefault(name, [0, 0.0, 0.0])
             entry[0] += rows.shape[1]
-            entry[1] = entry[1] + rows.sum(dim=1, dtype=torch.float64)
-            entry[2] = entry[2] + rows.square().sum(dim=1, dtype=torch.float64)
+            entry[1] = entry[1] + rows.sum(dim=1)
+            entry[2] = entry[2] + rows.square().sum(dim=1)
 
         return hook
 

@@ -71,9 +71,11 @@ def save(
         _BUFFERS: json.dumps(_unstored_dtypes(surgery.unwrap(model))),
     }
     shards = _shards(tensors, max_shard_bytes)
+    index_path = target.with_name(f"{target.name}.index.json")
     if len(shards) == 1:
         with atomic_path(target) as temporary:
             save_file(shards[0], temporary, metadata)
+        index_path.unlink(missing_ok=True)  # of an earlier, sharded save
         return
     names = [
         f"{target.stem}-{number:05d}-of-{len(shards):05d}.safetensors"
@@ -84,7 +86,8 @@ def save(
             save_file(shard, temporary, {"format": "pt"})
     located = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
     index = {"metadata": metadata, "weight_map": located}
-    write_text(target.with_name(f"{target.name}.index.json"), json.dumps(index, indent=1))
+    write_text(index_path, json.dumps(index, indent=1))
+    target.unlink(missing_ok=True)  # of an earlier save in one file
 
 
 def load(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
@@ -110,7 +113,17 @@ def load(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
             raise CheckpointError(f"{path}: {alias} is an alias of {name}, which is missing")
         tensors[alias] = tensors[name]
     layouts = json.loads(metadata.get(_LAYOUTS, "{}"))
-    _fill(result, tensors, layouts, surgery.device_of(model), path)
+    device = surgery.device_of(model)
+    if device.type == "meta":  # a skeleton: the values come from the file
+        device = torch.device("cpu")
+        lost = [name for name, buffer in result.named_buffers() if buffer.is_meta]
+        absent = [name for name in lost if surgery.normalised(name) not in tensors]
+        if absent:
+            raise CheckpointError(
+                f"{path}: buffer {absent[0]} is on the meta device and not in the file; "
+                "build the model on the CPU"
+            )
+    _fill(result, tensors, layouts, device, path)
     _cast_buffers(result, json.loads(metadata.get(_BUFFERS, "{}")))
     return result
 

@@ -100,6 +100,10 @@ def evaluation(*models: nn.Module) -> Iterator[None]:
         yield
     finally:
         for module, mode in modes:
+            # A train() of its own may do more than set a flag: merge adapters, say.
+            if type(module).train is not nn.Module.train and module.training != mode:
+                module.train(mode)
+        for module, mode in modes:
             module.training = mode
 
 

@@ -11,8 +11,10 @@ import ast
 import inspect
 import sys
 import textwrap
+import threading
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
 from functools import cache
 from types import FrameType
 from typing import Any, Final, cast
@@ -107,14 +109,20 @@ def probe(view: nn.Module, layers: Iterable[Layer], example_inputs: Any) -> Prob
     counting = True
 
     def count(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        def hook(
+            module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any
+        ) -> None:
             before = result.positions.get(name, (0, 0, 0))
-            now = _positions(module, args[0], output) if counting and args else (0, 0, 0)
+            entering = next(iter((*args, *kwargs.values())))
+            now = _positions(module, entering, output) if counting else (0, 0, 0)
             result.positions[name] = (before[0] + now[0], before[1] + now[1], before[2] + now[2])
 
         return hook
 
-    handles = [module.register_forward_hook(count(name)) for name, module in watched.items()]
+    handles: list[Any] = [
+        module.register_forward_hook(count(name), with_kwargs=True)
+        for name, module in watched.items()
+    ]
     handles += [
         module.register_forward_pre_hook(_note_crossing(result, name), with_kwargs=True)
         for name, module in modules.items()
@@ -173,21 +181,22 @@ def _note_crossing(result: Probe, name: str) -> Callable[..., None]:
     return hook
 
 
+_ACTIVE = threading.local()  # each thread's search watches its own clone
+
+
 class _Recorder:
     """While active, says who reads attributes of watched modules."""
-
-    current: _Recorder | None = None
 
     def __init__(self, result: Probe, names: Mapping[int, str]) -> None:
         self.result, self.names = result, names
         self.inside: list[int] = []
 
     def __enter__(self) -> _Recorder:
-        _Recorder.current = self
+        _ACTIVE.recorder = self
         return self
 
     def __exit__(self, *_: object) -> None:
-        _Recorder.current = None
+        _ACTIVE.recorder = None
 
     def read(self, module: nn.Module, attribute: str, reader: FrameType) -> None:
         own = reader.f_code.co_filename == __file__ or id(module) in self.inside
@@ -205,15 +214,15 @@ def _watching(cls: Any) -> Any:
     """A subclass of `cls` that reports attribute reads from outside its forward."""
 
     def __getattribute__(self: nn.Module, attribute: str) -> Any:  # noqa: N807
-        if attribute in _READS and _Recorder.current is not None:
-            _Recorder.current.read(self, attribute, sys._getframe(1))
+        if attribute in _READS and (recorder := getattr(_ACTIVE, "recorder", None)) is not None:
+            recorder.read(self, attribute, sys._getframe(1))
         return object.__getattribute__(self, attribute)
 
     def __getattr__(self: nn.Module, attribute: str) -> Any:  # noqa: N807
         return nn.Module.__getattr__(self, attribute)
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        recorder = _Recorder.current
+        recorder = getattr(_ACTIVE, "recorder", None)
         if recorder is None:
             return cls.forward(self, *args, **kwargs)
         recorder.inside.append(id(self))
@@ -232,16 +241,16 @@ def static_reads(view: nn.Module) -> dict[str, str]:
     Finds ``self.child.weight`` (and the like) in methods that run the model.
     """
     reads: dict[str, str] = {}
+    paths = {name for name, _ in surgery.named_modules(view)}
     for name, module in surgery.named_modules(view):
         if is_registered(module) or isinstance(module, UnpackedAttention):
             continue
         for child, attribute in sorted(_reads_in_source(cast(Any, type(module))), reverse=True):
-            if child in module._modules:
-                path = f"{name}.{child}" if name else child
-                reads.setdefault(
-                    path,
-                    f"its {attribute} is read by {type(module).__name__} (found in its source)",
-                )
+            pattern = f"{name}.{child}" if name else child
+            reason = f"its {attribute} is read by {type(module).__name__} (found in its source)"
+            for path in paths if "*" in pattern else {pattern} & paths:
+                if fnmatchcase(path, pattern):
+                    reads.setdefault(path, reason)
     return reads
 
 
@@ -261,12 +270,14 @@ def _reads_in_source(cls: Any) -> frozenset[tuple[str, str]]:
 
 
 def _attribute_chains(tree: ast.AST) -> Iterable[tuple[str, str]]:
+    """``self.a[0].b.weight`` as ("a.*.b", "weight"); reads through local names are not seen."""
     for node in ast.walk(tree):
-        if (
-            isinstance(node, ast.Attribute)
-            and node.attr in _READS
-            and isinstance(node.value, ast.Attribute)
-            and isinstance(node.value.value, ast.Name)
-            and node.value.value.id == "self"
-        ):
-            yield node.value.attr, node.attr
+        if not (isinstance(node, ast.Attribute) and node.attr in _READS):
+            continue
+        parts: list[str] = []
+        owner = node.value
+        while isinstance(owner, (ast.Attribute, ast.Subscript)):
+            parts.append(owner.attr if isinstance(owner, ast.Attribute) else "*")
+            owner = owner.value
+        if parts and isinstance(owner, ast.Name) and owner.id == "self":
+            yield ".".join(reversed(parts)), node.attr

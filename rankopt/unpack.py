@@ -230,8 +230,9 @@ def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
 def _unpack_attention(module: nn.Module, split: bool) -> nn.Module:
     assert isinstance(module, nn.MultiheadAttention)
     unpacked = UnpackedAttention(module, split=split)
-    unpacked._forward_hooks = module._forward_hooks
-    unpacked._forward_pre_hooks = module._forward_pre_hooks
+    for name, value in vars(module).items():
+        if "_hooks" in name:
+            unpacked.__dict__[name] = value
     return unpacked
 
 

@@ -168,18 +168,18 @@ class _PatchBasis(_Basis):
         found: tuple[Tensor, Tensor, Tensor] = self._parts["regression"]
         return found
 
-    def _covariances(self) -> Tensor:
-        """Covariance [g, C, S, S] of the predictions for every input rank."""
+    def _error_table(self) -> base.FloatArray:
+        """Errors from the spectrum of the predictions' covariance, one input rank at a time."""
         _, _, predictions = self._regression()
         assert self._moments is not None
-        blocks = predictions.unflatten(-1, (-1, self._moments.pixels)).transpose(1, 2)
-        covariances: Tensor = (blocks @ blocks.mT).cumsum(dim=1)
-        return covariances
-
-    def _error_table(self) -> base.FloatArray:
-        energies = torch.linalg.eigvalsh(self._covariances()).flip(-1).clamp_min(0)
-        retained = energies.cumsum(dim=-1).sum(dim=0).cpu().numpy()  # [C, S]
-        table: base.FloatArray = np.sqrt(np.clip(1 - retained / retained[-1, -1], 0.0, None))
+        retained = []
+        covariance = torch.zeros_like(predictions[..., :1] @ predictions[..., :1].mT)
+        for block in predictions.split(self._moments.pixels, dim=-1):
+            covariance += block @ block.mT
+            energies = torch.linalg.eigvalsh(covariance).flip(-1).clamp_min(0)
+            retained.append(energies.cumsum(dim=-1).sum(dim=0).cpu().numpy())
+        kept = np.stack(retained)  # [C, S]
+        table: base.FloatArray = np.sqrt(np.clip(1 - kept / kept[-1, -1], 0.0, None))
         return table
 
     def factors(self, ranks: Sequence[int]) -> dict[str, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -11,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from rankopt.decompositions.base import Decomposition
-from rankopt.errors import ModelError
+from rankopt.errors import CalibrationError, ModelError, RankoptWarning
 from rankopt.plan import RankPlan
 from rankopt.strategy import Frontier, Option, Problem, Site, Strategy, Tags, check_share
 
@@ -266,7 +267,15 @@ class Knapsack(Strategy):
                 continue
             target = PROBE_LOAD * problem.load(site.cost)
             probe = min(decomposed, key=lambda o: abs(problem.load(o.cost) - target))
-            moved = problem.divergence({index: probe})
+            try:
+                moved = problem.divergence({index: probe})
+            except CalibrationError as error:  # outputs whose shape depends on their values
+                warnings.warn(
+                    f"sensitivities cannot be measured ({error}); all layers weigh alike",
+                    RankoptWarning,
+                    stacklevel=2,
+                )
+                return [1.0] * len(menus)
             weights.append((max(moved, 1e-12) / float(probe.error or 1.0) ** 2) ** power)
         return weights
 
