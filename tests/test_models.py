@@ -65,7 +65,9 @@ def test_torchvision(name, tmp_path):
 @pytest.mark.parametrize(("name", "layer"), [("vit_b_16", "in_proj"), ("swin_t", "qkv")])
 def test_attention_is_decomposed(name, layer):
     model = build(name)
-    plan = rankopt.search(model, "params<=50%")
+    by_default = rankopt.search(model, "params<=50%")
+    assert any(d.targets[0].endswith(layer) for d in by_default.changes)
+    plan = rankopt.search(model, "params<=50%", strategy="energy")
     attention = [d for d in plan.changes if d.targets[0].endswith(layer)]
     assert len(attention) == 12
     small = rankopt.apply(model, plan)

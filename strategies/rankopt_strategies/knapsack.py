@@ -24,7 +24,7 @@ MAX_OPTIONS = 96
 BISECTIONS = 60
 # Share of the dense load at which a site's sensitivity is measured.
 PROBE_LOAD = 0.5
-MILP_SECONDS = 30.0
+MILP_SECONDS = 5.0
 NEGLIGIBLE_ERROR = 1e-6
 TIE_BREAK = 1e-9
 # A plan proved to be within this of the optimum needs no further proof.
@@ -191,7 +191,8 @@ class Knapsack(Strategy):
     """Choose decomposition and ranks of all layers at once.
 
     The damage of an option is its squared relative error (of the output, given
-    calibration) times the sensitivity of its site. With calibration inputs the
+    calibration; without, minus the log of the weight's retained energy) times the
+    sensitivity of its site. With calibration inputs the
     sensitivity follows from a measurement: how far the model's outputs move when
     this site alone is decomposed. Total damage under every axis of the budget is
     then minimised by Lagrangian relaxation and proved, or improved, by HiGHS.
@@ -235,9 +236,7 @@ class Knapsack(Strategy):
             raise problem.infeasible(cheapest)
         damages = [
             # Among options of equal damage the cheapest is preferred.
-            np.array(
-                [w * (o.error or 0.0) ** 2 + TIE_BREAK * problem.load(o.cost) for o in menu],
-            )
+            np.array([w * _damage(o) + TIE_BREAK * problem.load(o.cost) for o in menu])
             for w, menu in zip(weights, menus, strict=True)
         ]
         costs = [
@@ -278,6 +277,19 @@ class Knapsack(Strategy):
                 return [1.0] * len(menus)
             weights.append((max(moved, 1e-12) / float(probe.error or 1.0) ** 2) ** power)
         return weights
+
+
+def _damage(option: Option) -> float:
+    """Squared relative error; of a weight, minus the log of the energy it retains.
+
+    The two agree where little is lost. Errors of outputs say what a layer loses;
+    those of weights only guess it, and −log(1 − e²) keeps a guess from giving up
+    whole layers, whose error² is never above 1.
+    """
+    squared = (option.error or 0.0) ** 2
+    if option.factors.kind != "weights":
+        return squared
+    return -math.log(max(1.0 - squared, 1e-12))
 
 
 def _menu(problem: Problem, site: Site) -> list[Option]:
