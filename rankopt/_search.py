@@ -66,7 +66,7 @@ def search(
     """Choose, layer by layer, whether and how to decompose, and at which rank.
 
     The model is not changed: its weights, buffers, modes, hooks and the global
-    random generators are as before. Runs in well under a second for most models.
+    random generators are as before.
 
     Args:
         model: A trained model.
@@ -305,10 +305,10 @@ def _verify(plan: RankPlan, view: nn.Module, seen: Probe | None, inputs: Any) ->
         inputs = measure.to_device(inputs, surgery.device_of(view))
         with measure.evaluation(built):
             measured["macs"] = measure.count_macs(built, inputs)
-            _run(built, inputs, "in eval mode with gradients", grad=True)
+            _run(built, inputs, "in eval mode with gradients")
         if seen.trains:
             built.train()
-            _run(built, inputs, "in train mode with gradients", grad=True)
+            _run(built, inputs, "in train mode with gradients")
     before = {axis: float(entry["before"] or 0) for axis, entry in plan.totals.items()}
     if plan.budget is not None and not plan.budget.fits(measured, before):
         raise RankoptError(
@@ -322,9 +322,9 @@ def _verify(plan: RankPlan, view: nn.Module, seen: Probe | None, inputs: Any) ->
     return replace(plan, totals=totals)
 
 
-def _run(model: nn.Module, inputs: Any, how: str, *, grad: bool) -> None:
+def _run(model: nn.Module, inputs: Any, how: str) -> None:
     try:
-        with torch.set_grad_enabled(grad):
+        with torch.enable_grad():
             measure.call(model, inputs)
     except Exception as error:
         raise ModelError(

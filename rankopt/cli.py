@@ -16,7 +16,6 @@ from rankopt.errors import BudgetInfeasible, RankoptError
 __all__ = ["main"]
 
 FAILED: Final = 1
-USAGE: Final = 2
 INFEASIBLE: Final = 3
 INTERRUPTED: Final = 130
 

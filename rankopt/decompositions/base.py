@@ -201,14 +201,6 @@ def chain(**factors: nn.Module) -> nn.Sequential:
     return sequence
 
 
-def factor_shape(layer: Layer, rows: Tensor, kernel: Sequence[int] = ()) -> Tensor:
-    """[groups, out, in, *kernel] to the weight shape of a factor of `layer`."""
-    flat = rows.flatten(0, 1)
-    if not layer.is_conv:
-        return flat
-    return flat.reshape(*flat.shape[:2], *(kernel or (1,) * len(layer.kernel)))
-
-
 def principal_vectors(gram: Tensor) -> Tensor:
     """Eigenvectors of [groups, n, n] as columns, largest eigenvalue first.
 
