@@ -32,10 +32,9 @@ from rankopt.probe import Probe, probe, static_reads
 from rankopt.registry import decompositions, strategies
 from rankopt.strategy import Option, Problem, Site, Strategy, decide
 
-__all__ = ["DEFAULT_METHODS", "DEFAULT_STRATEGY", "environment", "search"]
+__all__ = ["DEFAULT_STRATEGY", "environment", "search"]
 
 DEFAULT_STRATEGY: Final = "knapsack"
-DEFAULT_METHODS: Final = ("svd", "tucker2", "spatial_svd")
 # Samples on which candidate options are run to measure how far outputs move.
 DIVERGENCE_SAMPLES: Final = 256
 _NOT_YET: Final = {
@@ -54,7 +53,7 @@ def search(
     calibration: Any = None,
     calibration_samples: int | None = MAX_SAMPLES,
     evaluate: Any = None,
-    methods: Sequence[str | Decomposition] = DEFAULT_METHODS,
+    methods: Sequence[str | Decomposition] | None = None,
     only: Patterns = (),
     ignore: Patterns = (),
     round_to: int = 1,
@@ -81,7 +80,8 @@ def search(
             of the layers' outputs, and `apply` needs the same inputs.
         calibration_samples: Where to stop reading; None reads to the end.
         evaluate: For strategies that use the task's metric (none so far).
-        methods: Decompositions to choose from, names or instances.
+        methods: Decompositions to choose from, names or instances; None for those
+            the strategy names in its `methods`.
         only: Case-sensitive globs on full module names, or functions of a `Layer`
             (its type, kernel, params, …); the rest is kept.
         ignore: The same; what matches is kept.
@@ -122,7 +122,9 @@ def search(
         runs = example_inputs is not None or calibration is not None
         view, layers, seen = _describe(source, example_inputs, runs=runs)
         layers = _select(layers, only, ignore)
-        problem = _problem(view, layers, seen, allowed, methods)
+        problem = _problem(
+            view, layers, seen, allowed, chosen.methods if methods is None else methods
+        )
         problem.seed, problem.deadline, problem.progress = seed, deadline, progress
         problem.round_to, problem.rounding = round_to, rounding
         if calibration is not None:

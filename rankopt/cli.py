@@ -110,7 +110,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _search(arguments: argparse.Namespace) -> int:
     import rankopt
-    from rankopt._search import DEFAULT_METHODS, DEFAULT_STRATEGY
+    from rankopt._search import DEFAULT_STRATEGY
     from rankopt.registry import strategies
 
     name = arguments.strategy or DEFAULT_STRATEGY
@@ -121,7 +121,7 @@ def _search(arguments: argparse.Namespace) -> int:
         arguments.budget,
         strategy=strategy,
         example_inputs=inputs,
-        methods=arguments.methods.split(",") if arguments.methods else DEFAULT_METHODS,
+        methods=arguments.methods.split(",") if arguments.methods else None,
         only=arguments.only,
         ignore=arguments.ignore,
         round_to=arguments.round_to,

@@ -61,8 +61,8 @@ class Layer:
         positions_in: Input positions (batch times pixels or tokens) over all
             calls for one `example_inputs`; None if not probed.
         positions_out: The same on the output side.
-        positions_between: The same with the output's first spatial side and the
-            input's others, as between the factors of a separated kernel.
+        positions_between: The same between the factors of a separated kernel: after
+            the first spatial side has been convolved, after the first two, and so on.
         refusal: Why the layer is kept whatever the strategy; None if it is free.
     """
 
@@ -84,7 +84,7 @@ class Layer:
     tied_to: tuple[str, ...] = ()
     positions_in: int | None = None
     positions_out: int | None = None
-    positions_between: int | None = None
+    positions_between: tuple[int, ...] | None = None
     refusal: str | None = None
 
     @property

@@ -58,7 +58,7 @@ class Probe:
 
     Args:
         macs: Multiply-accumulates of the whole (unpacked) model.
-        positions: Layer name to (input, output, between) positions over all calls;
+        positions: Layer name to positions over all calls, see `_positions`;
             see `Layer`.
         reads: Layer name to what was read from outside its forward.
         crossed: Packed attention called with different query and key.
@@ -66,7 +66,7 @@ class Probe:
     """
 
     macs: int = 0
-    positions: dict[str, tuple[int, int, int]] = field(default_factory=dict)
+    positions: dict[str, tuple[int, ...]] = field(default_factory=dict)
     reads: dict[str, str] = field(default_factory=dict)
     crossed: set[str] = field(default_factory=set)
     trains: bool = True
@@ -75,12 +75,13 @@ class Probe:
         """Layers with positions filled in, and refused where use forbids a chain."""
         annotated = []
         for layer in layers:
-            entering, leaving, between = self.positions.get(layer.name, (0, 0, 0))
+            never = (0,) * (max(len(layer.kernel), 1) + 1)
+            entering, *between, leaving = self.positions.get(layer.name, never)
             layer = replace(
                 layer,
                 positions_in=entering,
                 positions_out=leaving,
-                positions_between=between,
+                positions_between=tuple(between),
             )
             if layer.name in self.reads:
                 layer = layer.refused(self.reads[layer.name])
@@ -112,10 +113,11 @@ def probe(view: nn.Module, layers: Iterable[Layer], example_inputs: Any) -> Prob
         def hook(
             module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any
         ) -> None:
-            before = result.positions.get(name, (0, 0, 0))
             entering = next(iter((*args, *kwargs.values())))
-            now = _positions(module, entering, output) if counting else (0, 0, 0)
-            result.positions[name] = (before[0] + now[0], before[1] + now[1], before[2] + now[2])
+            now = _positions(module, entering, output)
+            before = result.positions.get(name, (0,) * len(now))
+            added = now if counting else (0,) * len(now)
+            result.positions[name] = tuple(a + b for a, b in zip(before, added, strict=True))
 
         return hook
 
@@ -157,17 +159,19 @@ def probe(view: nn.Module, layers: Iterable[Layer], example_inputs: Any) -> Prob
     return result
 
 
-def _positions(module: Any, entering: Any, leaving: Any) -> tuple[int, int, int]:
-    """(input, output, between) positions of one call."""
+def _positions(module: Any, entering: Any, leaving: Any) -> tuple[int, ...]:
+    """Positions of one call: at the input, after each spatial side, at the output."""
     kernel = getattr(module, "kernel_size", None)
     if kernel is None:
         inside, outside = (x.numel() // max(x.shape[-1], 1) for x in (entering, leaving))
-        return inside, outside, outside
-    inside = entering.numel() // module.in_channels
-    outside = leaving.numel() // module.out_channels
-    dims = len(kernel)
-    between = inside // max(entering.shape[-dims], 1) * leaving.shape[-dims]
-    return inside, outside, between
+        return inside, outside
+    now = entering.numel() // module.in_channels
+    passed = [now]
+    sides = (x.shape[-len(kernel) :] for x in (entering, leaving))
+    for before, after in zip(*sides, strict=True):
+        now = now // max(before, 1) * after
+        passed.append(now)
+    return tuple(passed)
 
 
 def _note_crossing(result: Probe, name: str) -> Callable[..., None]:

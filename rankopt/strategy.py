@@ -22,7 +22,7 @@ from torch import Tensor
 from rankopt._parallel import for_each, largest_first
 from rankopt._progress import progress_bar
 from rankopt.budget import Budget
-from rankopt.decompositions.base import Basis, Decomposition
+from rankopt.decompositions.base import Basis, Decomposition, RankAxis
 from rankopt.decompositions.cache import BasisCache, shared
 from rankopt.errors import BudgetInfeasible, DeadlineExceeded
 from rankopt.layers import Layer
@@ -32,6 +32,8 @@ from rankopt.plan import KEEP, Decision, Factors, RankPlan
 __all__ = ["Frontier", "Option", "Problem", "Site", "Strategy", "Tags"]
 
 BISECTIONS: Final = 40
+# Rank tuples looked at per site and method: every pair of up to 512 x 512.
+GRID_POINTS: Final = 2**18
 
 
 @dataclass(frozen=True)
@@ -230,7 +232,7 @@ class Problem:
 
     def _build_frontier(self, site: Site, method: Decomposition) -> Frontier:
         axes = method.rank_axes(site.layer)
-        choices = [self._ranks_up_to(axis.maximum) for axis in axes]
+        choices = _thinned([self._ranks(axis) for axis in axes])
         grids = np.meshgrid(*choices, indexing="ij", sparse=True)
         load = np.broadcast_arrays(self.load(site.price(method, grids)), *grids)[0].ravel()
         error = np.broadcast_to(
@@ -245,18 +247,24 @@ class Problem:
         ranks = np.stack([axis[i] for axis, i in zip(choices, places, strict=True)], axis=1)
         return Frontier(ranks, load[chosen], error[chosen])
 
-    def _ranks_up_to(self, maximum: int) -> npt.NDArray[np.int64]:
-        """The ranks that `round_to` allows."""
-        every = np.arange(1, maximum + 1)
-        allowed = every[(every % self.round_to == 0) | (every == maximum)]
-        return (every if maximum < self.round_to else allowed).astype(np.int64)
+    def _step(self, axis: RankAxis) -> int:
+        """What ranks along an axis are multiples of."""
+        both = math.lcm(self.round_to, axis.step)
+        return both if both <= axis.maximum else axis.step
 
-    def rounded(self, rank: int, maximum: int) -> int:
-        """`rank` as the multiple of `round_to` that `rounding` asks for, if there is one."""
-        if self.round_to == 1 or rank == maximum or maximum < self.round_to:
+    def _ranks(self, axis: RankAxis) -> npt.NDArray[np.int64]:
+        """The ranks that the axis and `round_to` allow."""
+        step = self._step(axis)
+        allowed = np.arange(step, axis.maximum + 1, step)
+        return np.unique(np.append(allowed, axis.maximum)).astype(np.int64)
+
+    def rounded(self, rank: int, axis: RankAxis) -> int:
+        """`rank` as the feasible one that `round_to` and `rounding` ask for."""
+        step, maximum = self._step(axis), axis.maximum
+        if rank % step == 0 or rank == maximum:
             return rank
-        below = rank // self.round_to * self.round_to
-        above = min(-(-rank // self.round_to) * self.round_to, maximum)
+        below = rank // step * step
+        above = min(below + step, maximum)
         if below == 0 or self.rounding == "up":
             return above
         if self.rounding == "nearest" and above - rank < rank - below:
@@ -275,12 +283,13 @@ class Problem:
         Raises:
             LayerError: Infeasible ranks.
         """
+        axes = method.rank_axes(site.layer)
         wanted = tuple(int(rank) for rank in ranks)
-        method.check_ranks(site.layer, wanted)
         chosen = tuple(
-            self.rounded(rank, axis.maximum)
-            for rank, axis in zip(wanted, method.rank_axes(site.layer), strict=True)
+            self.rounded(rank, axis) if 1 <= rank <= axis.maximum else rank
+            for rank, axis in zip(wanted, axes, strict=False)
         )
+        method.check_ranks(site.layer, chosen if len(chosen) == len(wanted) else wanted)
         cost = site.price(method, chosen)
         if self.load(cost) >= self.load(site.cost):
             named = " x ".join(map(str, chosen))
@@ -294,6 +303,30 @@ class Problem:
         if aware:
             factors = Factors(method.factors_kind(self.moments[site.name]), self.calibration)
         return Option(method.name, args, cost, error, reason, factors)
+
+    def _settled(self, options: Sequence[Option]) -> list[Option]:
+        """The options with fitted errors in place of estimates."""
+        settled = list(options)
+        methods = {
+            index: next(m for m in site.methods if m.name == option.method)
+            for index, (site, option) in enumerate(zip(self.sites, options, strict=True))
+            if option.error is not None and not option.keeps
+        }
+        fitted = [index for index, method in methods.items() if not method.exact_error]
+
+        def fit(index: int) -> None:
+            option = options[index]
+            basis = self.basis(self.sites[index], methods[index])
+            error = basis.fitted_error(option.args["ranks"])
+            settled[index] = replace(option, error=error)
+
+        if fitted:
+            device = self.weight(self.sites[fitted[0]].layer).device
+            largest = largest_first(fitted, lambda index: self.sites[index].layer.params)
+            with progress_bar("fitting", len(fitted), enabled=self.progress) as advance:
+                for _ in for_each(fit, largest, device=device):
+                    advance()
+        return settled
 
     # Whole choices
 
@@ -372,6 +405,7 @@ class Problem:
         """Write the options down; `search` adds what it knows of model and machine."""
         if len(options) != len(self.sites):
             raise ValueError(f"{len(options)} options for {len(self.sites)} sites: give one each")
+        options = self._settled(options)
         decided = {
             site.name: decide(site, option)
             for site, option in zip(self.sites, options, strict=True)
@@ -393,6 +427,15 @@ class Problem:
                 for axis, total in self.totals.items()
             },
         )
+
+
+def _thinned(choices: Sequence[npt.NDArray[np.int64]]) -> list[npt.NDArray[np.int64]]:
+    """Ranks per axis, evenly spread so that their grid stays within `GRID_POINTS`."""
+    if math.prod(map(len, choices)) <= GRID_POINTS:
+        return list(choices)
+    most = int(GRID_POINTS ** (1 / len(choices)))
+    picks = [np.unique(np.linspace(0, len(c) - 1, min(most, len(c))).astype(int)) for c in choices]
+    return [choice[pick] for choice, pick in zip(choices, picks, strict=True)]
 
 
 def decide(site: Site, option: Option) -> Decision:
@@ -425,12 +468,15 @@ class Strategy(ABC):
     Class attributes:
         name: As in the registry and in plans.
         tags: What it promises; see `Tags`.
+        methods: Decompositions it chooses from unless `search` is given others;
+            a strategy that does not choose takes the first that applies.
 
     Check a new one with `rankopt.testing.check_strategy`.
     """
 
     name: ClassVar[str]
     tags: ClassVar[Tags] = Tags()
+    methods: ClassVar[tuple[str, ...]] = ("svd", "tucker2", "spatial_svd")
 
     @abstractmethod
     def search(self, problem: Problem) -> RankPlan:

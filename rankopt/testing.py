@@ -48,6 +48,8 @@ __all__ = [
 FLOAT32_OUTPUT: Final = 2e-4
 # Rounding of Gram-based errors in float64: square roots of 1e-16 relative energies.
 FLOAT64_ERROR: Final = 1e-6
+# Errors found by subtracting energies, whose square is exact to rounding.
+FITTED_ERROR: Final = 1e-5
 INPUT_SIZE: Final = 12
 
 
@@ -361,6 +363,9 @@ class _DecompositionSuite:
             yield self.error_is_what_was_lost
             yield self.error_falls_with_rank
             yield self.full_rank_is_exact
+        else:
+            yield self.fitted_error_is_what_was_lost
+            yield self.estimates_are_errors
 
     @property
     def full(self) -> list[int]:
@@ -370,8 +375,9 @@ class _DecompositionSuite:
         assert self.method.applies(self.layer), self.method.refusal(self.layer)
 
     def rank_choices(self) -> Iterator[tuple[int, ...]]:
-        yield tuple(1 for _ in self.full)
-        yield tuple(max(1, maximum // 2) for maximum in self.full)
+        axes = self.method.rank_axes(self.layer)
+        yield tuple(axis.step for axis in axes)
+        yield tuple(max(1, axis.maximum // 2 // axis.step) * axis.step for axis in axes)
         yield tuple(self.full)
 
     def costs_are_those_of_the_chain(self) -> None:
@@ -408,6 +414,22 @@ class _DecompositionSuite:
             assert lost <= stated + FLOAT64_ERROR, f"ranks {ranks}: lost {lost}, stated {stated}"
             if len(ranks) == 1:
                 assert lost >= stated - FLOAT64_ERROR, f"ranks {ranks}: stated {stated} > {lost}"
+
+    def fitted_error_is_what_was_lost(self) -> None:
+        basis = self.method.prepare(self.weight)
+        exact = self.weight.to(torch.float64)
+        for ranks in self.rank_choices():
+            lost = float((exact - self.reconstruction(ranks)).norm() / exact.norm())
+            stated = basis.fitted_error(ranks)
+            assert abs(lost - stated) <= FITTED_ERROR, f"ranks {ranks}: lost {lost}, not {stated}"
+
+    def estimates_are_errors(self) -> None:
+        axes = self.method.rank_axes(self.layer)
+        choices = [np.arange(axis.step, axis.maximum + 1, axis.step) for axis in axes]
+        grids = np.meshgrid(*choices, indexing="ij")
+        errors = np.asarray(self.method.prepare(self.weight).error(grids))
+        assert errors.shape == grids[0].shape
+        assert ((errors >= 0) & (errors <= 1)).all(), "relative errors lie in [0, 1]"
 
     def error_falls_with_rank(self) -> None:
         basis = self.method.prepare(self.weight)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import rankopt
-from rankopt.decompositions import SVD, Tucker2
+from rankopt.decompositions import CP, SVD, TT, BranchedTucker, SpatialSVD, Tucker2
 from rankopt.layers import canonical_weight, find_layers
 from rankopt.measure import count_macs
 from rankopt.testing import decomposition_checks, dense_weight
@@ -42,6 +43,10 @@ KERNELS = [
         *decomposition_checks(SVD(stride_on="last"), POINTWISE[2:4]),
         *decomposition_checks(Tucker2(), KERNELS),
         *decomposition_checks(Tucker2(hooi=2), KERNELS[1:2]),
+        *decomposition_checks(CP(), KERNELS),
+        *decomposition_checks(BranchedTucker(), KERNELS),
+        *decomposition_checks(BranchedTucker(branches=3, init="truncate"), KERNELS[1:3]),
+        *decomposition_checks(TT(), [*KERNELS[1:4:2], nn.Conv3d(4, 6, (3, 2, 2), groups=2)]),
     ],
     ids=str,
 )
@@ -58,6 +63,25 @@ def apply_at(module, method, ranks, x):
     small = rankopt.apply(model, rankopt.RankPlan(model={}, decisions=(decision,)))
     with torch.no_grad():
         return model(x), small(x), small, layer
+
+
+METHODS = (
+    SVD(),
+    SVD(stride_on="last"),
+    Tucker2(),
+    SpatialSVD(),
+    CP(),
+    BranchedTucker(),
+    BranchedTucker(branches=3, init="truncate"),
+    TT(),
+)
+
+
+def between(x, out):
+    """Positions once one spatial side has been convolved, two, and so on."""
+    before, after = x.shape[2:], out.shape[2:]
+    sizes = [(*after[:cut], *before[cut:]) for cut in range(1, len(before))]
+    return tuple(len(x) * math.prod(size) for size in sizes)
 
 
 @st.composite
@@ -94,20 +118,23 @@ def test_any_convolution(case, data):
     (layer,) = find_layers(nn.Sequential(module))
     if layer.refusal:
         return
-    method = next(m for m in (SVD(), SVD(stride_on="last"), Tucker2()) if m.applies(layer))
-    full = [axis.maximum for axis in method.rank_axes(layer)]
+    method = data.draw(st.sampled_from([m for m in METHODS if m.applies(layer)]))
+    axes = method.rank_axes(layer)
+    full = [axis.maximum for axis in axes]
     expected, found, *_ = apply_at(module, method, full, x)
-    tolerance = FLOAT64_OUTPUT if x.dtype == torch.float64 else FLOAT32_OUTPUT
+    exact = method.exact_error and x.dtype == torch.float64
+    tolerance = FLOAT64_OUTPUT if exact else FLOAT32_OUTPUT
     assert found.shape == expected.shape
     assert (found - expected).norm() <= tolerance * (expected.norm() + 1)
     # Rank 1 and any other rank run, with the MACs the formula says.
-    ranks = [data.draw(st.integers(1, top)) for top in full]
+    ranks = [a.step * data.draw(st.integers(1, a.maximum // a.step)) for a in axes]
     _, out, small, _ = apply_at(module, method, ranks, x)
     assert out.shape == expected.shape
     priced = dataclasses.replace(
         layer,
         positions_in=x.numel() // layer.in_channels,
         positions_out=expected.numel() // layer.out_channels,
+        positions_between=between(x, expected),
     )
     padded_first = method.name == "svd" and layer.padding not in ("same", (0,) * (x.dim() - 2))
     strided_last = getattr(method, "stride_on", "") == "last"
@@ -189,7 +216,116 @@ def test_factors_are_balanced_and_nested():
     assert torch.allclose(*norms)
 
 
-@pytest.mark.parametrize("make", [lambda: SVD(stride_on="middle"), lambda: Tucker2(hooi=-1)])
+def trained_kernel(outputs=24, inputs=20, seed=0):
+    """A kernel with correlated channels and decaying spectra, in float64."""
+    draw = torch.Generator().manual_seed(seed)
+    made = torch.randn(outputs, inputs, 3, 3, generator=draw, dtype=torch.float64)
+    for mode, size in ((0, outputs), (1, inputs)):
+        mixing = torch.randn(size, size, generator=draw, dtype=torch.float64)
+        scales = torch.arange(1, size + 1, dtype=torch.float64) ** -0.5
+        made = torch.tensordot(mixing * scales, made, dims=([1], [mode])).movedim(0, mode)
+    return made
+
+
+def component_energy(factors):
+    """Energy of CP components, one by one, over that of their sum's target."""
+    first, core, last = (factors[f"{name}.weight"].flatten(1) for name in ("first", "core", "last"))
+    norms = (first.square().sum(1), core.square().sum(1), last.square().sum(0))
+    return (norms[0] * norms[1] * norms[2]).sum().item()
+
+
+def test_cp_loses_no_more_than_plain_als_and_does_not_cancel():
+    import tensorly as tl
+    from tensorly.decomposition import parafac
+
+    tl.set_backend("pytorch")
+    weight = trained_kernel()
+    flat = weight.flatten(2)
+    plain = min(
+        (flat - tl.cp_to_tensor(parafac(flat, 24, n_iter_max=200, init="random",
+                                        random_state=seed, tol=0))).norm().item()
+        for seed in range(2)
+    )  # fmt: skip
+    basis = CP().prepare(weight[None])
+    assert basis.fitted_error([24]) * weight.norm().item() <= 1.02 * plain
+    assert component_energy(basis.factors([24])) < 5 * weight.square().sum().item()
+
+
+def test_cp_sensitivity_is_what_stability_buys():
+    weight = trained_kernel(16, 16)[None]
+    free, held = (CP(stability=s, sweeps=200).prepare(weight) for s in (0.0, 0.1))
+    assert component_energy(held.factors([16])) < component_energy(free.factors([16]))
+    assert free.fitted_error([16]) < held.fitted_error([16])
+
+
+def test_branches_lose_less_than_a_plain_core_of_the_same_size():
+    (layer,) = find_layers(nn.Sequential(nn.Conv2d(20, 24, 3)))
+    weight = trained_kernel()[None]
+    for branches, rank in ((2, 12), (4, 12)):
+        method = BranchedTucker(branches=branches)
+        size = method.params(layer, (rank, rank))
+        plain = max(
+            (first, second)
+            for first in range(1, 20)
+            for second in (first, first + 1)
+            if Tucker2().params(layer, (first, second)) <= size
+        )
+        fitted = method.prepare(weight).fitted_error((rank, rank))
+        assert fitted < Tucker2(hooi=3).prepare(weight).error(plain)
+        cut = BranchedTucker(branches=branches, init="truncate").prepare(weight)
+        assert cut.fitted_error((rank, rank)) > fitted
+
+
+def test_truncated_branches_are_the_diagonal_blocks_of_the_core():
+    weight = trained_kernel(8, 8)[None]
+    (layer,) = find_layers(nn.Sequential(nn.Conv2d(8, 8, 3)))
+    plain = Tucker2().prepare(weight).factors((4, 6))
+    core = plain["core.weight"].clone()  # [6, 4, 3, 3]
+    blocks = torch.zeros_like(core)
+    blocks[:3, :2], blocks[3:, 2:] = core[:3, :2], core[3:, 2:]
+    expected = torch.einsum(
+        "sq,qpij,pc->scij",
+        plain["last.weight"][..., 0, 0],
+        blocks,
+        plain["first.weight"][..., 0, 0],
+    )
+    found = dense_weight(BranchedTucker(init="truncate"), layer, weight, (4, 6))[0]
+    # Output vectors first here, input vectors first there: the same to a few percent.
+    assert (found - expected).norm() < 0.1 * expected.norm()
+
+
+def test_tt_matches_tensorly():
+    import tensorly as tl
+    from tensorly.decomposition import tensor_train
+
+    tl.set_backend("pytorch")
+    weight = trained_kernel()
+    ordered = weight.permute(1, 2, 3, 0)
+    train = tensor_train(ordered, [1, 9, 14, 11, 1])
+    reference = ((ordered - tl.tt_to_tensor(train)).norm() / ordered.norm()).item()
+    assert TT().prepare(weight[None]).fitted_error([9, 14, 11]) == pytest.approx(
+        reference, rel=1e-6
+    )
+
+
+def test_estimates_are_near_what_is_fitted():
+    weight = trained_kernel()[None]
+    for method, ranks in ((CP(), [30]), (BranchedTucker(), [14, 14]), (TT(), [10, 20, 12])):
+        basis = method.prepare(weight)
+        assert float(basis.error(ranks)) == pytest.approx(basis.fitted_error(ranks), rel=0.1)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: SVD(stride_on="middle"),
+        lambda: Tucker2(hooi=-1),
+        lambda: CP(stability=-1.0),
+        lambda: CP(sweeps=0),
+        lambda: BranchedTucker(branches=1),
+        lambda: BranchedTucker(init="zeros"),
+    ],
+)
 def test_settings_are_validated(make):
     with pytest.raises(ValueError, match="expected"):
         make()

@@ -28,10 +28,17 @@ _CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 
 @dataclass(frozen=True)
 class RankAxis:
-    """One rank of a decomposition: its name and the largest useful value."""
+    """One rank of a decomposition: its name and the largest useful value.
+
+    Args:
+        name: What the rank counts.
+        maximum: Largest useful value, a multiple of `step`.
+        step: Feasible ranks are its multiples.
+    """
 
     name: str
     maximum: int
+    step: int = 1
 
 
 class Basis(ABC):
@@ -60,6 +67,10 @@ class Basis(ABC):
                 together, which give an array of errors.
         """
 
+    def fitted_error(self, ranks: Sequence[int]) -> float:
+        """Error of the very factors that `factors` gives, fitted if need be."""
+        return float(self.error(ranks))
+
     @abstractmethod
     def factors(self, ranks: Sequence[int]) -> dict[str, Tensor]:
         """Factors by parameter name of the chain, ``first.weight`` and so on."""
@@ -81,7 +92,8 @@ class Decomposition(ABC):
         name: As in plans and the registry.
         roles: Child name in the chain to role: ``first``, ``core`` or ``last``.
         nested: Whether the factors of a smaller rank are a slice of a larger one's.
-        exact_error: Whether `Basis.error` is exact without fitting.
+        exact_error: Whether `Basis.error` is exact without fitting; otherwise it is
+            an estimate and `Basis.fitted_error` the truth.
         soft: Whether the basis can mix ranks differentiably.
     """
 
@@ -150,6 +162,11 @@ class Decomposition(ABC):
                     f"layer {layer.name}: {self.name} {axis.name} rank {rank} is outside "
                     f"1 to {axis.maximum}"
                 )
+            if rank % axis.step:
+                raise LayerError(
+                    f"layer {layer.name}: {self.name} {axis.name} rank {rank} is not a "
+                    f"multiple of {axis.step}"
+                )
 
 
 def conv(
@@ -191,6 +208,15 @@ def geometry(layer: Layer) -> dict[str, Any]:
         "dilation": layer.dilation,
         "padding_mode": layer.padding_mode,
     }
+
+
+def side_geometry(layer: Layer, side: int) -> dict[str, Any]:
+    """The part of `geometry` that acts along one spatial side, as arguments."""
+    place = geometry(layer)
+    for key, neutral in (("stride", 1), ("padding", 0), ("dilation", 1)):
+        if not isinstance(place[key], str):
+            place[key] = tuple(v if i == side else neutral for i, v in enumerate(place[key]))
+    return place
 
 
 def chain(**factors: nn.Module) -> nn.Sequential:
@@ -248,8 +274,8 @@ def positions(layer: Layer) -> tuple[int, int]:
     return layer.positions_in, layer.positions_out
 
 
-def positions_between(layer: Layer) -> int:
-    """Positions once only the first spatial side has been convolved."""
+def positions_between(layer: Layer) -> tuple[int, ...]:
+    """Positions after the first spatial side has been convolved, the first two, ..."""
     positions(layer)
     assert layer.positions_between is not None
     return layer.positions_between

@@ -184,7 +184,7 @@ class SpatialSVD(base.Decomposition):
         inputs, outputs = layer.group_shape
         high, wide = layer.kernel
         # The vertical factor strides down only: its map is still wide.
-        between = base.positions_between(layer)
+        (between,) = base.positions_between(layer)
         return layer.groups * rank * (inputs * high * between + outputs * wide * leaving)
 
     def prepare(self, weight: Tensor, moments: Moments | None = None) -> base.Basis:
@@ -196,17 +196,15 @@ class SpatialSVD(base.Decomposition):
     def build(self, layer: Layer, ranks: Sequence[int]) -> nn.Sequential:
         (rank,) = ranks
         hidden = layer.groups * rank
-        place = base.geometry(layer)
-        down, across = ({**place} for _ in range(2))
-        for key, neutral in (("stride", 1), ("padding", 0), ("dilation", 1)):
-            value = place[key]
-            if isinstance(value, str):
-                continue
-            down[key], across[key] = (value[0], neutral), (neutral, value[1])
         high, wide = layer.kernel
         return base.chain(
             first=base.conv(
-                layer, layer.in_channels, hidden, kernel=(high, 1), groups=layer.groups, place=down
+                layer,
+                layer.in_channels,
+                hidden,
+                kernel=(high, 1),
+                groups=layer.groups,
+                place=base.side_geometry(layer, 0),
             ),
             last=base.conv(
                 layer,
@@ -215,6 +213,6 @@ class SpatialSVD(base.Decomposition):
                 kernel=(1, wide),
                 groups=layer.groups,
                 bias=layer.bias,
-                place=across,
+                place=base.side_geometry(layer, 1),
             ),
         )

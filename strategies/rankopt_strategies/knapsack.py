@@ -208,6 +208,7 @@ class Knapsack(Strategy):
 
     name: ClassVar[str] = "knapsack"
     tags: ClassVar[Tags] = Tags()
+    methods: ClassVar[tuple[str, ...]] = ("svd", "tucker2", "spatial_svd", "cp")
     sensitivity: Literal["auto", "tempered", "measured", "equal"] = "auto"
     exact: bool = True
     threshold: float = 0.9
@@ -260,12 +261,10 @@ class Knapsack(Strategy):
             return [1.0] * len(menus)
         weights = []
         for index, (site, menu) in enumerate(zip(problem.sites, menus, strict=True)):
-            decomposed = [option for option in menu if not option.keeps and option.error]
-            if not decomposed:
+            probe = _probe(problem, site, menu)
+            if probe is None:
                 weights.append(1.0)
                 continue
-            target = PROBE_LOAD * problem.load(site.cost)
-            probe = min(decomposed, key=lambda o: abs(problem.load(o.cost) - target))
             try:
                 moved = problem.divergence({index: probe})
             except CalibrationError as error:  # outputs whose shape depends on their values
@@ -277,6 +276,23 @@ class Knapsack(Strategy):
                 return [1.0] * len(menus)
             weights.append((max(moved, 1e-12) / float(probe.error or 1.0) ** 2) ** power)
         return weights
+
+
+def _probe(problem: Problem, site: Site, menu: Sequence[Option]) -> Option | None:
+    """The option to measure a site by: half its dense load, of a closed-form method if any.
+
+    What matters is how far outputs move for a known error, whatever caused it.
+    """
+    closed = [method for method in site.methods if method.exact_error]
+    found = [
+        problem.option(site, method, frontier.ranks[i].tolist())
+        for method in closed
+        for frontier in [problem.frontier(site, method)]
+        for i in _thinned(frontier)
+    ]
+    options = [option for option in found or menu if not option.keeps and option.error]
+    target = PROBE_LOAD * problem.load(site.cost)
+    return min(options, key=lambda o: abs(problem.load(o.cost) - target), default=None)
 
 
 def _damage(option: Option) -> float:

@@ -9,7 +9,6 @@ from fnmatch import fnmatchcase
 from typing import ClassVar
 
 from rankopt.decompositions.base import Decomposition, kernel_size
-from rankopt.errors import RankoptError
 from rankopt.plan import RankPlan
 from rankopt.strategy import Option, Problem, Site, Strategy, Tags
 
@@ -47,14 +46,19 @@ def tucker2_ranks(
         >>> tucker2_ranks(512, 512, 9, 2.0)
         (309, 309)
     """
+    elements = inputs * outputs * kernel / ratio
+    first, second = _tucker2_roots(inputs, outputs, kernel, elements, beta)
+    return min(inputs, first), min(outputs, second)
+
+
+def _tucker2_roots(
+    inputs: int, outputs: int, kernel: float, elements: float, beta: float | None
+) -> tuple[int, int]:
+    """Ranks, whatever the channels, of a chain with so many weight elements."""
     beta = outputs / inputs if beta is None else beta
     quadratic, linear = beta * kernel, inputs + beta * outputs
-    constant = inputs * outputs * kernel / ratio
-    first = (math.sqrt(linear**2 + 4 * quadratic * constant) - linear) / (2 * quadratic)
-    return (
-        min(inputs, max(1, math.floor(first))),
-        min(outputs, max(1, math.floor(beta * first))),
-    )
+    first = (math.sqrt(linear**2 + 4 * quadratic * elements) - linear) / (2 * quadratic)
+    return max(1, math.floor(first)), max(1, math.floor(beta * first))
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,9 @@ class ParameterRatio(Strategy):
 
     With a budget the factor is bisected to it, kept layers counted; without
     one, `ratio` holds for each layer.
+
+    SVD and Tucker-2 ranks follow from closed formulas. Other decompositions get the
+    largest ranks, all the same share of their maxima, that compress as much.
 
     Args:
         ratio: Parameters of a layer before / after, above 1.
@@ -120,12 +127,26 @@ class ParameterRatio(Strategy):
         inputs, outputs = site.layer.group_shape
         if method.name == "svd":
             return (svd_rank(inputs, outputs, ratio),)
-        if method.name == "tucker2":
-            size = kernel_size(site.layer)
-            found = tucker2_ranks(inputs, outputs, size, ratio, self.beta)
-            axes = method.rank_axes(site.layer)
+        axes = method.rank_axes(site.layer)
+        if method.name in ("tucker2", "branched_tucker"):
+            # N branches divide the core's part of the quadratic by N.
+            size = kernel_size(site.layer) / axes[0].step
+            elements = site.layer.params / site.layer.groups / ratio
+            found = _tucker2_roots(inputs, outputs, size, elements, self.beta)
             return [min(rank, axis.maximum) for rank, axis in zip(found, axes, strict=True)]
-        raise RankoptError(
-            f"layer {site.name}: parameter_ratio has no formula for {method.name!r}; "
-            "use methods=('svd', 'tucker2')"
-        )
+        return _aligned(method, site, ratio)
+
+
+def _aligned(method: Decomposition, site: Site, ratio: float) -> list[int]:
+    """The largest ranks, all the same share of their maxima, with 1/`ratio` of the parameters."""
+    tops = [axis.maximum for axis in method.rank_axes(site.layer)]
+
+    def ranks(share: float) -> list[int]:
+        return [max(1, math.floor(share * top + 1e-9)) for top in tops]
+
+    low, high = 0.0, 1.0
+    for _ in range(40):
+        share = (low + high) / 2
+        fits = method.params(site.layer, ranks(share)) * ratio <= site.layer.params
+        low, high = (share, high) if fits else (low, share)
+    return ranks(low)

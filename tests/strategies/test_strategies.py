@@ -136,13 +136,13 @@ def test_published_table(name, params, macs, dense, stride_on):
     assert change["macs"] == (macs if stride_on == "first" else papers[name])
 
 
-def test_unknown_method_has_no_formula():
-    @dataclasses.dataclass(frozen=True)
-    class Other(type(rankopt.decompositions.create("svd"))):
-        name = "other"
-
-    with pytest.raises(RankoptError, match="no formula for 'other'"):
-        rankopt.search(nn.Linear(8, 8), None, strategy="parameter_ratio", methods=[Other()])
+@pytest.mark.parametrize("method", ["spatial_svd", "cp", "tt", "branched_tucker"])
+def test_every_method_has_a_parameter_ratio(method):
+    model = nn.Sequential(nn.Conv2d(24, 32, 3, bias=False))
+    plan = rankopt.search(model, None, strategy="parameter_ratio", methods=[method])
+    (decision,) = plan.changes
+    before, after = decision.cost["params"]
+    assert 0.4 * before < after <= 0.5 * before
 
 
 # energy

@@ -1,0 +1,224 @@
+"""Bases whose factors are found by iteration, so that errors are known only where fitted."""
+
+from __future__ import annotations
+
+import math
+import threading
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import Any, Final
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rankopt.decompositions import base
+from rankopt.moments import Moments
+
+__all__ = ["FittedBasis"]
+
+# Loads, as shares of the dense weight's, at which errors are fitted.
+ANCHORS: Final = (0.2, 0.6)
+# Relative ridge of the least squares problem for the last factor.
+_RIDGE: Final = 1e-10
+
+
+class FittedBasis(base.Basis):
+    """A closed-form estimate of the error, corrected by fits at a few ranks.
+
+    The ratio of fitted to estimated squared error is interpolated over the size
+    of the chain, on logarithmic scales, so that `error` costs at most
+    ``len(ANCHORS)`` fits whatever is asked. `fitted_error` is the truth for
+    one choice of ranks.
+
+    Factors are fitted to the weight, whitened along its input mode if moments of
+    the channels are known. The last factor is then the least squares fit to the
+    weight, or with moments to the layer's output, given all the others.
+
+    Args:
+        weight: Canonical weight [groups, S, C, *kernel].
+        moments: Moments of the layer's inputs.
+    """
+
+    def __init__(self, weight: Tensor, moments: Moments | None) -> None:
+        self.weight: Tensor | None = weight
+        self._moments = moments
+        self._parts: dict[Any, Any] = {}
+        self._held = weight.numel()
+        self._lock = threading.Lock()
+
+    # What a method provides
+
+    @property
+    def _ends_fixed(self) -> bool:
+        return False
+
+    @abstractmethod
+    def _estimate(self, ranks: Sequence[Any]) -> Any:
+        """Estimated squared relative error; integers, or arrays that broadcast."""
+
+    @abstractmethod
+    def _size(self, ranks: Sequence[Any]) -> Any:
+        """Weight elements of the chain for one group."""
+
+    @abstractmethod
+    def _anchor(self, elements: float) -> tuple[int, ...]:
+        """Ranks of a chain with about so many weight elements per group."""
+
+    @abstractmethod
+    def _fit(self, tensor: Tensor, ranks: Sequence[int], *, thorough: bool) -> list[Tensor]:
+        """All factors but the last, in order, for the whitened weight of one group.
+
+        If `_ends_fixed`, the last one too, [S, r], which is then not fitted again.
+
+        Args:
+            tensor: [S, C, *kernel].
+            ranks: One per axis.
+            thorough: Whether the factors will be used; otherwise a few sweeps do.
+        """
+
+    @abstractmethod
+    def _features(self, leading: Sequence[Tensor]) -> Tensor:
+        """What the leading factors of one group amount to, [r, C, pixels]."""
+
+    @abstractmethod
+    def _name(self, leading: Sequence[Tensor], last: Tensor) -> dict[str, Tensor]:
+        """Parameters of the chain.
+
+        Args:
+            leading: Each factor stacked over groups, [groups, ...].
+            last: [groups, S, r].
+        """
+
+    # Errors
+
+    def error(self, ranks: Sequence[Any]) -> Any:
+        squared = np.asarray(self._estimate(ranks)) * self._correction(ranks)
+        return np.sqrt(np.clip(squared, 0.0, 1.0))
+
+    def _correction(self, ranks: Sequence[Any]) -> Any:
+        sizes, ratios = self._ratios()
+        if not len(sizes):
+            return 1.0
+        return np.exp(np.interp(np.log(np.asarray(self._size(ranks))), sizes, ratios))
+
+    def _ratios(self) -> tuple[base.FloatArray, base.FloatArray]:
+        """Logarithms of anchors' sizes and of fitted over estimated squared errors."""
+        with self._lock:
+            if "ratios" not in self._parts:
+                found = {}
+                for share in ANCHORS:
+                    ranks = self._anchor(share * self._elements)
+                    estimate = float(self._estimate(ranks))
+                    if estimate <= 1e-12:
+                        continue
+                    fitted = self._solve(ranks, thorough=False)[1] ** 2
+                    size = math.log(float(self._size(ranks)))
+                    found[size] = math.log(max(fitted / estimate, 1e-12))
+                pairs = np.array(sorted(found.items())).reshape(-1, 2)
+                self._parts["ratios"] = pairs[:, 0], pairs[:, 1]
+            sizes, ratios = self._parts["ratios"]
+        return sizes, ratios
+
+    def fitted_error(self, ranks: Sequence[int]) -> float:
+        return self._solved(ranks)[1]
+
+    # Factors
+
+    def factors(self, ranks: Sequence[int]) -> dict[str, Tensor]:
+        return self._solved(ranks)[0]
+
+    def _solved(self, ranks: Sequence[int]) -> tuple[dict[str, Tensor], float]:
+        key = tuple(int(rank) for rank in ranks)
+        with self._lock:
+            if key not in self._parts:
+                self._parts[key] = self._solve(key, thorough=True)
+            found: tuple[dict[str, Tensor], float] = self._parts[key]
+        return found
+
+    def _solve(self, ranks: Sequence[int], *, thorough: bool) -> tuple[dict[str, Tensor], float]:
+        groups = [self._fit(tensor, ranks, thorough=thorough) for tensor in self._tensor]
+        groups = [[self._unwhitened(g, first), *rest] for g, (first, *rest) in enumerate(groups)]
+        stacked = [torch.stack(factors) for factors in zip(*groups, strict=True)]
+        given = stacked.pop() if self._ends_fixed else None
+        count = len(stacked)
+        features = torch.stack([self._features(leading[:count]) for leading in groups])
+        last, error = self._last(features, given)
+        return self._name(stacked, last), error
+
+    def _last(self, features: Tensor, given: Tensor | None) -> tuple[Tensor, float]:
+        """(last factor [g, S, r], relative error): the best fit unless one is given.
+
+        Args:
+            features: What the other factors amount to, [groups, r, C, pixels].
+            given: [groups, S, r].
+        """
+        assert self.weight is not None
+        dense = base.working_copy(self.weight.flatten(3)).double()
+        rows, weight = features.double().flatten(2), dense.flatten(2)
+        seen, target = self._metric(rows), self._metric(weight)
+        gram, cross = seen @ rows.mT, weight @ seen.mT
+        last = _solved(gram, cross) if given is None else given.double()
+        energy = (weight * target).sum()
+        lost = energy - 2 * (last * cross).sum() + (last * (last @ gram)).sum()
+        share = float((lost / energy).clamp_min(0)) if energy > 0 else 0.0
+        return last, math.sqrt(share)
+
+    def _metric(self, rows: Tensor) -> Tensor:
+        """Rows [groups, n, C·pixels] times the second moments of their patches."""
+        if self._moments is None:
+            return rows
+        if self._moments.pixels > 1 or self._pixels == 1:
+            return rows @ self._moments.damped.to(rows)
+        root = self._moments.channel_root.to(rows)
+        split = rows.unflatten(-1, (-1, self._pixels))
+        product: Tensor = torch.einsum("gncp,gcd->gndp", split, root @ root.mT).flatten(2)
+        return product
+
+    def _unwhitened(self, group: int, first: Tensor) -> Tensor:
+        """Rows [r, C] of the first factor, for raw inputs."""
+        if self._moments is None:
+            return first
+        root = self._moments.channel_root[group].to(first)
+        rows: Tensor = torch.linalg.solve_triangular(root, first, upper=False, left=False)
+        return rows
+
+    # The weight
+
+    @property
+    def _tensor(self) -> Tensor:
+        """[groups, S, C, *kernel], whitened along C."""
+        assert self.weight is not None
+        dense = base.working_copy(self.weight)
+        if self._moments is None:
+            return dense
+        root = self._moments.channel_root.to(dense)
+        return torch.einsum("gsc...,gcd->gsd...", dense, root)
+
+    @property
+    def _pixels(self) -> int:
+        assert self.weight is not None
+        return math.prod(self.weight.shape[3:])
+
+    @property
+    def _elements(self) -> int:
+        assert self.weight is not None
+        return math.prod(self.weight.shape[1:])
+
+    @property
+    def spectra(self) -> tuple[base.FloatArray, ...]:
+        raise NotImplementedError("ranks of this decomposition truncate no unfolding")
+
+    @property
+    def nbytes(self) -> int:
+        # A few fitted chains, each smaller than the weight.
+        return 2 * 8 * self._held
+
+
+def _solved(gram: Tensor, cross: Tensor) -> Tensor:
+    """X [g, S, r] with X·gram = cross, for a positive semidefinite gram [g, r, r]."""
+    scale = gram.diagonal(dim1=-2, dim2=-1).mean(dim=-1).clamp_min(1e-300)
+    eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+    root = torch.linalg.cholesky(0.5 * (gram + gram.mT) + _RIDGE * scale[:, None, None] * eye)
+    found: Tensor = torch.cholesky_solve(cross.mT, root).mT
+    return found
