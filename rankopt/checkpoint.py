@@ -214,7 +214,9 @@ def _read(path: Path, *, weights: bool = True) -> tuple[dict[str, str], dict[str
 def _read_file(path: Path, *, weights: bool) -> tuple[dict[str, str], dict[str, Tensor]]:
     with _opened(path) as handle:
         metadata = dict(handle.metadata() or {})
-        tensors = {key: handle.get_tensor(key) for key in handle.keys()} if weights else {}  # noqa: SIM118
+        # Views of the file lie at any offset, and kernels differ for unaligned weights.
+        names = handle.keys() if weights else ()
+        tensors = {key: handle.get_tensor(key).clone() for key in names}
     return metadata, tensors
 
 

@@ -142,8 +142,8 @@ def _sweep(
     """One update of each factor and the objective after it, up to a constant."""
     outputs, inputs, pixels = tensor.shape
     _, right, kernel = factors
-    half = torch.tensordot(tensor, kernel, dims=([2], [0]))  # [S, C, r]
-    left = _ridge((half * right).sum(dim=1), right, kernel, (inputs, pixels), penalty)
+    half = torch.tensordot(tensor, right, dims=([1], [0]))  # [S, K, r]
+    left = _ridge((half * kernel).sum(dim=1), right, kernel, (inputs, pixels), penalty)
     half = torch.tensordot(tensor, left, dims=([0], [0]))  # [C, K, r]
     right = _ridge((half * kernel).sum(dim=1), left, kernel, (outputs, pixels), penalty)
     target = (half * right[:, None]).sum(dim=0)
