@@ -53,6 +53,7 @@ class Encoder(nn.Module):
         self.model = model
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Embeddings [n, width] of [n, length] tokens."""
         hidden = self.model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
         mask = attention_mask[..., None].to(hidden.dtype)
         return nn.functional.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1)

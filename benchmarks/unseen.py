@@ -70,6 +70,7 @@ class ViT(nn.Module):
         self.head = nn.Linear(width, 10)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Scores [n, 10] of images [n, 1, 28, 28]."""
         tokens = self.patches(x).flatten(2).transpose(1, 2) + self.places
         scores: Tensor = self.head(self.norm(self.encoder(tokens)).mean(dim=1))
         return scores
