@@ -14,7 +14,15 @@ from rankopt.plan import Decision, RankPlan
 if TYPE_CHECKING:
     from rankopt._compare import Comparison, Figure
 
-__all__ = ["comparison_table", "count", "plan_table", "table", "to_text", "totals_table"]
+__all__ = [
+    "comparison_table",
+    "count",
+    "milliseconds",
+    "plan_table",
+    "table",
+    "to_text",
+    "totals_table",
+]
 
 TEXT_WIDTH = 110
 
@@ -52,6 +60,16 @@ def count(value: float | None) -> str:
         if abs(value) >= size:
             return f"{value / size:.3g}{letter}"
     return f"{value:.0f}"
+
+
+def milliseconds(value: float | None) -> str:
+    """A time.
+
+    Example:
+        >>> milliseconds(8.1249)
+        '8.12 ms'
+    """
+    return "–" if value is None else f"{value:.3g} ms"
 
 
 def comparison_table(comparison: Comparison) -> Table:
@@ -97,7 +115,8 @@ def totals_table(plan: RankPlan) -> Table:
         before = entry["before"]
         after = entry["measured"] if entry["measured"] is not None else entry["predicted"]
         ratio = f"{100 * after / before:.2f}%" if before and after is not None else "–"
-        figures = (count(entry[key]) for key in ("before", "predicted", "measured"))
+        shown = milliseconds if axis == "latency" else count
+        figures = (shown(entry[key]) for key in ("before", "predicted", "measured"))
         made.add_row(axis, *figures, ratio)
     return made
 
