@@ -42,7 +42,7 @@ from rankopt.profile_table import ProfileTable
 from rankopt.registry import decompositions, strategies
 from rankopt.strategy import LATENCY, Option, Problem, Site, Strategy, decide
 
-__all__ = ["DEFAULT_STRATEGY", "environment", "search"]
+__all__ = ["DEFAULT_STRATEGY", "describe", "environment", "search"]
 
 DEFAULT_STRATEGY: Final = "knapsack"
 # Samples on which candidate options are run to measure how far outputs move.
@@ -133,7 +133,7 @@ def search(
     source = surgery.unwrap(model)
     with torch.no_grad(), measure.preserve_rng():
         runs = example_inputs is not None or calibration is not None
-        view, layers, seen = _describe(source, example_inputs, runs=runs)
+        view, layers, seen = describe(source, example_inputs, runs=runs)
         layers = _select(layers, only, ignore)
         problem = _problem(
             view, layers, seen, allowed, chosen.methods if methods is None else methods
@@ -236,7 +236,7 @@ def _calibrate(problem: Problem, view: nn.Module, data: Any, samples: int | None
     problem.divergence = moved
 
 
-def _describe(
+def describe(
     source: nn.Module, example_inputs: Any, *, runs: bool
 ) -> tuple[nn.Module, list[Layer], Probe | None]:
     """An unpacked clone, its layers, and what a run on the inputs showed."""

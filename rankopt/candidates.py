@@ -20,6 +20,9 @@ CLIFF_STEEPNESS: Final = 2.0
 # And at least this share of the time: less is noise.
 CLIFF_HEIGHT: Final = 0.03
 
+# Multiples that would give more ranks than this are too fine.
+MAX_PER_STEP: Final = 10
+
 Ranks = tuple[int, ...]
 
 
@@ -89,6 +92,8 @@ def aligned_below(
     """
     longest, shortest = max(upper), max(lower)
     steps = sorted(multiples)
+    fine = [step for step in steps if longest - shortest <= MAX_PER_STEP * step]
+    steps = fine or steps[-1:]
     targets = {2**power for power in range(longest.bit_length()) if 2**power >= shortest}
     for step in steps:
         targets |= set(range(-(-shortest // step) * step, longest + 1, step))
@@ -98,7 +103,11 @@ def aligned_below(
         for step in steps or [1]:
             if target % step == 0 or not steps:
                 found.add(tuple(_down(rank, step) for rank in point))
-    within = [ranks for ranks in found if all(r <= u for r, u in zip(ranks, upper, strict=True))]
+    within = [
+        ranks
+        for ranks in found
+        if all(low <= r <= up for low, r, up in zip(lower, ranks, upper, strict=True))
+    ]
     return sorted(within, key=lambda ranks: (-sum(ranks), ranks))
 
 

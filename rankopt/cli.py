@@ -99,6 +99,16 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument("--rounds", type=int, default=30, help="timing rounds")
     compare.set_defaults(run=_compare)
 
+    profile = commands.add_parser("profile", parents=[model], help="time a layer against rank")
+    profile.add_argument("--layer", required=True, metavar="NAME", help="full module name")
+    profile.add_argument("--method", help="decomposition; the first that applies if left out")
+    profile.add_argument("--ranks", metavar="R,R,...|FIRST:LAST[:STEP]", help="which to time")
+    profile.add_argument("--rounds", type=int, default=None, help="interleaved rounds")
+    profile.add_argument("--training", action="store_true", help="forward and backward")
+    profile.add_argument("--channels-last", action="store_true", help="memory format")
+    profile.add_argument("--plot", metavar="FILE.html", help="draw time against rank (plotly)")
+    profile.set_defaults(run=_profile)
+
     strategies = commands.add_parser("strategies", parents=[common], help="what is installed")
     strategies.set_defaults(run=_strategies)
 
@@ -182,6 +192,50 @@ def _compare(arguments: argparse.Namespace) -> int:
     )
     print(json.dumps(result.to_dict()) if arguments.json else result)
     return 0
+
+
+def _profile(arguments: argparse.Namespace) -> int:
+    import torch
+
+    import rankopt
+    from rankopt.profile_table import ROUNDS
+
+    model, inputs = _model(arguments)
+    if arguments.channels_last:
+        model = model.to(memory_format=torch.channels_last)
+        inputs = inputs if inputs is None else inputs.to(memory_format=torch.channels_last)
+    if inputs is None:
+        raise RankoptError("profile needs --input SHAPE, such as 1,3,224,224, to run the model")
+    found = rankopt.profile(
+        model,
+        arguments.layer,
+        example_inputs=inputs,
+        method=arguments.method,
+        ranks=_ranks(arguments.ranks),
+        table=rankopt.ProfileTable(
+            mode="training" if arguments.training else "inference",
+            rounds=ROUNDS if arguments.rounds is None else arguments.rounds,
+        ),
+    )
+    if arguments.plot:
+        found.plot(arguments.plot)
+    print(json.dumps(found.to_dict()) if arguments.json else found)
+    if arguments.plot and not arguments.json:
+        print(f"plot written to {arguments.plot}")
+    return 0
+
+
+def _ranks(text: str | None) -> list[int] | None:
+    """``8,16,32`` or ``1:512`` or ``8:512:8``, the last rank included."""
+    if text is None:
+        return None
+    try:
+        if ":" not in text:
+            return [int(part) for part in text.split(",")]
+        first, last, *step = (int(part) for part in text.split(":"))
+        return list(range(first, last + 1, *step))
+    except (ValueError, TypeError) as error:
+        raise RankoptError(f"--ranks {text!r}: expected 8,16,32 or 8:512:8") from error
 
 
 def _strategies(arguments: argparse.Namespace) -> int:

@@ -28,6 +28,7 @@ __all__ = [
     "Measured",
     "Mode",
     "Timings",
+    "process_ms",
     "runner",
     "time_interleaved",
 ]
@@ -249,6 +250,25 @@ def _repeated(function: Callable[[], Any], times: int) -> Callable[[], Any]:
             function()
 
     return repeat
+
+
+def process_ms(function: Callable[[], Any]) -> float:
+    """A clock of this process's CPU time: milliseconds, without those others had the core.
+
+    On a machine shared with other work the wall clock counts the turns of others, which
+    long runs meet and short ones slip past, so that ratios of the two mislead.
+
+    Raises:
+        ValueError: More than one thread, whose CPU times add up to no latency.
+    """
+    if torch.get_num_threads() != 1:
+        raise ValueError(
+            f"CPU time is a latency on one thread only, torch has {torch.get_num_threads()}: "
+            "call torch.set_num_threads(1), or use the wall clock"
+        )
+    started = time.process_time()
+    function()
+    return 1000 * (time.process_time() - started)
 
 
 def _wall_ms(function: Callable[[], Any]) -> float:

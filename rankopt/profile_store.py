@@ -158,7 +158,7 @@ def _memory() -> sqlite3.Connection:
 
 
 def _connect(path: Path) -> sqlite3.Connection:
-    """Open `path`, creating the table in a new file; `_UnusableError` if it holds something else."""
+    """Open `path`, with the table if it is new; `_UnusableError` if it holds something else."""
     connection = sqlite3.connect(path, timeout=BUSY_SECONDS, check_same_thread=False)
     try:
         try:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import numpy as np
 import torch
@@ -24,7 +24,17 @@ from rankopt import measure
 from rankopt.decompositions import base
 from rankopt.decompositions.base import Decomposition
 from rankopt.errors import LayerError
-from rankopt.latency import MODES, Array, Clock, Interval, Mode, Timings, runner, time_interleaved
+from rankopt.latency import (
+    MODES,
+    Array,
+    Clock,
+    Interval,
+    Mode,
+    Timings,
+    process_ms,
+    runner,
+    time_interleaved,
+)
 from rankopt.layers import Layer
 from rankopt.probe import Call
 from rankopt.profile_store import FILE_NAME, ProfileStore, cache_folder
@@ -113,7 +123,9 @@ class ProfileTable:
         mode: ``inference`` or ``training`` (forward and backward).
         rounds: Interleaved rounds per measurement, at least 3.
         cuda_graph: Whether to time replays of CUDA graphs (inference on CUDA).
-        clock: Takes the place of the clock; such times are never stored on disk.
+        clock: ``wall`` (CUDA events on a GPU), ``process`` for CPU time on one thread, which
+            a busy machine disturbs less (see `rankopt.latency.process_ms`), or a function
+            that runs another and returns milliseconds, whose times are not stored on disk.
 
     Attributes:
         calls: Layer and chain runs so far, warm-up and repeats included.
@@ -127,7 +139,7 @@ class ProfileTable:
         mode: Mode = "inference",
         rounds: int = ROUNDS,
         cuda_graph: bool = False,
-        clock: Clock | None = None,
+        clock: Literal["wall", "process"] | Clock = "wall",
     ) -> None:
         if mode not in MODES:
             raise ValueError(f"mode={mode!r}: expected one of {', '.join(MODES)}")
@@ -135,8 +147,14 @@ class ProfileTable:
             raise ValueError(f"rounds={rounds!r}: expected an integer of at least 3")
         if cuda_graph and mode != "inference":
             raise ValueError("cuda_graph=True replays inference; it has no mode='training'")
-        self.mode, self.rounds, self.cuda_graph, self.clock = mode, rounds, cuda_graph, clock
-        in_memory = clock is not None or path == ":memory:"
+        if not callable(clock) and clock not in ("wall", "process"):
+            raise ValueError(f"clock={clock!r}: expected 'wall', 'process' or a function")
+        self.mode, self.rounds, self.cuda_graph = mode, rounds, cuda_graph
+        self.clock_name = "custom" if callable(clock) else clock
+        self.clock: Clock | None = process_ms if clock == "process" else None
+        if callable(clock):
+            self.clock = clock
+        in_memory = callable(clock) or path == ":memory:"
         self.path = None if in_memory else Path(path or cache_folder() / FILE_NAME)
         self.calls = 0
         self.skipped: dict[str, str] = {}
@@ -146,7 +164,7 @@ class ProfileTable:
 
     def conditions(self, device: torch.device, call: Call) -> dict[str, str]:
         """What a time depends on besides the layer and its ranks, as stored."""
-        settings: dict[str, Any] = {"cuda_graph": self.cuda_graph}
+        settings: dict[str, Any] = {"clock": self.clock_name, "cuda_graph": self.cuda_graph}
         if device.type == "cuda":
             settings["tf32"] = [
                 torch.backends.cuda.matmul.allow_tf32,
@@ -170,6 +188,7 @@ class ProfileTable:
         chains: Iterable[Chain],
         *,
         device: torch.device,
+        rounds: int | None = None,
         between: Callable[[], None] = lambda: None,
     ) -> dict[Chain, LayerTime]:
         """Times of chains of one layer, measured now where they are not known.
@@ -179,6 +198,8 @@ class ProfileTable:
             call: Its real input.
             chains: What to time; a chain without a method is the dense layer itself.
             device: Where to run.
+            rounds: Fewer than the table's own will do, as for a first look; what was
+                timed with fewer is timed again.
             between: Called before each run; may raise to stop.
 
         Returns:
@@ -195,11 +216,15 @@ class ProfileTable:
             self._known[key] = {name: _from_json(value) for name, value in stored.items()}
         known = self._known[key]
         wanted = list(dict.fromkeys(chains))
-        missing = [chain for chain in wanted if chain.key not in known]
-        for session in _sessions(layer, missing):
-            found = self._measure(layer, call, session, device, between)
-            if Chain().key in known:  # one dense time for all sessions
-                found.pop(Chain().key, None)
+        enough = min(self.rounds, rounds or self.rounds)
+
+        def lacks(chain: Chain) -> bool:
+            return chain.key not in known or len(known[chain.key].chain_ms) < enough
+
+        for session in _sessions(layer, [chain for chain in wanted if lacks(chain)]):
+            found = self._measure(layer, call, session, device, enough, between)
+            if not lacks(Chain()):  # one dense time for all sessions
+                found.pop(DENSE)
             known.update(found)
             self._opened().put(
                 conditions, text, {name: _to_json(value) for name, value in found.items()}
@@ -228,6 +253,7 @@ class ProfileTable:
         call: Call,
         chains: Sequence[Chain],
         device: torch.device,
+        rounds: int,
         between: Callable[[], None],
     ) -> dict[str, LayerTime]:
         self._sessions += 1
@@ -249,10 +275,10 @@ class ProfileTable:
                     self.skipped[f"{layer.name}: {chain.key}"] = str(error).splitlines()[0]
             timings = time_interleaved(
                 runners,
-                rounds=self.rounds,
+                rounds=rounds,
                 device=device,
                 clock=self.clock,
-                min_ms=0.0 if self.clock else MIN_TIMING_MS,
+                min_ms=0.0 if self.clock_name == "custom" else MIN_TIMING_MS,
             )
         self.calls += timings.calls + len(runners)
         dense = timings.latency_ms[DENSE]

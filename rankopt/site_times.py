@@ -23,7 +23,9 @@ if TYPE_CHECKING:
 __all__ = ["RankGrid", "SiteTimes"]
 
 # Ranks per axis of the grid that a latency budget chooses from.
-GRID_COUNTS: Final = {1: 16, 2: 8}
+GRID_COUNTS: Final = {1: 16, 2: 6}
+# Rounds of each: the whole model is measured afterwards.
+GRID_ROUNDS: Final = 5
 # Of two ranks, how far their ratio may lie from that of their maxima.
 MAX_ASPECT: Final = 2.0
 # A chain with more of the dense MACs than this is not worth timing.
@@ -85,10 +87,17 @@ class SiteTimes:
 
     def dense_ms(self, site: Site) -> float:
         """Median milliseconds of a site's dense layers, all their calls together."""
-        return self.time(site, [Chain()])[Chain()].latency_ms.median
+        return self.time(site, [Chain()], rounds=GRID_ROUNDS)[Chain()].latency_ms.median
 
-    def time(self, site: Site, chains: Iterable[Chain]) -> dict[Chain, LayerTime]:
+    def time(
+        self, site: Site, chains: Iterable[Chain], *, rounds: int | None = None
+    ) -> dict[Chain, LayerTime]:
         """Times of chains of one site, all calls of all its layers together.
+
+        Args:
+            site: The site.
+            chains: What to time; a chain without a method is the dense layer.
+            rounds: Fewer than the table's own, for a first look.
 
         Returns:
             A time for every chain that could be run.
@@ -98,7 +107,14 @@ class SiteTimes:
         gone: set[Chain] = set()
         for layer in site.layers:
             for call, times in Counter(self.calls.get(layer.name, ())).items():
-                found = self.table.time(layer, call, wanted, device=self.device, between=self.check)
+                found = self.table.time(
+                    layer,
+                    call,
+                    wanted,
+                    device=self.device,
+                    rounds=rounds,
+                    between=self.check,
+                )
                 gone |= set(wanted) - set(found)
                 for chain, measured in found.items():
                     for _ in range(times):
@@ -123,7 +139,7 @@ class SiteTimes:
                 chains = [Chain()]
                 for method in site.methods:
                     chains += [chain for chain, _ in self._choices(site, method)[1]]
-                self.time(site, chains)
+                self.time(site, chains, rounds=GRID_ROUNDS)
                 for method in site.methods:
                     self.grid(site, method)
                 advance()
@@ -131,7 +147,8 @@ class SiteTimes:
     def _measured(self, site: Site, method: Decomposition) -> RankGrid:
         values, choices = self._choices(site, method)
         latency = np.full([len(axis) for axis in values], np.inf)
-        found = self.time(site, [Chain(), *(chain for chain, _ in choices)])
+        wanted = [Chain(), *(chain for chain, _ in choices)]
+        found = self.time(site, wanted, rounds=GRID_ROUNDS)
         dense = found[Chain()].latency_ms.median
         for chain, place in choices:
             if chain in found:  # against the dense time of the same rounds

@@ -13,12 +13,14 @@ from rankopt.plan import Decision, RankPlan
 
 if TYPE_CHECKING:
     from rankopt._compare import Comparison, Figure
+    from rankopt._profile import LayerProfile
 
 __all__ = [
     "comparison_table",
     "count",
     "milliseconds",
     "plan_table",
+    "profile_table",
     "table",
     "to_text",
     "totals_table",
@@ -98,6 +100,27 @@ def comparison_table(comparison: Comparison) -> Table:
             str(comparison.latency_before_ms),
             str(comparison.latency_after_ms),
             f"{100 * ratio.median:.1f}% [{100 * ratio.low:.1f}, {100 * ratio.high:.1f}]",
+        )
+    return made
+
+
+def profile_table(profile: LayerProfile) -> Table:
+    """Time against rank of one layer."""
+    where = profile.conditions
+    made = table(
+        f"{profile.layer} {list(profile.shape)}, {profile.method}, {where['mode']}, dense "
+        f"{profile.dense_ms} ms",
+        "rank", "macs", "time, ms", "of dense", "",
+        caption=f"{profile.verdict} ({profile.runs} runs; {where['device']}, {where['threads']} "
+        f"threads, {where['dtype']}, {where['memory_format']})",
+    )  # fmt: skip
+    for row in profile.rows:
+        made.add_row(
+            " x ".join(map(str, row.ranks)),
+            f"{100 * row.work:.0f}%",
+            str(row.latency_ms),
+            str(row.ratio),
+            row.verdict,
         )
     return made
 

@@ -23,6 +23,9 @@ __all__ = ["Profiled"]
 
 # Cliffs whose neighbours are timed, the steepest first.
 MAX_CLIFFS = 2
+# A first look takes this many rounds; the ranks of least time per MAC then take them all.
+LOOK_ROUNDS = 3
+SHORTLIST = 4
 # Whole-model measurements after which layers that do not pay are no longer looked for.
 MAX_REVERTS = 4
 
@@ -76,8 +79,8 @@ class Profiled(Strategy):
             longer.
 
     References:
-        arXiv 2309.03824 and 2407.20266, algorithm 1, with Δt taken at the fast side of the fall, and the rank
-        that was found installed.
+        arXiv 2309.03824 and 2407.20266, algorithm 1, with Δt taken at the fast side of the
+        fall, and the rank that was found installed.
     """
 
     name: ClassVar[str] = "profiled"
@@ -153,15 +156,22 @@ class Profiled(Strategy):
         def work(ranks: Sequence[int]) -> float:
             return sum(float(method.macs(layer, ranks)) for layer in site.layers) / dense
 
-        def run(wanted: Sequence[tuple[int, ...]]) -> dict[tuple[int, ...], LayerTime]:
-            found = times.time(site, [Chain(), *(Chain(method, ranks) for ranks in wanted)])
+        def run(
+            wanted: Sequence[tuple[int, ...]], rounds: int | None = None
+        ) -> dict[tuple[int, ...], LayerTime]:
+            chains = [Chain(), *(Chain(method, ranks) for ranks in wanted)]
+            found = times.time(site, chains, rounds=rounds)
             return {chain.ranks: time for chain, time in found.items() if chain.method is not None}
 
-        upper = decision.ranks
-        found = run(self._candidates(site, method, upper))
-        if self.mode == "robust" and self.candidates == "aligned":
-            near = [ranks for ranks in _near_cliffs(found, work, upper) if ranks not in found]
-            found.update(run(near) if near else {})
+        upper, wanted = decision.ranks, self._candidates(site, method, decision.ranks)
+        if self.mode == "robust" and self.candidates != "every":
+            looked = run(wanted, LOOK_ROUNDS)
+            if self.candidates == "aligned":
+                near = [ranks for ranks in _near_cliffs(looked, work, upper) if ranks not in looked]
+                looked |= run(near, LOOK_ROUNDS) if near else {}
+            promising = sorted(looked, key=lambda r: looked[r].ratio.median / work(r))
+            wanted = [upper, *(ranks for ranks in promising[:SHORTLIST] if ranks != upper)]
+        found = run(wanted)
         if upper not in found:  # out of memory at the base's own rank
             return _Timed(site, problem.keep(site, "its chain could not be run"))
         ranks = (upper, *(other for other in found if other != upper))

@@ -1,0 +1,265 @@
+"""profile(): the time of one layer's chains against their ranks."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Final
+
+import torch
+from torch import nn
+
+from rankopt import measure, surgery
+from rankopt._search import DEFAULT_METHODS, describe
+from rankopt.candidates import cliffs, grid_values, line
+from rankopt.decompositions.base import Decomposition
+from rankopt.errors import LayerError, ModelError
+from rankopt.latency import Interval
+from rankopt.layers import Layer
+from rankopt.profile_table import Chain, LayerTime, ProfileTable
+from rankopt.registry import decompositions
+from rankopt.site_times import SiteTimes
+from rankopt.strategy import Site
+
+__all__ = ["LayerProfile", "ProfileRow", "profile"]
+
+# Evenly spaced ranks that are timed before the neighbours of cliffs.
+GRID: Final = 32
+MAX_CLIFFS: Final = 4
+
+
+@dataclass(frozen=True)
+class ProfileRow:
+    """One rank of a profile.
+
+    Args:
+        ranks: Of the chain.
+        work: Its MACs as a share of the dense layer's.
+        latency_ms: Its milliseconds.
+        ratio: Its time as a paired ratio to the dense layer's; below 1 is faster.
+    """
+
+    ranks: tuple[int, ...]
+    work: float
+    latency_ms: Interval
+    ratio: Interval
+
+    @property
+    def verdict(self) -> str:
+        """``faster`` or ``slower`` than dense, or ``undecided``."""
+        if self.ratio.high < 1:
+            return "faster"
+        return "slower" if self.ratio.low > 1 else "undecided"
+
+
+@dataclass(frozen=True)
+class LayerProfile:
+    """Time against rank for one layer and one decomposition; prints as a table.
+
+    Args:
+        layer: Name of the layer.
+        shape: Of its weight.
+        method: Name of the decomposition.
+        dense_ms: Milliseconds of the dense layer.
+        rows: By ascending rank.
+        cliffs: (fast, slow) neighbouring ranks between which time jumps.
+        conditions: Device, threads, memory format and so on, as in the cache.
+        runs: How often a chain or the dense layer ran; 0 if all was known.
+    """
+
+    layer: str
+    shape: tuple[int, ...]
+    method: str
+    dense_ms: Interval
+    rows: tuple[ProfileRow, ...]
+    cliffs: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]
+    conditions: dict[str, str]
+    runs: int
+
+    @property
+    def fastest(self) -> ProfileRow:
+        """The row of least time."""
+        return min(self.rows, key=lambda row: row.ratio.median)
+
+    @property
+    def noisy(self) -> bool:
+        """Whether most intervals are too wide to tell neighbouring ranks apart."""
+        return sum(row.ratio.noisy for row in self.rows) > len(self.rows) / 2
+
+    @property
+    def verdict(self) -> str:
+        """In plain words, up to which rank a chain is surely faster than the dense layer."""
+        noise = (
+            "; times vary too much to tell neighbouring ranks apart: the machine is busy, "
+            "throttled or not warm, profile again"
+            if self.noisy
+            else ""
+        )
+        faster = [row for row in self.rows if row.verdict == "faster"]
+        if not faster:
+            ratio = self.fastest.ratio
+            return f"no rank is surely faster than dense, the fastest takes {ratio} of it{noise}"
+        largest = " x ".join(map(str, faster[-1].ranks))
+        text = f"faster than dense up to rank {largest}"
+        if self.cliffs:
+            jumps = (" x ".join(map(str, fast)) for fast, _ in self.cliffs)
+            text += f"; cliffs above rank {', '.join(jumps)}"
+        return text + noise
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return {**asdict(self), "verdict": self.verdict}
+
+    def plot(self, path: str | os.PathLike[str]) -> None:
+        """Draw time against rank as an interactive HTML page.
+
+        Args:
+            path: Ends in ``.html``; the page's camera button saves a PNG.
+
+        Raises:
+            MissingDependency: plotly is not installed.
+            RankoptError: Another ending, or the file cannot be written.
+        """
+        from rankopt.report.figures import write_profile
+
+        write_profile(self, path)
+
+    def __str__(self) -> str:
+        from rankopt.report.tables import profile_table, to_text
+
+        return to_text(profile_table(self))
+
+
+def profile(
+    model: nn.Module,
+    layer: str,
+    *,
+    example_inputs: Any,
+    method: str | Decomposition | None = None,
+    ranks: Sequence[int | Sequence[int]] | None = None,
+    table: ProfileTable | None = None,
+) -> LayerProfile:
+    """Time one layer, dense and decomposed, on its real input.
+
+    The model runs once to see that input; then the layer alone is timed, in random-order
+    rounds, and every time is remembered (see `ProfileTable`).
+
+    Args:
+        model: Not changed.
+        layer: Full module name.
+        example_inputs: A tensor, a tuple or a mapping to call the model with.
+        method: A decomposition; None for the first of svd, tucker2 and spatial_svd that applies.
+        ranks: What to time, numbers or one sequence per choice. A number stands for all ranks
+            in the proportion of their maxima. None for about 32 aligned ones and the
+            neighbours of cliffs.
+        table: Where times are kept; None for inference times in the user's cache.
+
+    Raises:
+        ModelError: No such layer, or the model fails on the inputs.
+        LayerError: The layer cannot be decomposed, or a rank is infeasible.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(64, 64))
+        >>> table = rankopt.ProfileTable(":memory:", rounds=3)
+        >>> found = rankopt.profile(
+        ...     model, "0", example_inputs=torch.zeros(8, 64), ranks=[8, 16], table=table
+        ... )
+        >>> [row.ranks for row in found.rows]
+        [(8,), (16,)]
+    """
+    table = table or ProfileTable()
+    source = surgery.unwrap(model)
+    with torch.no_grad(), measure.preserve_rng():
+        _, layers, seen = describe(source, example_inputs, runs=True)
+    assert seen is not None
+    found = _named(layers, layer)
+    chosen = _method(found, method)
+    maxima = tuple(axis.maximum for axis in chosen.rank_axes(found))
+    dense_macs = float(found.macs or 1)
+
+    def work(wanted: Sequence[int]) -> float:
+        return float(chosen.macs(found, wanted)) / dense_macs
+
+    site = Site((found,), (chosen,), {"macs": dense_macs})
+    times = SiteTimes(table, seen.calls, device=surgery.device_of(source))
+    before = table.calls
+
+    def run(wanted: Sequence[tuple[int, ...]]) -> dict[tuple[int, ...], LayerTime]:
+        timed = times.time(site, [Chain(), *(Chain(chosen, each) for each in wanted)])
+        return {chain.ranks: time for chain, time in timed.items()}
+
+    if ranks is None:
+        measured = run([line(maxima, int(rank)) for rank in grid_values(max(maxima), GRID)])
+        near = _beside_cliffs(measured, maxima, work)
+        measured |= run(near) if near else {}
+    else:
+        measured = run([_expanded(chosen, found, maxima, rank) for rank in ranks])
+    dense = measured.pop(())
+    rows = tuple(
+        ProfileRow(each, work(each), time.latency_ms, time.ratio)
+        for each, time in sorted(measured.items())
+    )
+    if not rows:
+        reasons = "; ".join(sorted(set(table.skipped.values())))
+        raise LayerError(f"layer {layer}: no chain of {chosen.name} could be run: {reasons}")
+    return LayerProfile(
+        layer=found.name,
+        shape=found.shape,
+        method=chosen.name,
+        dense_ms=dense.latency_ms,
+        rows=rows,
+        cliffs=tuple(_found_cliffs(measured, work)),
+        conditions=table.conditions(times.device, seen.calls[found.name][0]),
+        runs=table.calls - before,
+    )
+
+
+def _named(layers: Sequence[Layer], name: str) -> Layer:
+    found = next((layer for layer in layers if name in layer.names), None)
+    if found is None:
+        known = ", ".join(layer.name for layer in layers[:6])
+        raise ModelError(f"no layer {name!r} with a weight; the layers are {known}, …")
+    if found.refusal is not None:
+        raise LayerError(f"layer {name}: it cannot be decomposed: {found.refusal}")
+    return found
+
+
+def _method(layer: Layer, wanted: str | Decomposition | None) -> Decomposition:
+    names = DEFAULT_METHODS if wanted is None else (wanted,)
+    methods = [decompositions.create(name) for name in names]
+    chosen = next((method for method in methods if method.applies(layer)), None)
+    if chosen is None:
+        reasons = "; ".join(str(method.refusal(layer)) for method in methods)
+        raise LayerError(f"layer {layer.name}: {reasons}")
+    return chosen
+
+
+def _expanded(
+    method: Decomposition, layer: Layer, maxima: tuple[int, ...], rank: int | Sequence[int]
+) -> tuple[int, ...]:
+    if isinstance(rank, int):
+        method.check_ranks(layer, [rank if m == max(maxima) else 1 for m in maxima])
+        return line(maxima, rank)
+    wanted = tuple(int(each) for each in rank)
+    method.check_ranks(layer, wanted)
+    return wanted
+
+
+def _found_cliffs(
+    measured: dict[tuple[int, ...], LayerTime], work: Any
+) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+    order = sorted((ranks for ranks in measured if ranks), key=work)
+    medians = [measured[ranks].ratio.median for ranks in order]
+    pairs = cliffs(range(len(order)), medians, [work(ranks) for ranks in order])
+    return [(order[fast], order[slow]) for fast, slow in pairs[:MAX_CLIFFS]]
+
+
+def _beside_cliffs(
+    measured: dict[tuple[int, ...], LayerTime], maxima: tuple[int, ...], work: Any
+) -> list[tuple[int, ...]]:
+    near = set()
+    for fast, slow in _found_cliffs(measured, work):
+        firsts = {max(fast) + 1, max(slow) - 1} - {max(fast), max(slow)}
+        near |= {line(maxima, first) for first in firsts if first <= max(maxima)}
+    return sorted(near - set(measured))
