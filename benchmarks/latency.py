@@ -61,12 +61,12 @@ def layer_rows(arguments: argparse.Namespace) -> None:
         f"profiled against every rank, parameter ratio 2 to 3, batch {arguments.batch[0]}, "
         "channels_last",
         "layer", "rank", "runs", "best", "runs", "runs x", "below R x", "time / best's",
-        caption="runs: every call, warm-up included. 'runs x' counts every rank between the bounds, "
+        caption="runs: every call, warm-up too. 'runs x' counts every rank between the bounds, "
         "'below R x' extrapolates to every rank from 1. Last: paired, timed again by themselves.",
     )  # fmt: skip
     for name, module, shape in LAYERS[:4] if arguments.quick else LAYERS:
         torch.manual_seed(0)
-        model = nn.Sequential(module).eval()
+        model: Any = nn.Sequential(module).eval()
         x = torch.randn(arguments.batch[0], *shape)
         if x.dim() == 4:
             model = model.to(memory_format=torch.channels_last)
@@ -88,8 +88,8 @@ def layer_rows(arguments: argparse.Namespace) -> None:
         per_rank = runs[1] / (max(upper) - max(lower) + 2)
         ratio: Interval | str = "the same"
         if ours != best:
-            built = [rankopt.apply(model, plan) for plan in plans]
-            ratio = duel(*built, x, arguments, DUEL_ROUNDS)
+            few, every = (rankopt.apply(model, plan) for plan in plans)
+            ratio = duel(few, every, x, arguments, DUEL_ROUNDS)
         cells = [
             name,
             "x".join(map(str, ours)) or "dense",
@@ -107,7 +107,8 @@ def layer_rows(arguments: argparse.Namespace) -> None:
 
 def whole_rows(arguments: argparse.Namespace, batch: int) -> None:
     """Plans of ResNet-50: time against dense, and what share of the MACs saved it realises."""
-    model = make("resnet50", "trained-like").to(memory_format=torch.channels_last)
+    model: Any = make("resnet50", "trained-like")
+    model = model.to(memory_format=torch.channels_last)
     x = torch.randn(batch, 3, 224, 224).contiguous(memory_format=torch.channels_last)
     made = table(
         f"ResNet-50, batch {batch}, channels_last, {torch.get_num_threads()} thread(s), "
@@ -151,7 +152,7 @@ def whole_rows(arguments: argparse.Namespace, batch: int) -> None:
 
 
 def small_rows(arguments: argparse.Namespace) -> None:
-    """ResNet-20, batch 64: is there a plan that is faster at about equal accuracy?"""
+    """ResNet-20, batch 64: plans that are faster, and what they cost in accuracy."""
     from benchmarks.calibrated import percent
     from benchmarks.cifar import correct, images, resnet20
 

@@ -128,6 +128,7 @@ def time_interleaved(
     seed: int = 0,
     clock: Clock | None = None,
     min_ms: float = 0.0,
+    max_warmup: int = MAX_WARMUP_CALLS,
 ) -> Timings:
     """Time every candidate once per round, in random order.
 
@@ -139,6 +140,7 @@ def time_interleaved(
         clock: Takes the place of the wall clock or the events.
         min_ms: A shorter candidate is repeated within one timing until it lasts
             about this long (at most 100 times), and the mean is taken.
+        max_warmup: Calls after which a candidate counts as warm, steady or not.
 
     Raises:
         ValueError: Fewer than 3 rounds, or nothing to time.
@@ -149,7 +151,7 @@ def time_interleaved(
     calls = 0
     repeats: dict[str, int] = {}
     for name, function in candidates.items():
-        warm = _warm_up(function, chosen)
+        warm = _warm_up(function, chosen, max_warmup)
         wanted = math.ceil(min_ms / max(min(warm), 1e-6))
         repeats[name] = min(MAX_REPEATS, max(1, wanted))
         calls += len(warm) + rounds * repeats[name]
@@ -230,10 +232,10 @@ def _with_gradients(inputs: Any) -> Any:
     return inputs
 
 
-def _warm_up(function: Callable[[], Any], clock: Clock) -> list[float]:
+def _warm_up(function: Callable[[], Any], clock: Clock, most: int) -> list[float]:
     """Times of the warm-up calls, which end once three in a row agree."""
     times: list[float] = []
-    while len(times) < MAX_WARMUP_CALLS:
+    while len(times) < most:
         times.append(clock(function))
         recent = times[-3:]
         if len(recent) == 3 and max(recent) - min(recent) <= STABLE_SPREAD * min(recent):

@@ -25,6 +25,7 @@ from rankopt.decompositions import base
 from rankopt.decompositions.base import Decomposition
 from rankopt.errors import LayerError
 from rankopt.latency import (
+    MAX_WARMUP_CALLS,
     MODES,
     Array,
     Clock,
@@ -46,6 +47,8 @@ ROUNDS: Final = 11
 # Shorter timings are repeated: below this the clock and the interpreter show.
 MIN_TIMING_MS: Final = 0.5
 WEIGHT_SCALE: Final = 0.05
+# Warm-up calls of a chain that is only looked at; others are warmed up until steady.
+LOOK_WARMUP: Final = 3
 # Weights of the chains of one session, which are all in memory at once.
 SESSION_BYTES: Final = 2**30
 
@@ -278,6 +281,7 @@ class ProfileTable:
                 rounds=rounds,
                 device=device,
                 clock=self.clock,
+                max_warmup=MAX_WARMUP_CALLS if rounds == self.rounds else LOOK_WARMUP,
                 min_ms=0.0 if self.clock_name == "custom" else MIN_TIMING_MS,
             )
         self.calls += timings.calls + len(runners)

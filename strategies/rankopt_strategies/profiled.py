@@ -23,6 +23,8 @@ __all__ = ["Profiled"]
 
 # Cliffs whose neighbours are timed, the steepest first.
 MAX_CLIFFS = 2
+# Ranks whose times per MAC differ by less, and not for sure, count as alike.
+ALIKE = 0.03
 # A first look takes this many rounds; the ranks of least time per MAC then take them all.
 LOOK_ROUNDS = 3
 SHORTLIST = 4
@@ -61,7 +63,7 @@ class Profiled(Strategy):
     Per layer, ranks between the base strategy's and those of a compression stronger by
     one (2x to 3x, say) are timed on the layer's real input beside the dense layer. Of
     those that surely beat dense, the rank with the least time per MAC is chosen, and
-    among ranks that cannot be told apart the largest. A layer that no rank makes faster
+    among ranks that are alike the largest. A layer that no rank makes faster
     is kept, with the measured ratio as the reason. Then the whole model is measured, and
     layers that do not pay there are kept too.
 
@@ -213,8 +215,9 @@ class Profiled(Strategy):
         best = min(allowed, key=per_mac.__getitem__)
 
         def as_good(i: int) -> bool:
-            versus = entry.times[i].versus(entry.times[best])
-            return versus.low * entry.work[best] / entry.work[i] <= 1 + self.tolerance
+            versus, share = entry.times[i].versus(entry.times[best]), entry.work[i]
+            near = per_mac[i] <= per_mac[best] * (1 + ALIKE)
+            return near and versus.low * entry.work[best] / share <= 1
 
         return max((i for i in allowed if i == best or as_good(i)), key=lambda i: entry.work[i])
 
