@@ -40,6 +40,7 @@ from rankopt.strategy import Strategy, Tags
 __all__ = [
     "Check",
     "ModelledClock",
+    "Operations",
     "check_decomposition",
     "check_strategy",
     "decomposition_checks",
@@ -151,7 +152,7 @@ class ModelledClock:
         self.multiple, self.extra_ms = multiple, extra_ms
 
     def __call__(self, function: Callable[[], Any]) -> float:
-        with _Operations() as seen, torch.no_grad():
+        with Operations() as seen, torch.no_grad():
             function()
         macs = sum(
             positions * rest * self._padded(inputs) * self._padded(outputs)
@@ -164,7 +165,7 @@ class ModelledClock:
         return -(-channels // self.multiple) * self.multiple
 
 
-class _Operations(TorchDispatchMode):
+class Operations(TorchDispatchMode):
     """Records (positions, inputs, outputs, kernel) of convolutions and matrix products."""
 
     def __init__(self) -> None:

@@ -12,6 +12,7 @@ import numpy as np
 from rankopt.candidates import MULTIPLES, aligned_below, cliffs, line, lowest_on_line
 from rankopt.decompositions.base import Decomposition
 from rankopt.errors import ModelError
+from rankopt.latency import Interval
 from rankopt.plan import Decision, RankPlan
 from rankopt.profile_table import Chain, LayerTime
 from rankopt.registry import decompositions, strategies
@@ -143,7 +144,8 @@ class Profiled(Strategy):
             options = _paying(problem, timed, options)
         facts: dict[str, Any] = {"base": base.name, "runs": times.table.calls - before}
         if LATENCY not in problem.totals:  # else the search measures against the budget
-            ratio = measure(options).ratio
+            dense = all(option.keeps for option in options)
+            ratio = Interval(1.0, 1.0, 1.0) if dense else measure(options).ratio
             facts |= {"ratio": ratio.median, "low": ratio.low, "high": ratio.high}
         return problem.annotate(problem.plan(self, options), {"profiled": facts})
 
