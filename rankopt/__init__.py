@@ -2,13 +2,14 @@
 
 from rankopt._apply import apply, apply_
 from rankopt._compare import Comparison, compare
-from rankopt._profile import LayerProfile, profile
+from rankopt._profile import profile
 from rankopt._recover import Recovery, recover
 from rankopt._search import search
 from rankopt._version import __version__
 from rankopt.budget import Budget
 from rankopt.calibration import recalibrate
 from rankopt.checkpoint import load, load_plan, save
+from rankopt.layer_profile import LayerProfile
 from rankopt.plan import Decision, RankPlan
 from rankopt.profile_table import ProfileTable
 from rankopt.registry import decompositions, strategies

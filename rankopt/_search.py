@@ -159,7 +159,7 @@ def search(
                 "structure": measure.structure_digest(source),
                 "weights": measure.weights_digest(source),
             },
-            environment={**environment(source), **_input_facts(example_inputs)},
+            environment=environment(source, example_inputs),
             seconds=round(time.perf_counter() - started, 3),
         )
 
@@ -380,15 +380,7 @@ def _run(model: nn.Module, inputs: Any, how: str) -> None:
         ) from error
 
 
-def _input_facts(inputs: Any) -> dict[str, Any]:
-    """Shape and memory format of the first input tensor."""
-    first = next(tensors_in(inputs), None)
-    if first is None:
-        return {}
-    return {"input": list(first.shape), "memory_format": Call.of(first).memory_format}
-
-
-def environment(model: nn.Module) -> dict[str, Any]:
+def environment(model: nn.Module, inputs: Any = None) -> dict[str, Any]:
     """Versions, hardware and numeric settings that figures depend on."""
     device = surgery.device_of(model)
     facts: dict[str, Any] = {
@@ -399,6 +391,8 @@ def environment(model: nn.Module) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "dtype": str(next((p.dtype for p in model.parameters()), None)).removeprefix("torch."),
     }
+    for first in list(tensors_in(inputs))[:1]:
+        facts |= {"input": list(first.shape), "memory_format": Call.of(first).memory_format}
     if device.type == "cuda":
         facts["gpu"] = torch.cuda.get_device_name(device)
         facts["tf32"] = torch.backends.cuda.matmul.allow_tf32

@@ -97,6 +97,7 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument("artefact", metavar="ARTEFACT", help="from `rankopt apply`, or a plan")
     compare.add_argument("--evaluate", metavar="FILE.py:CALLABLE", help="metric of a model")
     compare.add_argument("--rounds", type=int, default=30, help="timing rounds")
+    compare.add_argument("--training", action="store_true", help="time forward and backward")
     compare.set_defaults(run=_compare)
 
     profile = commands.add_parser("profile", parents=[model], help="time a layer against rank")
@@ -188,6 +189,7 @@ def _compare(arguments: argparse.Namespace) -> int:
         example_inputs=inputs,
         evaluate=evaluate,
         rounds=arguments.rounds,
+        mode="training" if arguments.training else "inference",
         seed=arguments.seed,
     )
     print(json.dumps(result.to_dict()) if arguments.json else result)

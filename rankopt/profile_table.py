@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -21,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from rankopt import measure
+from rankopt._conditions import conditions
 from rankopt.decompositions import base
 from rankopt.decompositions.base import Decomposition
 from rankopt.errors import LayerError
@@ -167,22 +166,9 @@ class ProfileTable:
 
     def conditions(self, device: torch.device, call: Call) -> dict[str, str]:
         """What a time depends on besides the layer and its ranks, as stored."""
-        settings: dict[str, Any] = {"clock": self.clock_name, "cuda_graph": self.cuda_graph}
-        if device.type == "cuda":
-            settings["tf32"] = [
-                torch.backends.cuda.matmul.allow_tf32,
-                torch.backends.cudnn.allow_tf32,
-            ]
-            settings["benchmark"] = torch.backends.cudnn.benchmark
-        return {
-            "device": _device_name(device),
-            "torch": torch.__version__,
-            "dtype": call.dtype,
-            "memory_format": call.memory_format,
-            "threads": str(torch.get_num_threads()),
-            "mode": self.mode,
-            "settings": json.dumps(settings, sort_keys=True),
-        }
+        return conditions(
+            device, call, self.mode, cuda_graph=self.cuda_graph, clock=self.clock_name
+        )
 
     def time(
         self,
@@ -212,10 +198,10 @@ class ProfileTable:
         Raises:
             LayerError: The dense layer itself fails on its input.
         """
-        conditions, text = self.conditions(device, call), _signature(layer, call)
-        key = (*conditions.values(), text)
+        where, text = self.conditions(device, call), _signature(layer, call)
+        key = (*where.values(), text)
         if key not in self._known:
-            stored = self._opened().rows(conditions, text)
+            stored = self._opened().rows(where, text)
             self._known[key] = {name: _from_json(value) for name, value in stored.items()}
         known = self._known[key]
         wanted = list(dict.fromkeys(chains))
@@ -230,7 +216,7 @@ class ProfileTable:
                 found.pop(DENSE)
             known.update(found)
             self._opened().put(
-                conditions, text, {name: _to_json(value) for name, value in found.items()}
+                where, text, {name: _to_json(value) for name, value in found.items()}
             )
         return {chain: known[chain.key] for chain in wanted if chain.key in known}
 
@@ -375,28 +361,3 @@ def _to_json(value: LayerTime) -> dict[str, Any]:
 
 def _from_json(value: Any) -> LayerTime:
     return LayerTime(np.array(value["ms"]), np.array(value["dense_ms"]), value["session"])
-
-
-def _device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-        return f"cuda {name}, CUDA {torch.version.cuda}, driver {_cuda_driver()}"
-    if device.type != "cpu":
-        return f"{device.type} {platform.machine()}"
-    return f"cpu {_cpu_model()}, {torch.backends.cpu.get_cpu_capability()}"
-
-
-def _cuda_driver() -> str:
-    version = getattr(torch._C, "_cuda_getDriverVersion", None)
-    return str(version()) if version else "?"
-
-
-@cache
-def _cpu_model() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()

@@ -10,7 +10,7 @@ from rankopt._files import write_text
 from rankopt.errors import MissingDependency, RankoptError
 
 if TYPE_CHECKING:
-    from rankopt._profile import LayerProfile
+    from rankopt.layer_profile import LayerProfile
 
 __all__ = ["write_profile"]
 

@@ -13,7 +13,7 @@ from rankopt.plan import Decision, RankPlan
 
 if TYPE_CHECKING:
     from rankopt._compare import Comparison, Figure
-    from rankopt._profile import LayerProfile
+    from rankopt.layer_profile import LayerProfile
 
 __all__ = [
     "comparison_table",
