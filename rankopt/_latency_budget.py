@@ -57,7 +57,6 @@ class ModelClock:
         self.device = surgery.device_of(model)
         self._inputs = measure.to_device(example_inputs, self.device)
         self._dense = self._ready(surgery.clone(model))
-        self._warned = False
 
     def _ready(self, model: nn.Module) -> nn.Module:
         return model.train(self.table.mode == "training")
@@ -68,10 +67,7 @@ class ModelClock:
         return self._compare({"dense": self._dense}).interval("dense").median
 
     def measure(self, plan: RankPlan) -> Measured:
-        """Build the model of a plan and time it against the dense one.
-
-        Warns where the interval is too wide to decide anything.
-        """
+        """Build the model of a plan and time it against the dense one."""
         built = self._ready(build_random(self._dense, plan))
         models = {"dense": self._dense, "plan": built}
         timings = self._compare(models)
@@ -81,14 +77,6 @@ class ModelClock:
                 break
             timings += self._compare(models)
         ratio = timings.ratio("plan", "dense")
-        if ratio.noisy and not self._warned:
-            self._warned = True
-            warnings.warn(
-                f"the time of the whole model varies too much to decide: {ratio} of dense; the "
-                "machine is busy, throttled or not warm; close other programs and search again",
-                RankoptWarning,
-                stacklevel=5,
-            )
         return Measured(ratio, timings.interval("plan"), timings.interval("dense"))
 
     def _compare(self, models: dict[str, nn.Module]) -> Timings:
@@ -166,6 +154,8 @@ def solve(
 
     Raises:
         BudgetInfeasible: No plan was measured to be fast enough.
+
+    Warns where intervals are too wide to decide anything.
     """
     budget = problem.budget
     assert budget is not None
@@ -190,6 +180,14 @@ def solve(
         if following is None:
             break
         asked = following
+    if any(entry.measured.ratio.noisy for entry in done):
+        widest = max((e.measured.ratio for e in done), key=lambda r: (r.high - r.low) / r.median)
+        warnings.warn(
+            f"the time of the whole model varies too much to decide: {widest} of dense; the "
+            "machine is busy, throttled or not warm; close other programs and search again",
+            RankoptWarning,
+            stacklevel=3,
+        )
     fitting = [entry for entry in done if entry.met]
     if not fitting:
         raise _slower(problem, None, done)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 from collections import deque
 
 import numpy as np
@@ -188,16 +189,23 @@ def test_training_time_is_another_budget():
 
 
 def test_a_noisy_machine_is_named():
-    noise = deque(np.random.default_rng(0).uniform(0.2, 5, 997))
-    modelled = ModelledClock()
+    noise = deque(np.random.default_rng(0).uniform(0.5, 1.5, 997))
 
-    def clock(function):
-        noise.rotate(1)
-        return modelled(function) * noise[0]
+    class Noisy(ModelledClock):
+        """Layers take the same time each time, models do not."""
 
-    noisy = rankopt.ProfileTable(clock=clock, rounds=3)
-    with pytest.warns(RankoptWarning, match=r"varies too much to decide.*busy, throttled"):
-        searched("macs<=50%", "profiled", clock=noisy)
+        def __call__(self, function):
+            with Operations() as seen, torch.no_grad():
+                function()
+            noise.rotate(1)
+            return super().__call__(function) * (noise[0] if len(seen.found) > 5 else 1)
+
+    clock = rankopt.ProfileTable(clock=Noisy(), rounds=3)
+    with (
+        pytest.warns(RankoptWarning, match=r"varies too much to decide.*busy, throttled"),
+        contextlib.suppress(BudgetInfeasible),
+    ):
+        searched("latency<=90%", clock=clock)
 
 
 def test_the_environment_says_what_times_depend_on():
