@@ -72,6 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     model.add_argument(
         "--input", metavar="SHAPE", help="example input, 1,3,224,224[:dtype]; torchvision has one"
     )
+    model.add_argument("--channels-last", action="store_true", help="memory format of both")
     model.add_argument("--seed", type=int, default=0)
 
     search = commands.add_parser("search", parents=[model], help="choose ranks, write a plan")
@@ -106,7 +107,6 @@ def _parser() -> argparse.ArgumentParser:
     profile.add_argument("--ranks", metavar="R,R,...|FIRST:LAST[:STEP]", help="which to time")
     profile.add_argument("--rounds", type=int, default=None, help="interleaved rounds")
     profile.add_argument("--training", action="store_true", help="forward and backward")
-    profile.add_argument("--channels-last", action="store_true", help="memory format")
     profile.add_argument("--plot", metavar="FILE.html", help="draw time against rank (plotly)")
     profile.set_defaults(run=_profile)
 
@@ -197,15 +197,10 @@ def _compare(arguments: argparse.Namespace) -> int:
 
 
 def _profile(arguments: argparse.Namespace) -> int:
-    import torch
-
     import rankopt
     from rankopt.profile_table import ROUNDS
 
     model, inputs = _model(arguments)
-    if arguments.channels_last:
-        model = model.to(memory_format=torch.channels_last)
-        inputs = inputs if inputs is None else inputs.to(memory_format=torch.channels_last)
     if inputs is None:
         raise RankoptError("profile needs --input SHAPE, such as 1,3,224,224, to run the model")
     found = rankopt.profile(
@@ -285,6 +280,12 @@ def _model(arguments: argparse.Namespace) -> tuple[Any, Any]:
 
     model = load_model(arguments.model, arguments.weights, seed=arguments.seed)
     inputs = parse_input(arguments.input) if arguments.input else default_input(arguments.model)
+    if arguments.channels_last:
+        import torch
+
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        if inputs is not None and inputs.dim() == 4:
+            inputs = inputs.contiguous(memory_format=torch.channels_last)
     return model, inputs
 
 

@@ -9,7 +9,7 @@ import sys
 import time
 import warnings
 from collections.abc import Mapping
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any, Final
 
@@ -99,6 +99,10 @@ class ProfileStore:
     def close(self) -> None:
         """Close the file."""
         self._connection.close()
+
+    def __del__(self) -> None:
+        with suppress(AttributeError):  # opening it may have failed
+            self._connection.close()
 
     def _open(self) -> sqlite3.Connection:
         if self.path is None:

@@ -165,7 +165,13 @@ class ProfileTable:
         self._sessions = 0
 
     def conditions(self, device: torch.device, call: Call) -> dict[str, str]:
-        """What a time depends on besides the layer and its ranks, as stored."""
+        """What a time depends on besides the layer and its ranks, as stored.
+
+        Raises:
+            ValueError: CPU time was asked for, but the work is done elsewhere.
+        """
+        if self.clock_name == "process" and device.type != "cpu":
+            raise ValueError(f"clock='process' is CPU time, the model is on {device}; use 'wall'")
         return conditions(
             device, call, self.mode, cuda_graph=self.cuda_graph, clock=self.clock_name
         )
