@@ -8,6 +8,9 @@ shared with other work use ``--clock process``: CPU time on one thread.
 from __future__ import annotations
 
 import argparse
+import subprocess
+import sys
+import tempfile
 import time
 import warnings
 from typing import Any
@@ -105,15 +108,39 @@ def layer_rows(arguments: argparse.Namespace) -> None:
     print(to_text(made, width=130))
 
 
+def resnet50(batch: int) -> tuple[Any, torch.Tensor]:
+    """The network and inputs, channels_last."""
+    model: Any = make("resnet50", "trained-like")
+    x = torch.randn(batch, 3, 224, 224).contiguous(memory_format=torch.channels_last)
+    return model.to(memory_format=torch.channels_last), x
+
+
+def check(arguments: argparse.Namespace) -> None:
+    """In a process of its own: the time of a saved plan's model against dense."""
+    model, x = resnet50(arguments.batch[0])
+    small = rankopt.apply(model, rankopt.RankPlan.load(arguments.plan))
+    print(duel(small, model, x, arguments, max(5, arguments.rounds // arguments.batch[0])))
+
+
+def checked(plan: rankopt.RankPlan, batch: int, clock: str) -> str:
+    """`check` in another process."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = f"{folder}/plan.json"
+        plan.save(path)
+        command = [sys.executable, "-m", "benchmarks.latency", "check", "--plan", path]
+        command += ["--batch", str(batch), "--clock", clock]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return done.stdout.strip()
+
+
 def whole_rows(arguments: argparse.Namespace, batch: int) -> None:
     """Plans of ResNet-50: time against dense, and what share of the MACs saved it realises."""
-    model: Any = make("resnet50", "trained-like")
-    model = model.to(memory_format=torch.channels_last)
-    x = torch.randn(batch, 3, 224, 224).contiguous(memory_format=torch.channels_last)
+    model, x = resnet50(batch)
     made = table(
         f"ResNet-50, batch {batch}, channels_last, {torch.get_num_threads()} thread(s), "
         f"{arguments.clock} clock",
-        "plan", "macs", "time / dense", "throughput x", "realised", "predicted", "search",
+        "plan", "macs", "time / dense", "throughput x", "realised", "predicted", "another process",
+        "search",
     )  # fmt: skip
     shared = fresh(arguments, rounds=7)
     plans: list[tuple[str, str | None, Any]] = [
@@ -144,11 +171,12 @@ def whole_rows(arguments: argparse.Namespace, batch: int) -> None:
             f"{1 / ratio.median:.2f} [{1 / ratio.high:.2f}, {1 / ratio.low:.2f}]",
             f"{share / ratio.median:.2f}",
             ", ".join(f"{r['predicted']:.2f}→{r['measured']:.2f}" for r in found) or "–",
+            checked(plan, batch, arguments.clock) if found else "–",
             f"{seconds:.0f} s",
         ]
         made.add_row(*cells)
         print(*cells, sep=" | ", flush=True)
-    print(to_text(made, width=150))
+    print(to_text(made, width=160))
 
 
 def small_rows(arguments: argparse.Namespace) -> None:
@@ -157,7 +185,8 @@ def small_rows(arguments: argparse.Namespace) -> None:
     from benchmarks.cifar import correct, images, resnet20
 
     model = resnet20()
-    data = list(torch.split(images("train", 0, 103)[0][:1024], 128))
+    samples = 256 if arguments.quick else 1024
+    data = list(torch.split(images("train", 0, 103)[0][:samples], 128))
     test = images("val", 0, 100 if arguments.quick else 500)
     x = data[0][:64]
     made = table(
@@ -207,10 +236,13 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=30, help="of the final measurement")
     parser.add_argument("--clock", choices=["wall", "process"], default="wall")
     parser.add_argument("--quick", action="store_true", help="four layers, fewer images")
+    parser.add_argument("--plan", help="of `check`, which `resnet50` calls in another process")
     arguments = parser.parse_args()
     if arguments.clock == "process":
         torch.set_num_threads(1)
     warnings.simplefilter("always", RankoptWarning)
+    if "check" in arguments.parts:
+        check(arguments)
     if "layers" in arguments.parts:
         layer_rows(arguments)
     for batch in arguments.batch if "resnet50" in arguments.parts else ():

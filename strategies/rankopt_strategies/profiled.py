@@ -167,15 +167,21 @@ class Profiled(Strategy):
             found = times.time(site, chains, rounds=rounds)
             return {chain.ranks: time for chain, time in found.items() if chain.method is not None}
 
-        upper, wanted = decision.ranks, self._candidates(site, method, decision.ranks)
+        axes = method.rank_axes(site.layer)
+        upper = decision.ranks
+        wanted = [
+            tuple(problem.rounded(r, axis.maximum) for r, axis in zip(ranks, axes, strict=True))
+            for ranks in self._candidates(site, method, upper)
+        ]
         if self.mode == "robust" and self.candidates != "every":
             looked = run(wanted, LOOK_ROUNDS)
             if self.candidates == "aligned":
-                near = [ranks for ranks in _near_cliffs(looked, work, upper) if ranks not in looked]
+                near = _near_cliffs(looked, work, upper) if problem.round_to == 1 else []
+                near = [ranks for ranks in near if ranks not in looked]
                 looked |= run(near, LOOK_ROUNDS) if near else {}
             promising = sorted(looked, key=lambda r: looked[r].ratio.median / work(r))
             wanted = [upper, *(ranks for ranks in promising[:SHORTLIST] if ranks != upper)]
-        found = run(wanted)
+        found = run([upper, *wanted])
         if upper not in found:  # out of memory at the base's own rank
             return _Timed(site, problem.keep(site, "its chain could not be run"))
         ranks = (upper, *(other for other in found if other != upper))

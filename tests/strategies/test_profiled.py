@@ -131,6 +131,14 @@ def test_bases_are_names_instances_or_what_a_plan_says():
     assert Profiled(base="vbmf").describe(0)["settings"]["base"] == "vbmf"
 
 
+def test_ranks_are_rounded_before_they_are_timed():
+    clock = table(multiple=48, overhead_ms=0.001)
+    plan = linear(clock, Profiled(candidates="every"), round_to=20)
+    assert plan["0"].ranks == (120,)  # of 120, 100 and 80, padded to 144, 144 and 96
+    ratio = (0.002 + 2 * 8 * 528 * 144 / 2e6) / (0.001 + 8 * 528 * 528 / 2e6)
+    assert f"{ratio:.3g}" in plan["0"].reason
+
+
 def test_inputs_are_needed():
     with pytest.raises(ModelError, match=r"'profiled' needs example_inputs= to time"):
         rankopt.search(planted_model(), "params<=50%", strategy="profiled")
