@@ -67,7 +67,8 @@ def layer_rows(arguments: argparse.Namespace) -> None:
         caption="runs: every call, warm-up too. 'runs x' counts every rank between the bounds, "
         "'below R x' extrapolates to every rank from 1. Last: paired, timed again by themselves.",
     )  # fmt: skip
-    for name, module, shape in LAYERS[:4] if arguments.quick else LAYERS:
+    chosen = [layer for layer in LAYERS if arguments.only in layer[0]]
+    for name, module, shape in chosen[:4] if arguments.quick else chosen:
         torch.manual_seed(0)
         model: Any = nn.Sequential(module).eval()
         x = torch.randn(arguments.batch[0], *shape)
@@ -149,7 +150,7 @@ def whole_rows(arguments: argparse.Namespace, batch: int) -> None:
         ("knapsack, macs<=50%", "macs<=50%", "knapsack"),
         ("knapsack, latency<=70%", "latency<=70%", "knapsack"),
     ]
-    for name, budget, strategy in plans:
+    for name, budget, strategy in (plan for plan in plans if arguments.only in plan[0]):
         started = time.perf_counter()
         try:
             plan = rankopt.search(
@@ -201,7 +202,7 @@ def small_rows(arguments: argparse.Namespace) -> None:
         ("profiled, from 2x", None, Profiled()),
         *((f"knapsack, latency<={n}%", f"latency<={n}%", "knapsack") for n in (90, 80, 70)),
     ]
-    for name, budget, strategy in plans:
+    for name, budget, strategy in (plan for plan in plans if arguments.only in plan[0]):
         try:
             plan = rankopt.search(
                 model,
@@ -236,6 +237,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=30, help="of the final measurement")
     parser.add_argument("--clock", choices=["wall", "process"], default="wall")
     parser.add_argument("--quick", action="store_true", help="four layers, fewer images")
+    parser.add_argument("--only", default="", help="rows whose name contains this")
     parser.add_argument("--plan", help="of `check`, which `resnet50` calls in another process")
     arguments = parser.parse_args()
     if arguments.clock == "process":
