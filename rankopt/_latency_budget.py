@@ -94,7 +94,7 @@ def price_time(problem: Problem, clock: ModelClock, seen: Probe) -> None:
         clock.table,
         seen.calls,
         device=clock.device,
-        round_to=problem.round_to,
+        step=problem.step,
         check=problem.check_deadline,
     )
     problem.times = times

@@ -9,16 +9,16 @@ import torch
 from torch import nn
 
 from rankopt import measure, surgery
-from rankopt._search import DEFAULT_METHODS, describe
+from rankopt._search import describe
 from rankopt.candidates import cliffs, grid_values, line
-from rankopt.decompositions.base import Decomposition
+from rankopt.decompositions.base import Decomposition, RankAxis
 from rankopt.errors import LayerError, ModelError
 from rankopt.layer_profile import LayerProfile, ProfileRow
 from rankopt.layers import Layer
 from rankopt.profile_table import Chain, LayerTime, ProfileTable
 from rankopt.registry import decompositions
 from rankopt.site_times import SiteTimes
-from rankopt.strategy import Site
+from rankopt.strategy import Site, Strategy
 
 __all__ = ["profile"]
 
@@ -71,7 +71,8 @@ def profile(
     assert seen is not None
     found = _named(layers, layer)
     chosen = _method(found, method)
-    maxima = tuple(axis.maximum for axis in chosen.rank_axes(found))
+    axes = chosen.rank_axes(found)
+    maxima = tuple(axis.maximum for axis in axes)
     dense_macs = float(found.macs or 1)
 
     def work(wanted: Sequence[int]) -> float:
@@ -86,11 +87,13 @@ def profile(
         return {chain.ranks: time for chain, time in timed.items()}
 
     if ranks is None:
-        measured = run([line(maxima, int(rank)) for rank in grid_values(max(maxima), GRID)])
-        near = _beside_cliffs(measured, maxima, work)
-        measured |= run(near) if near else {}
+        step = max(axis.step for axis in axes)
+        points = [line(maxima, int(rank)) for rank in grid_values(max(maxima), GRID, step)]
+        measured = run(_feasible(points, axes))
+        near = _feasible(_beside_cliffs(measured, maxima, work), axes)
+        measured |= run([each for each in near if each not in measured])
     else:
-        measured = run([_expanded(chosen, found, maxima, rank) for rank in ranks])
+        measured = run([_expanded(chosen, found, axes, rank) for rank in ranks])
     dense = measured.pop(())
     rows = tuple(
         ProfileRow(each, work(each), time.latency_ms, time.ratio)
@@ -122,7 +125,7 @@ def _named(layers: Sequence[Layer], name: str) -> Layer:
 
 
 def _method(layer: Layer, wanted: str | Decomposition | None) -> Decomposition:
-    names = DEFAULT_METHODS if wanted is None else (wanted,)
+    names = Strategy.methods if wanted is None else (wanted,)
     methods = [decompositions.create(name) for name in names]
     chosen = next((method for method in methods if method.applies(layer)), None)
     if chosen is None:
@@ -131,12 +134,22 @@ def _method(layer: Layer, wanted: str | Decomposition | None) -> Decomposition:
     return chosen
 
 
+def _feasible(points: Sequence[tuple[int, ...]], axes: Sequence[RankAxis]) -> list[tuple[int, ...]]:
+    """Points moved down to multiples of their axes' steps, each once."""
+    moved = [
+        tuple(max(a.step, r - r % a.step) for r, a in zip(point, axes, strict=True))
+        for point in points
+    ]
+    return list(dict.fromkeys(moved))
+
+
 def _expanded(
-    method: Decomposition, layer: Layer, maxima: tuple[int, ...], rank: int | Sequence[int]
+    method: Decomposition, layer: Layer, axes: Sequence[RankAxis], rank: int | Sequence[int]
 ) -> tuple[int, ...]:
     if isinstance(rank, int):
-        method.check_ranks(layer, [rank if m == max(maxima) else 1 for m in maxima])
-        return line(maxima, rank)
+        maxima = tuple(axis.maximum for axis in axes)
+        method.check_ranks(layer, [rank if a.maximum == max(maxima) else a.step for a in axes])
+        return _feasible([line(maxima, rank)], axes)[0]
     wanted = tuple(int(each) for each in rank)
     method.check_ranks(layer, wanted)
     return wanted

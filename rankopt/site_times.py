@@ -13,7 +13,7 @@ import torch
 
 from rankopt._progress import progress_bar
 from rankopt.candidates import grid_values
-from rankopt.decompositions.base import Decomposition
+from rankopt.decompositions.base import Decomposition, RankAxis
 from rankopt.probe import Call
 from rankopt.profile_table import Chain, LayerTime, ProfileTable
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 __all__ = ["RankGrid", "SiteTimes"]
 
 # Ranks per axis of the grid that a latency budget chooses from.
-GRID_COUNTS: Final = {1: 16, 2: 6}
+GRID_COUNTS: Final = {1: 16, 2: 6, 3: 4}
 # Rounds of each: the whole model is measured afterwards.
 GRID_ROUNDS: Final = 5
 # Of two ranks, how far their ratio may lie from that of their maxima.
@@ -68,7 +68,7 @@ class SiteTimes:
         table: Where times are measured and remembered.
         calls: Layer name to the inputs it was called with.
         device: Where the model runs.
-        round_to: What the ranks of grids are multiples of, or an axis's maximum.
+        step: What the ranks along an axis are multiples of.
         check: Called between measurements; may raise to stop.
     """
 
@@ -78,11 +78,11 @@ class SiteTimes:
         calls: Mapping[str, Sequence[Call]],
         *,
         device: torch.device,
-        round_to: int = 1,
+        step: Callable[[RankAxis], int] = lambda axis: axis.step,
         check: Callable[[], None] = lambda: None,
     ) -> None:
         self.table, self.calls, self.device, self.check = table, calls, device, check
-        self.round_to = round_to
+        self.step = step
         self._grids: dict[tuple[str, str], RankGrid] = {}
 
     def dense_ms(self, site: Site) -> float:
@@ -160,8 +160,8 @@ class SiteTimes:
     ) -> tuple[tuple[npt.NDArray[np.int64], ...], list[tuple[Chain, tuple[int, ...]]]]:
         """The values of each rank axis, and the chains worth timing with their places."""
         axes = method.rank_axes(site.layer)
-        count = GRID_COUNTS.get(len(axes), 4)
-        values = tuple(grid_values(axis.maximum, count, self.round_to) for axis in axes)
+        count = GRID_COUNTS.get(len(axes), 3)
+        values = tuple(grid_values(axis.maximum, count, self.step(axis)) for axis in axes)
         choices = []
         for place in np.ndindex(*(len(axis) for axis in values)):
             ranks = tuple(int(axis[i]) for axis, i in zip(values, place, strict=True))

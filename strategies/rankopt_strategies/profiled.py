@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -167,17 +167,20 @@ class Profiled(Strategy):
             found = times.time(site, chains, rounds=rounds)
             return {chain.ranks: time for chain, time in found.items() if chain.method is not None}
 
-        axes = method.rank_axes(site.layer)
-        upper = decision.ranks
-        wanted = [
-            tuple(problem.rounded(r, axis.maximum) for r, axis in zip(ranks, axes, strict=True))
-            for ranks in self._candidates(site, method, upper)
-        ]
+        axes, upper = method.rank_axes(site.layer), decision.ranks
+
+        def feasible(choices: Iterable[tuple[int, ...]]) -> list[tuple[int, ...]]:
+            rounded = [
+                tuple(problem.rounded(r, axis) for r, axis in zip(ranks, axes, strict=True))
+                for ranks in choices
+            ]
+            return list(dict.fromkeys(rounded))
+
+        wanted = feasible(self._candidates(site, method, upper))
         if self.mode == "robust" and self.candidates != "every":
             looked = run(wanted, LOOK_ROUNDS)
             if self.candidates == "aligned":
-                near = _near_cliffs(looked, work, upper) if problem.round_to == 1 else []
-                near = [ranks for ranks in near if ranks not in looked]
+                near = [r for r in feasible(_near_cliffs(looked, work, upper)) if r not in looked]
                 looked |= run(near, LOOK_ROUNDS) if near else {}
             promising = sorted(looked, key=lambda r: looked[r].ratio.median / work(r))
             wanted = [upper, *(ranks for ranks in promising[:SHORTLIST] if ranks != upper)]
