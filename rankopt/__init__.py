@@ -2,13 +2,16 @@
 
 from rankopt._apply import apply, apply_
 from rankopt._compare import Comparison, compare
+from rankopt._profile import profile
 from rankopt._recover import Recovery, recover
 from rankopt._search import search
 from rankopt._version import __version__
 from rankopt.budget import Budget
 from rankopt.calibration import recalibrate
 from rankopt.checkpoint import load, load_plan, save
+from rankopt.layer_profile import LayerProfile
 from rankopt.plan import Decision, RankPlan
+from rankopt.profile_table import ProfileTable
 from rankopt.registry import decompositions, strategies
 from rankopt.strategy import Option, Problem, Site, Strategy, Tags
 
@@ -16,8 +19,10 @@ __all__ = [
     "Budget",
     "Comparison",
     "Decision",
+    "LayerProfile",
     "Option",
     "Problem",
+    "ProfileTable",
     "RankPlan",
     "Recovery",
     "Site",
@@ -30,6 +35,7 @@ __all__ = [
     "decompositions",
     "load",
     "load_plan",
+    "profile",
     "recalibrate",
     "recover",
     "save",

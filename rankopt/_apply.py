@@ -43,6 +43,7 @@ __all__ = [
     "apply",
     "apply_",
     "build_empty",
+    "build_random",
     "fill_skeleton",
     "plan_of",
     "settle_norms",
@@ -52,6 +53,8 @@ __all__ = [
 _PLAN_ATTRIBUTE: Final = "rankopt_plan"
 # Samples on which candidate BatchNorm statistics are compared.
 COMPARED_SAMPLES: Final = 512
+# Of factors that only stand in for real ones while a model is timed.
+RANDOM_SCALE: Final = 0.05
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,9 @@ class _Step:
     method: Decomposition
     layers: tuple[Layer, ...]
     modules: tuple[nn.Module, ...]
+
+
+Fill = Callable[[_Step, nn.Sequential, Tensor], dict[str, Tensor]]
 
 
 def apply(
@@ -176,15 +182,30 @@ def fill_skeleton(view: nn.Module, plan: RankPlan) -> nn.Module:
 
     Sizes and MACs are those of the real result, which is what a search must check.
     """
+    return _swap(view, _build_chains(view, _steps(view, plan), _made_by(torch.zeros), False))
 
-    def zeros(step: _Step, chain: nn.Sequential, weight: Tensor) -> dict[str, Tensor]:
+
+def build_random(model: nn.Module, plan: RankPlan) -> nn.Module:
+    """The model `apply` would build, with small random factors: its time, not its answers."""
+
+    def noise(shape: torch.Size) -> Tensor:
+        return RANDOM_SCALE * torch.randn(shape)
+
+    view = _unpack_for(surgery.clone(surgery.unwrap(model)), plan)
+    return _swap(view, _build_chains(view, _steps(view, plan), _made_by(noise), False))
+
+
+def _made_by(make: Callable[[torch.Size], Tensor]) -> Fill:
+    """Factors that know nothing but their shape."""
+
+    def fill(step: _Step, chain: nn.Sequential, weight: Tensor) -> dict[str, Tensor]:
         return {
-            name: torch.zeros(parameter.shape)
+            name: make(parameter.shape)
             for name, parameter in chain.named_parameters()
             if name.endswith("weight")
         }
 
-    return _swap(view, _build_chains(view, _steps(view, plan), zeros, False))
+    return fill
 
 
 def build_empty(model: nn.Module, plan: RankPlan) -> nn.Module:
@@ -224,9 +245,6 @@ def unpacked_clone(model: nn.Module, split: Iterable[str] = (), *, runs: bool = 
     """
     share = () if runs else tuple(model.parameters())
     return unpack(surgery.clone(model, share=share), split=split)
-
-
-Fill = Callable[[_Step, nn.Sequential, Tensor], dict[str, Tensor]]
 
 
 def _check_sources(plan: RankPlan, calibration: Any, factors: Any) -> None:

@@ -13,9 +13,18 @@ from torch import Tensor, nn
 
 from rankopt import measure, surgery
 from rankopt._apply import build_with_moments, collect_for, fill_skeleton, unpacked_clone
+from rankopt._latency_budget import ModelClock, bounds_latency, price_time, solve
 from rankopt._version import __version__
 from rankopt.budget import Budget
-from rankopt.calibration import MAX_SAMPLES, digest, divergence, hold, main_output, run
+from rankopt.calibration import (
+    MAX_SAMPLES,
+    digest,
+    divergence,
+    hold,
+    main_output,
+    run,
+    tensors_in,
+)
 from rankopt.decompositions.base import Decomposition
 from rankopt.errors import BudgetError, ModelError, NotYetSupported, RankoptError
 from rankopt.layers import (
@@ -28,18 +37,17 @@ from rankopt.layers import (
     select,
 )
 from rankopt.plan import RankPlan
-from rankopt.probe import Probe, probe, static_reads
+from rankopt.probe import Call, Probe, probe, static_reads
+from rankopt.profile_table import ProfileTable
 from rankopt.registry import decompositions, strategies
-from rankopt.strategy import Option, Problem, Site, Strategy, decide
+from rankopt.strategy import LATENCY, Option, Problem, Site, Strategy, decide
 
-__all__ = ["DEFAULT_STRATEGY", "environment", "search"]
+__all__ = ["DEFAULT_STRATEGY", "describe", "environment", "search"]
 
 DEFAULT_STRATEGY: Final = "knapsack"
 # Samples on which candidate options are run to measure how far outputs move.
 DIVERGENCE_SAMPLES: Final = 256
 _NOT_YET: Final = {
-    "latency": "measured latency budgets need the profile table",
-    "latency_ms": "measured latency budgets need the profile table",
     "metric_drop": "metric_drop needs the outer search over evaluate",
 }
 
@@ -58,6 +66,7 @@ def search(
     ignore: Patterns = (),
     round_to: int = 1,
     rounding: Literal["down", "nearest", "up"] = "down",
+    profile: ProfileTable | None = None,
     seed: int = 0,
     timeout: float | None = None,
     progress: bool | None = None,
@@ -69,11 +78,13 @@ def search(
 
     Args:
         model: A trained model.
-        budget: Such as ``"macs<=50%"``, ``"params<=0.4, macs<=50%"`` or a
-            `Budget`; None lets the strategy decide how much.
+        budget: Such as ``"macs<=50%"``, ``"params<=0.4, latency<=70%"``,
+            ``"latency_ms<=8"`` or a `Budget`; None lets the strategy decide how much.
+            Latency is that of the whole model on `example_inputs`, measured on
+            this machine: the upper end of the 95% interval is within the budget.
         strategy: A registered name or an instance with settings.
         example_inputs: A tensor, a tuple (positional) or a mapping (keywords)
-            to call the model with. Needed for MACs; it also lets rankopt see
+            to call the model with. Needed for MACs and latency; it also lets rankopt see
             how each layer is used instead of reading the model's source.
         calibration: An iterable of inputs (tensors, tuples, mappings, a
             DataLoader); labels are left out. Factors and errors are then those
@@ -88,6 +99,8 @@ def search(
         round_to: Ranks are multiples of this (or full); hardware likes 8 or 16.
         rounding: Which multiple the rank of a formula becomes; the budget is held
             with the rounded ranks.
+        profile: Where layer times are measured and kept, for budgets on latency and
+            strategies that need it; None for inference times in the user's cache.
         seed: For strategies that draw random numbers.
         timeout: Seconds after which to give up with `DeadlineExceeded`.
         progress: Whether to show progress bars; None decides by the terminal.
@@ -120,7 +133,7 @@ def search(
     source = surgery.unwrap(model)
     with torch.no_grad(), measure.preserve_rng():
         runs = example_inputs is not None or calibration is not None
-        view, layers, seen = _describe(source, example_inputs, runs=runs)
+        view, layers, seen = describe(source, example_inputs, runs=runs)
         layers = _select(layers, only, ignore)
         problem = _problem(
             view, layers, seen, allowed, chosen.methods if methods is None else methods
@@ -129,7 +142,15 @@ def search(
         problem.round_to, problem.rounding = round_to, rounding
         if calibration is not None:
             _calibrate(problem, view, calibration, calibration_samples)
-        plan = chosen.search(problem)
+        if bounds_latency(allowed) or "latency" in chosen.tags.needs:
+            assert seen is not None
+            clock = ModelClock(source, example_inputs, profile or ProfileTable())
+            price_time(problem, clock, seen)
+            problem.check_deadline()
+        if bounds_latency(allowed):
+            plan = solve(problem, chosen, clock.measure, clock.dense_ms)
+        else:
+            plan = chosen.search(problem)
         plan = _verify(plan, view, seen, example_inputs)
         return replace(
             plan,
@@ -138,7 +159,7 @@ def search(
                 "structure": measure.structure_digest(source),
                 "weights": measure.weights_digest(source),
             },
-            environment=environment(source),
+            environment=environment(source, example_inputs),
             seconds=round(time.perf_counter() - started, 3),
         )
 
@@ -156,10 +177,20 @@ def _check_request(
         raise BudgetError(
             f"strategy {strategy.name!r} needs a budget: it has no natural amount of compression"
         )
-    if budget is not None and "macs" in budget.axes and inputs is None:
-        raise BudgetError(
-            "a budget on macs needs example_inputs: MACs depend on the input's size; pass a "
-            "tensor, a tuple or a dict to call the model with, or bound params instead"
+    for axis, what in (
+        ("macs", "MACs depend"),
+        ("latency", "time depends"),
+        ("latency_ms", "time depends"),
+    ):
+        if budget is not None and axis in budget.axes and inputs is None:
+            raise BudgetError(
+                f"a budget on {axis} needs example_inputs: {what} on the input's size; pass a "
+                "tensor, a tuple or a dict to call the model with, or bound params instead"
+            )
+    if "latency" in strategy.tags.needs and inputs is None:
+        raise ModelError(
+            f"strategy {strategy.name!r} needs example_inputs= to time the layers with: a tensor, "
+            "a tuple or a dict to call the model with"
         )
     for name, value in (("calibration", calibration), ("evaluate", evaluate)):
         if name in strategy.tags.needs and value is None:
@@ -183,7 +214,15 @@ def _calibrate(problem: Problem, view: nn.Module, data: Any, samples: int | None
     with measure.evaluation(view):
         outputs = [main_output(run(view, inputs)) for inputs in probes]
 
+    known: dict[str, float] = {}  # a corrected latency budget asks again
+
     def moved(options: Mapping[int, Option]) -> float:
+        key = repr([(i, o.method, dict(o.args)) for i, o in sorted(options.items())])
+        if key not in known:
+            known[key] = compute(options)
+        return known[key]
+
+    def compute(options: Mapping[int, Option]) -> float:
         problem.check_deadline()
         decisions = [
             decide(problem.sites[index], option)
@@ -197,7 +236,7 @@ def _calibrate(problem: Problem, view: nn.Module, data: Any, samples: int | None
     problem.divergence = moved
 
 
-def _describe(
+def describe(
     source: nn.Module, example_inputs: Any, *, runs: bool
 ) -> tuple[nn.Module, list[Layer], Probe | None]:
     """An unpacked clone, its layers, and what a run on the inputs showed."""
@@ -302,7 +341,10 @@ def _sites(
 def _verify(plan: RankPlan, view: nn.Module, seen: Probe | None, inputs: Any) -> RankPlan:
     """Build the result's skeleton inside `view`, run it, and hold it to the budget."""
     built = fill_skeleton(view, plan)
-    measured = {"params": measure.count_params(built), "memory": measure.count_memory(built)}
+    measured: dict[str, float] = {
+        "params": measure.count_params(built),
+        "memory": measure.count_memory(built),
+    }
     if seen is not None:
         inputs = measure.to_device(inputs, surgery.device_of(view))
         with measure.evaluation(built):
@@ -311,6 +353,9 @@ def _verify(plan: RankPlan, view: nn.Module, seen: Probe | None, inputs: Any) ->
         if seen.trains:
             built.train()
             _run(built, inputs, "in train mode with gradients")
+    timed = plan.totals.get(LATENCY, {}).get("measured")
+    if timed is not None:
+        measured[LATENCY] = timed
     before = {axis: float(entry["before"] or 0) for axis, entry in plan.totals.items()}
     if plan.budget is not None and not plan.budget.fits(measured, before):
         raise RankoptError(
@@ -335,7 +380,7 @@ def _run(model: nn.Module, inputs: Any, how: str) -> None:
         ) from error
 
 
-def environment(model: nn.Module) -> dict[str, Any]:
+def environment(model: nn.Module, inputs: Any = None) -> dict[str, Any]:
     """Versions, hardware and numeric settings that figures depend on."""
     device = surgery.device_of(model)
     facts: dict[str, Any] = {
@@ -346,6 +391,8 @@ def environment(model: nn.Module) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "dtype": str(next((p.dtype for p in model.parameters()), None)).removeprefix("torch."),
     }
+    for first in list(tensors_in(inputs))[:1]:
+        facts |= {"input": list(first.shape), "memory_format": Call.of(first).memory_format}
     if device.type == "cuda":
         facts["gpu"] = torch.cuda.get_device_name(device)
         facts["tf32"] = torch.backends.cuda.matmul.allow_tf32

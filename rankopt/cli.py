@@ -72,6 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     model.add_argument(
         "--input", metavar="SHAPE", help="example input, 1,3,224,224[:dtype]; torchvision has one"
     )
+    model.add_argument("--channels-last", action="store_true", help="memory format of both")
     model.add_argument("--seed", type=int, default=0)
 
     search = commands.add_parser("search", parents=[model], help="choose ranks, write a plan")
@@ -97,7 +98,17 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument("artefact", metavar="ARTEFACT", help="from `rankopt apply`, or a plan")
     compare.add_argument("--evaluate", metavar="FILE.py:CALLABLE", help="metric of a model")
     compare.add_argument("--rounds", type=int, default=30, help="timing rounds")
+    compare.add_argument("--training", action="store_true", help="time forward and backward")
     compare.set_defaults(run=_compare)
+
+    profile = commands.add_parser("profile", parents=[model], help="time a layer against rank")
+    profile.add_argument("--layer", required=True, metavar="NAME", help="full module name")
+    profile.add_argument("--method", help="decomposition; the first that applies if left out")
+    profile.add_argument("--ranks", metavar="R,R,...|FIRST:LAST[:STEP]", help="which to time")
+    profile.add_argument("--rounds", type=int, default=None, help="interleaved rounds")
+    profile.add_argument("--training", action="store_true", help="forward and backward")
+    profile.add_argument("--plot", metavar="FILE.html", help="draw time against rank (plotly)")
+    profile.set_defaults(run=_profile)
 
     strategies = commands.add_parser("strategies", parents=[common], help="what is installed")
     strategies.set_defaults(run=_strategies)
@@ -178,10 +189,50 @@ def _compare(arguments: argparse.Namespace) -> int:
         example_inputs=inputs,
         evaluate=evaluate,
         rounds=arguments.rounds,
+        mode="training" if arguments.training else "inference",
         seed=arguments.seed,
     )
     print(json.dumps(result.to_dict()) if arguments.json else result)
     return 0
+
+
+def _profile(arguments: argparse.Namespace) -> int:
+    import rankopt
+    from rankopt.profile_table import ROUNDS
+
+    model, inputs = _model(arguments)
+    if inputs is None:
+        raise RankoptError("profile needs --input SHAPE, such as 1,3,224,224, to run the model")
+    found = rankopt.profile(
+        model,
+        arguments.layer,
+        example_inputs=inputs,
+        method=arguments.method,
+        ranks=_ranks(arguments.ranks),
+        table=rankopt.ProfileTable(
+            mode="training" if arguments.training else "inference",
+            rounds=ROUNDS if arguments.rounds is None else arguments.rounds,
+        ),
+    )
+    if arguments.plot:
+        found.plot(arguments.plot)
+    print(json.dumps(found.to_dict()) if arguments.json else found)
+    if arguments.plot and not arguments.json:
+        print(f"plot written to {arguments.plot}")
+    return 0
+
+
+def _ranks(text: str | None) -> list[int] | None:
+    """``8,16,32`` or ``1:512`` or ``8:512:8``, the last rank included."""
+    if text is None:
+        return None
+    try:
+        if ":" not in text:
+            return [int(part) for part in text.split(",")]
+        first, last, *step = (int(part) for part in text.split(":"))
+        return list(range(first, last + 1, *step))
+    except (ValueError, TypeError) as error:
+        raise RankoptError(f"--ranks {text!r}: expected 8,16,32 or 8:512:8") from error
 
 
 def _strategies(arguments: argparse.Namespace) -> int:
@@ -229,6 +280,12 @@ def _model(arguments: argparse.Namespace) -> tuple[Any, Any]:
 
     model = load_model(arguments.model, arguments.weights, seed=arguments.seed)
     inputs = parse_input(arguments.input) if arguments.input else default_input(arguments.model)
+    if arguments.channels_last:
+        import torch
+
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        if inputs is not None and inputs.dim() == 4:
+            inputs = inputs.contiguous(memory_format=torch.channels_last)
     return model, inputs
 
 

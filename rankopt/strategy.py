@@ -25,11 +25,16 @@ from rankopt.budget import Budget
 from rankopt.decompositions.base import Basis, Decomposition, RankAxis
 from rankopt.decompositions.cache import BasisCache, shared
 from rankopt.errors import BudgetInfeasible, DeadlineExceeded
+from rankopt.latency import Measured
 from rankopt.layers import Layer
 from rankopt.moments import Moments
 from rankopt.plan import KEEP, Decision, Factors, RankPlan
+from rankopt.site_times import SiteTimes
 
-__all__ = ["Frontier", "Option", "Problem", "Site", "Strategy", "Tags"]
+__all__ = ["LATENCY", "Frontier", "Option", "Problem", "Site", "Strategy", "Tags"]
+
+# The cost axis of measured time, in milliseconds.
+LATENCY: Final = "latency"
 
 BISECTIONS: Final = 40
 # Rank tuples looked at per site and method: every pair of up to 512 x 512.
@@ -68,7 +73,7 @@ class Option:
 
     method: str
     args: Mapping[str, Any]
-    cost: Mapping[str, int]
+    cost: Mapping[str, float]
     error: float | None
     reason: str = ""
     factors: Factors = field(default_factory=Factors)
@@ -86,12 +91,15 @@ class Site:
     Args:
         layers: The layers; the first one stands for the weight they share.
         methods: The decompositions that apply to all of them.
-        cost: Axis to the dense figure; ``macs`` only if the model was probed.
+        cost: Axis to the dense figure; ``macs`` only if the model was probed, and
+            ``latency`` (milliseconds) only if the budget bounds it.
+        times: Prices the axis ``latency``; None without it.
     """
 
     layers: tuple[Layer, ...]
     methods: tuple[Decomposition, ...]
-    cost: Mapping[str, int]
+    cost: Mapping[str, float]
+    times: SiteTimes | None = field(default=None, repr=False, compare=False)
 
     @property
     def name(self) -> str:
@@ -109,6 +117,9 @@ class Site:
         cost = {"params": params, "memory": params * self.layer.itemsize}
         if "macs" in self.cost:
             cost["macs"] = sum(method.macs(layer, ranks) for layer in self.layers)
+        if LATENCY in self.cost:
+            assert self.times is not None
+            cost[LATENCY] = self.times.price(self, method, ranks)
         return {axis: cost[axis] for axis in self.cost}
 
 
@@ -144,6 +155,10 @@ class Problem:
         deadline: `time.monotonic()` value after which to stop; None for never.
         moments: Layer name to the moments of its inputs; empty without calibration.
         calibration: Digest of the calibration inputs, for the plan.
+        times: Measures layers, dense and decomposed; None without example inputs or
+            where neither budget nor strategy asks for time.
+        measure: Times the whole model, sites taking options (one each), against the
+            dense model; None where `times` is.
         divergence: How far the outputs on calibration inputs move when some sites
             take options (by index) and the others stay dense; None without calibration.
         round_to: Ranks are multiples of this, or an axis's maximum; 1 for any rank.
@@ -155,12 +170,14 @@ class Problem:
     layers: tuple[Layer, ...]
     sites: tuple[Site, ...]
     budget: Budget | None
-    totals: Mapping[str, int]
+    totals: Mapping[str, float]
     weight: Callable[[Layer], Tensor]
     seed: int = 0
     deadline: float | None = None
     moments: Mapping[str, Moments] = field(default_factory=dict)
     calibration: str | None = None
+    times: SiteTimes | None = None
+    measure: Callable[[Sequence[Option]], Measured] | None = None
     divergence: Callable[[Mapping[int, Option]], float] | None = None
     round_to: int = 1
     rounding: str = "down"
@@ -205,6 +222,12 @@ class Problem:
             self._bases[key] = self.cache.get(method, self.weight(site.layer), moments)
         return self._bases[key]
 
+    def with_budget(self, budget: Budget | None) -> Problem:
+        """The same problem under another budget; what was computed is kept."""
+        other = replace(self, budget=budget)
+        other._bases = self._bases
+        return other
+
     def prepare(self) -> None:
         """Compute every basis now, under a progress bar."""
         pairs = largest_first(
@@ -232,7 +255,7 @@ class Problem:
 
     def _build_frontier(self, site: Site, method: Decomposition) -> Frontier:
         axes = method.rank_axes(site.layer)
-        choices = _thinned([self._ranks(axis) for axis in axes])
+        choices = self._timed_ranks(site, method) or _thinned([self._ranks(axis) for axis in axes])
         grids = np.meshgrid(*choices, indexing="ij", sparse=True)
         load = np.broadcast_arrays(self.load(site.price(method, grids)), *grids)[0].ravel()
         error = np.broadcast_to(
@@ -247,20 +270,27 @@ class Problem:
         ranks = np.stack([axis[i] for axis, i in zip(choices, places, strict=True)], axis=1)
         return Frontier(ranks, load[chosen], error[chosen])
 
-    def _step(self, axis: RankAxis) -> int:
+    @staticmethod
+    def _timed_ranks(site: Site, method: Decomposition) -> list[npt.NDArray[np.int64]]:
+        """The ranks of each axis that have a measured time, under a budget on latency."""
+        if site.times is None or LATENCY not in site.cost:
+            return []
+        return list(site.times.grid(site, method).values)
+
+    def step(self, axis: RankAxis) -> int:
         """What ranks along an axis are multiples of."""
         both = math.lcm(self.round_to, axis.step)
         return both if both <= axis.maximum else axis.step
 
     def _ranks(self, axis: RankAxis) -> npt.NDArray[np.int64]:
         """The ranks that the axis and `round_to` allow."""
-        step = self._step(axis)
+        step = self.step(axis)
         allowed = np.arange(step, axis.maximum + 1, step)
         return np.unique(np.append(allowed, axis.maximum)).astype(np.int64)
 
     def rounded(self, rank: int, axis: RankAxis) -> int:
         """`rank` as the feasible one that `round_to` and `rounding` ask for."""
-        step, maximum = self._step(axis), axis.maximum
+        step, maximum = self.step(axis), axis.maximum
         if rank % step == 0 or rank == maximum:
             return rank
         below = rank // step * step
@@ -290,6 +320,8 @@ class Problem:
             for rank, axis in zip(wanted, axes, strict=False)
         )
         method.check_ranks(site.layer, chosen if len(chosen) == len(wanted) else wanted)
+        if site.times is not None and LATENCY in site.cost:  # only what was timed has a price
+            chosen = site.times.grid(site, method).snap(chosen)
         cost = site.price(method, chosen)
         if self.load(cost) >= self.load(site.cost):
             named = " x ".join(map(str, chosen))
@@ -330,7 +362,7 @@ class Problem:
 
     # Whole choices
 
-    def figures(self, options: Sequence[Option]) -> dict[str, int]:
+    def figures(self, options: Sequence[Option]) -> dict[str, float]:
         """Whole-model figures when each site takes its option."""
         saved = {
             axis: sum(
@@ -423,7 +455,11 @@ class Problem:
             budget=self.budget,
             strategy=strategy.describe(self.seed),
             totals={
-                axis: {"before": total, "predicted": figures[axis], "measured": None}
+                axis: {
+                    "before": _figure(axis, total),
+                    "predicted": _figure(axis, figures[axis]),
+                    "measured": None,
+                }
                 for axis, total in self.totals.items()
             },
         )
@@ -446,10 +482,18 @@ def decide(site: Site, option: Option) -> Decision:
         method=option.method,
         args=dict(option.args),
         reason=f"keep: {option.reason}" if option.keeps else option.reason,
-        cost={axis: (int(before), int(option.cost[axis])) for axis, before in site.cost.items()},
+        cost={
+            axis: (_figure(axis, before), _figure(axis, option.cost[axis]))
+            for axis, before in site.cost.items()
+        },
         error=option.error,
         factors=option.factors,
     )
+
+
+def _figure(axis: str, value: float) -> float:
+    """Counts are integers; milliseconds are written to a tenth of a microsecond."""
+    return round(float(value), 4) if axis == LATENCY else int(value)
 
 
 def _kept(layer: Layer) -> Decision:

@@ -47,8 +47,9 @@ def test_globs():
     [
         (0.5, {}, BudgetError, "does not say of what"),
         ("macs<=50%", {}, BudgetError, "needs example_inputs"),
-        ("latency<=70%", {}, NotYetSupported, "latency is not supported yet"),
-        ("latency_ms<=7", {}, NotYetSupported, "latency_ms is not supported yet"),
+        ("latency<=70%", {}, BudgetError, "budget on latency needs example_inputs: time depends"),
+        ("latency_ms<=7", {}, BudgetError, "budget on latency_ms needs example_inputs"),
+        (None, {"strategy": "profiled"}, ModelError, "'profiled' needs example_inputs= to time"),
         ("metric_drop<=1, minimize=macs", {}, NotYetSupported, "metric_drop is not supported yet"),
         (
             "params<=50%",

@@ -14,7 +14,7 @@ import numpy.typing as npt
 from rankopt.decompositions.base import Decomposition
 from rankopt.errors import CalibrationError, ModelError, RankoptWarning
 from rankopt.plan import RankPlan
-from rankopt.strategy import Frontier, Option, Problem, Site, Strategy, Tags, check_share
+from rankopt.strategy import LATENCY, Frontier, Option, Problem, Site, Strategy, Tags, check_share
 
 __all__ = ["Allocation", "Knapsack", "allocate"]
 
@@ -244,7 +244,9 @@ class Knapsack(Strategy):
             np.array([[option.cost[a] for a in axes] for option in menu], dtype=np.float64)
             for menu in menus
         ]
-        found = allocate(damages, costs, np.floor(limits) - fixed, exact=self.exact)
+        counts = [axis != LATENCY for axis in axes]
+        whole = np.where(counts, np.floor(limits), limits)  # counts are integers, times are not
+        found = allocate(damages, costs, whole - fixed, exact=self.exact)
         if found is None:
             raise problem.infeasible(cheapest)
         options = [menu[index] for menu, index in zip(menus, found.chosen, strict=True)]

@@ -12,7 +12,14 @@ from torch import nn
 
 import rankopt
 from rankopt.errors import BudgetInfeasible, RankoptError
-from rankopt.testing import check_strategy, planted_inputs, planted_model, strategy_checks
+from rankopt.profile_table import ProfileTable
+from rankopt.testing import (
+    ModelledClock,
+    check_strategy,
+    planted_inputs,
+    planted_model,
+    strategy_checks,
+)
 from rankopt.vision import import_torchvision
 from rankopt_strategies import VBMF, Energy, ParameterRatio
 from rankopt_strategies.parameter_ratio import svd_rank, tucker2_ranks
@@ -248,9 +255,14 @@ def test_vbmf_on_pure_noise_names_the_way_out():
 
 
 def test_every_strategy_names_itself_in_the_plan():
+    table = ProfileTable(clock=ModelledClock(), rounds=3)
     for name in rankopt.strategies.names():
         plan = rankopt.search(
-            planted_model(), "macs<=60%", strategy=name, example_inputs=planted_inputs()
+            planted_model(),
+            "macs<=60%",
+            strategy=name,
+            example_inputs=planted_inputs(),
+            profile=table,
         )
         assert plan.strategy["name"] == name
         assert rankopt.strategies.create(name, **plan.strategy["settings"])
