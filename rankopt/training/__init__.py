@@ -1,0 +1,23 @@
+"""Getting accuracy back by training: freezing schedules, distillation, the training loop."""
+
+from rankopt.training.freezing import (
+    FREEZING,
+    Fixed,
+    FixedFreezing,
+    Freezer,
+    NoFreezing,
+    Schedule,
+    Sequential,
+    SequentialFreezing,
+)
+
+__all__ = [
+    "FREEZING",
+    "Fixed",
+    "FixedFreezing",
+    "Freezer",
+    "NoFreezing",
+    "Schedule",
+    "Sequential",
+    "SequentialFreezing",
+]
