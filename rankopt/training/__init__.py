@@ -1,5 +1,6 @@
 """Getting accuracy back by training: freezing schedules, distillation, the training loop."""
 
+from rankopt.training.distillation import Distillation, Distiller
 from rankopt.training.freezing import (
     FREEZING,
     Fixed,
@@ -13,6 +14,8 @@ from rankopt.training.freezing import (
 
 __all__ = [
     "FREEZING",
+    "Distillation",
+    "Distiller",
     "Fixed",
     "FixedFreezing",
     "Freezer",

@@ -1,0 +1,62 @@
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import rankopt
+from rankopt.fold import effective_weight
+from rankopt.layers import canonical_weight
+
+# Rounding of float64 sums of a few hundred terms.
+TOLERANCE = 1e-10
+SIZE = {
+    nn.Linear: (5, 16),
+    nn.Conv1d: (2, 16, 9),
+    nn.Conv2d: (2, 16, 9, 9),
+    nn.Conv3d: (2, 16, 5, 5, 5),
+}
+
+
+@pytest.mark.parametrize(
+    ("layer", "method"),
+    [
+        (nn.Linear(16, 24), "svd"),
+        (nn.Conv2d(16, 24, 1, stride=2, bias=False), "svd"),
+        (nn.Conv1d(16, 24, 1, groups=2), "svd"),
+        (nn.Conv2d(16, 24, 3, padding=1), "tucker2"),
+        (nn.Conv2d(16, 24, 3, groups=2, dilation=2), "tucker2"),
+        (nn.Conv3d(16, 16, 2), "tucker2"),
+        (nn.Conv2d(16, 24, (3, 5), stride=2), "spatial_svd"),
+        (nn.Conv2d(16, 24, 3, groups=2), "spatial_svd"),
+    ],
+    ids=str,
+)
+def test_one_layer_with_the_effective_weight_is_the_chain(layer, method):
+    dense = nn.Sequential(layer.double())
+    plan = rankopt.search(dense, "params<=60%", methods=[method])
+    small = rankopt.apply(dense, plan)
+    assert len(small[0]) > 1
+    found = effective_weight(small[0])
+    assert found.shape == canonical_weight(layer).shape
+    folded = copy.deepcopy(layer)
+    with torch.no_grad():
+        folded.weight.copy_(found.flatten(0, 1))
+    x = torch.randn(SIZE[type(layer)], dtype=torch.float64)
+    assert torch.allclose(folded(x), small(x), atol=TOLERANCE)
+    found.square().sum().backward()
+    assert all(factor.weight.grad is not None for factor in small[0])
+
+
+def test_a_grouped_core_between_dense_factors():
+    chain = nn.Sequential(
+        nn.Conv2d(6, 4, 1, bias=False),
+        nn.Conv2d(4, 8, 3, groups=2, bias=False),
+        nn.Conv2d(8, 5, (1, 2), bias=False),
+    ).double()
+    weight = effective_weight(chain)
+    assert weight.shape == (1, 5, 6, 3, 4)
+    x = torch.randn(2, 6, 7, 7, dtype=torch.float64)
+    assert torch.allclose(nn.functional.conv2d(x, weight[0]), chain(x), atol=TOLERANCE)
