@@ -11,6 +11,7 @@ from rankopt.checkpoint import load, load_plan, save
 from rankopt.plan import Decision, RankPlan
 from rankopt.registry import decompositions, strategies
 from rankopt.strategy import Option, Problem, Site, Strategy, Tags
+from rankopt.training.finetune import Training, finetune
 
 __all__ = [
     "Budget",
@@ -23,11 +24,13 @@ __all__ = [
     "Site",
     "Strategy",
     "Tags",
+    "Training",
     "__version__",
     "apply",
     "apply_",
     "compare",
     "decompositions",
+    "finetune",
     "load",
     "load_plan",
     "recalibrate",

@@ -22,6 +22,7 @@ __all__ = [
     "RankoptError",
     "RankoptWarning",
     "RegistryError",
+    "TrainingError",
 ]
 
 
@@ -75,6 +76,10 @@ class CheckpointError(RankoptError, ValueError):
 
 class NotYetSupported(RankoptError, NotImplementedError):
     """A documented feature whose machinery this version does not contain."""
+
+
+class TrainingError(RankoptError, RuntimeError):
+    """Training that cannot go on: a batch it cannot use, or a loss that is not finite."""
 
 
 class MissingDependency(RankoptError, ImportError):

@@ -91,7 +91,7 @@ def test_a_model_equal_to_its_teacher_has_nothing_to_learn():
     with Distiller(same, teacher, settings) as distiller:
         distiller.teach(x)
         loss, parts = distiller.loss(same(x))
-    assert loss.item() < 1e-8
+    assert loss.item() < 1e-6  # T² times the rounding of float32 log-probabilities
     assert "labels" not in parts
 
 
