@@ -8,6 +8,7 @@ from rankopt._version import __version__
 from rankopt.budget import Budget
 from rankopt.calibration import recalibrate
 from rankopt.checkpoint import load, load_plan, save
+from rankopt.pipeline import Compression, compress
 from rankopt.plan import Decision, RankPlan
 from rankopt.registry import decompositions, strategies
 from rankopt.strategy import Option, Problem, Site, Strategy, Tags
@@ -16,6 +17,7 @@ from rankopt.training.finetune import Training, finetune
 __all__ = [
     "Budget",
     "Comparison",
+    "Compression",
     "Decision",
     "Option",
     "Problem",
@@ -29,6 +31,7 @@ __all__ = [
     "apply",
     "apply_",
     "compare",
+    "compress",
     "decompositions",
     "finetune",
     "load",

@@ -1,4 +1,4 @@
-"""The dense weight that a chain of factors amounts to."""
+"""From chains of factors back to dense weights."""
 
 from __future__ import annotations
 
@@ -10,7 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["effective_weight"]
+from rankopt import surgery
+from rankopt._apply import plan_of
+from rankopt.errors import ModelError
+from rankopt.layers import canonical_weight
+
+__all__ = ["effective_weight", "fold"]
 
 _CONVOLVE = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
@@ -36,6 +41,81 @@ def effective_weight(chain: Iterable[nn.Module]) -> Tensor:
     for module in modules[1:]:
         weight = _composed(weight, _grouped(module, groups))
     return weight
+
+
+def fold(model: nn.Module, original: nn.Module) -> nn.Module:
+    """The function of a compressed model in the architecture of the original one.
+
+    Decomposed layers become dense again, with weights of low rank. A plan made for the result
+    fits the original architecture, so a second round of compression can start from it.
+
+    Args:
+        model: From `rankopt.apply` or `rankopt.load`, possibly trained since.
+        original: The dense model; only its architecture is used, and it is not changed.
+
+    Returns:
+        A new model that computes what `model` computes, to rounding.
+
+    Raises:
+        ModelError: The model carries no plan, or was changed by more than chains:
+            unpacked attention, say.
+
+    Example:
+        >>> dense = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 4))
+        >>> small = rankopt.apply(dense, rankopt.search(dense, "params<=60%"))
+        >>> type(fold(small, dense)[0])
+        <class 'torch.nn.modules.linear.Linear'>
+    """
+    small, result = surgery.unwrap(model), surgery.clone(surgery.unwrap(original))
+    plan = plan_of(small)
+    if plan is None:
+        raise ModelError(
+            f"this {type(small).__name__} carries no plan; fold takes what rankopt.apply or "
+            "rankopt.load made"
+        )
+    chains = dict(surgery.named_modules(small))
+    layers: dict[str, Any] = dict(surgery.named_modules(result))
+    targets = [name for decision in plan.changes for name in decision.targets]
+    with torch.no_grad():
+        for name in targets:
+            chain, layer = chains.get(name), layers.get(name)
+            if not isinstance(chain, nn.Sequential) or not hasattr(layer, "weight"):
+                raise _unfoldable(name)
+            weight = effective_weight(chain)
+            slot = canonical_weight(layer)
+            if slot.shape != weight.shape:
+                raise _unfoldable(name)
+            slot.copy_(weight)
+            bias = getattr(layer, "bias", None)
+            if bias is not None:
+                bias.copy_(chain[-1].bias)
+        _copy_kept(small, result, targets)
+    return result.train(small.training)
+
+
+def _copy_kept(small: nn.Module, result: nn.Module, targets: list[str]) -> None:
+    """Every parameter and buffer outside of `targets`."""
+    prefixes = tuple(f"{name}." if name else "" for name in targets)
+    states = [
+        {
+            name: value
+            for raw, value in model.state_dict(keep_vars=True).items()
+            if not (name := surgery.normalised(raw)).startswith(prefixes)
+        }
+        for model in (small, result)
+    ]
+    for name in states[0].keys() ^ states[1].keys():
+        raise _unfoldable(name)
+    for name, value in states[0].items():
+        states[1][name].copy_(value)
+
+
+def _unfoldable(name: str) -> ModelError:
+    return ModelError(
+        f"{name} is not in the original architecture, or is no chain of factors: models whose "
+        "attention was unpacked or whose blocks were merged cannot be folded; leave those layers "
+        "out with ignore="
+    )
 
 
 def _grouped(module: Any, groups: int) -> Tensor:

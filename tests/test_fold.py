@@ -7,8 +7,10 @@ import torch
 from torch import nn
 
 import rankopt
-from rankopt.fold import effective_weight
+from rankopt.errors import ModelError
+from rankopt.fold import effective_weight, fold
 from rankopt.layers import canonical_weight
+from rankopt.testing import planted_inputs, planted_model
 
 # Rounding of float64 sums of a few hundred terms.
 TOLERANCE = 1e-10
@@ -60,3 +62,40 @@ def test_a_grouped_core_between_dense_factors():
     assert weight.shape == (1, 5, 6, 3, 4)
     x = torch.randn(2, 6, 7, 7, dtype=torch.float64)
     assert torch.allclose(nn.functional.conv2d(x, weight[0]), chain(x), atol=TOLERANCE)
+
+
+def test_a_folded_model_computes_the_same(tmp_path):
+    dense = planted_model()
+    before = {name: value.clone() for name, value in dense.state_dict().items()}
+    small = rankopt.apply(dense, rankopt.search(dense, "params<=40%"))
+    with torch.no_grad():  # as after training
+        for tensor in small.state_dict().values():
+            tensor.mul_(1.1) if tensor.is_floating_point() else None
+    folded = fold(small, dense)
+    x = planted_inputs()
+    assert torch.allclose(folded(x), small(x), atol=1e-4)
+    assert folded.state_dict().keys() == before.keys()
+    assert all(torch.equal(before[n], v) for n, v in dense.state_dict().items())
+    # What is of low rank is decomposed again without loss, for a plan of the original.
+    again = rankopt.search(folded, "params<=40%")
+    second = rankopt.apply(folded, again)
+    assert torch.allclose(second(x), small(x), atol=1e-4)
+    rankopt.save(second, tmp_path / "s.safetensors")
+    assert torch.equal(rankopt.load(dense, tmp_path / "s.safetensors")(x), second(x))
+
+
+def test_what_cannot_be_folded():
+    class Attention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.mix = nn.MultiheadAttention(32, 4, batch_first=True)
+
+        def forward(self, x):
+            return self.mix(x, x, x)[0]
+
+    dense = Attention()
+    plan = rankopt.search(dense, "params<=60%", example_inputs=torch.randn(2, 5, 32))
+    with pytest.raises(ModelError, match="cannot be folded"):
+        fold(rankopt.apply(dense, plan), dense)
+    with pytest.raises(ModelError, match="carries no plan"):
+        fold(dense, dense)
