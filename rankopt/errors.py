@@ -14,6 +14,7 @@ __all__ = [
     "CalibrationError",
     "CheckpointError",
     "DeadlineExceeded",
+    "ExportError",
     "LayerError",
     "MissingDependency",
     "ModelError",
@@ -76,6 +77,10 @@ class CheckpointError(RankoptError, ValueError):
 
 class NotYetSupported(RankoptError, NotImplementedError):
     """A documented feature whose machinery this version does not contain."""
+
+
+class ExportError(RankoptError, RuntimeError):
+    """A model another format cannot hold, or a file that computes something else."""
 
 
 class TrainingError(RankoptError, RuntimeError):
