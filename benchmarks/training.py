@@ -85,7 +85,7 @@ def speed(arguments: argparse.Namespace) -> None:
         f"{arguments.model} at 2x, batch {arguments.batch}, {arguments.size} px, training steps",
         "variant", "over dense", "published", "over vanilla", "ceiling", "of ceiling − 1",
         caption=f"throughput ratios, median of {arguments.rounds} interleaved rounds with 95% "
-        f"intervals; dense step {timings.interval('dense')} ms; {torch.get_num_threads()} thread(s)",
+        f"intervals; dense step {timings.interval('dense')} ms, threads {torch.get_num_threads()}",
     )  # fmt: skip
     for name in [*phases, "sequential"]:
         over = throughput(timings, name, "vanilla")
