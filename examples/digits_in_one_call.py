@@ -11,16 +11,16 @@ import rankopt
 from rankopt import _demo
 
 x, y, test_x, test_y = _demo.load_digits()
-model = _demo.DigitsNet(width=16)
-_demo.train(model, x, y, epochs=6)
+model = _demo.DigitsNet(width=8)
+_demo.train(model, x, y, epochs=4)
 
 result = rankopt.compress(
     model,
     "macs<=30%",
     train=DataLoader(TensorDataset(x, y), batch_size=64, shuffle=True),
     evaluate=lambda network: _demo.accuracy(network, test_x, test_y),
-    recover={"seconds": 3},
-    finetune={"epochs": 4, "learning_rate": 2e-3},
+    recover={"seconds": 1},
+    finetune={"epochs": 3, "learning_rate": 2e-3},
     output="digits.safetensors",
 )
 print(result)
