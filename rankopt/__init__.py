@@ -1,7 +1,9 @@
 """rankopt: make a trained PyTorch model smaller and really faster, by low rank."""
 
+from rankopt import export, training
 from rankopt._apply import apply, apply_
 from rankopt._compare import Comparison, compare
+from rankopt._fold import fold
 from rankopt._recover import Recovery, recover
 from rankopt._search import search
 from rankopt._version import __version__
@@ -33,7 +35,9 @@ __all__ = [
     "compare",
     "compress",
     "decompositions",
+    "export",
     "finetune",
+    "fold",
     "load",
     "load_plan",
     "recalibrate",
@@ -41,4 +45,5 @@ __all__ = [
     "save",
     "search",
     "strategies",
+    "training",
 ]

@@ -16,10 +16,10 @@ from rankopt import _apply, _recover, _search, measure, surgery
 from rankopt import checkpoint as files
 from rankopt._compare import Comparison, compare
 from rankopt._files import write_text
+from rankopt._fold import fold
 from rankopt.budget import Budget
 from rankopt.calibration import hold, tensors_in
 from rankopt.errors import CheckpointError, ModelError, RankoptError
-from rankopt.fold import fold
 from rankopt.plan import RankPlan
 from rankopt.training.finetune import finetune as train_on
 

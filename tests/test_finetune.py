@@ -325,8 +325,11 @@ def together(folder, accumulate=1):
         accumulate=accumulate, evaluate=lambda model: 1.0, folder=folder,
     )  # fmt: skip
     rank = os.environ.get("RANK", "alone")
-    torch.save({"state": small.state_dict(), "loss": [e["loss"] for e in done.history]},
-               f"{folder}/result-{rank}.pt")  # fmt: skip
+    normed = nn.Sequential(nn.Linear(24, 8), nn.BatchNorm1d(8), nn.Linear(8, 4))
+    rankopt.finetune(normed, train, epochs=1)
+    states = {"state": small.state_dict(), "normed": normed.state_dict()}
+    losses = [epoch["loss"] for epoch in done.history]
+    torch.save({**states, "loss": losses}, f"{folder}/result-{rank}.pt")
 
 
 @pytest.mark.slow
@@ -342,6 +345,7 @@ def test_two_processes_do_what_one_does(tmp_path):
     first, second = (torch.load(tmp_path / f"result-{rank}.pt") for rank in (0, 1))
     one = torch.load(alone / "result-alone.pt")
     assert equal(first["state"], second["state"])
+    assert equal(first["normed"], second["normed"])  # statistics of norms as well
     for key, value in one["state"].items():
         assert torch.allclose(first["state"][key], value, atol=1e-5), key
     assert first["loss"] == pytest.approx(one["loss"], rel=1e-4)

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 import rankopt
+from rankopt._fold import effective_weight, fold
 from rankopt.errors import ModelError
-from rankopt.fold import effective_weight, fold
 from rankopt.layers import canonical_weight
 from rankopt.testing import planted_inputs, planted_model
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,6 +9,8 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 import rankopt
+from rankopt import Decision
+from rankopt._apply import remember_plan
 from rankopt.errors import ModelError
 from rankopt.testing import planted_inputs, planted_model
 from rankopt.training import (
@@ -143,6 +146,14 @@ def test_loaded_and_wrapped_models(small, tmp_path):
     freezer = SequentialFreezing(compiled)
     assert freezer.step(0)
     assert "mix.first.weight" in freezer.frozen
+
+
+def test_sites_that_are_no_chains_are_left_alone(small):
+    plan = small.rankopt_plan
+    merged = Decision(("block",), ((24, 3, 3, 3),), "not-a-decomposition")
+    names = [f.name for f in factors(small)]
+    remember_plan(small, replace(plan, decisions=(*plan.decisions, merged)))
+    assert [f.name for f in factors(small)] == names
 
 
 def test_tied_layers_freeze_together():

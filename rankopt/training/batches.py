@@ -9,6 +9,7 @@ from typing import Any, Final
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from rankopt import calibration, measure
 from rankopt.errors import CalibrationError, ModelError, TrainingError
@@ -19,8 +20,9 @@ __all__ = [
     "check_labels",
     "groups",
     "logits_of",
+    "prepared",
     "right",
-    "sliced",
+    "share",
     "split",
     "task_loss",
 ]
@@ -136,11 +138,45 @@ def right(output: Any, labels: Any) -> tuple[Tensor, int] | None:
     return (logits.detach().argmax(dim=1) == labels).sum(), labels.numel()
 
 
-def sliced(train: Iterable[Any], process: int, processes: int) -> Iterator[Any]:
-    """Every process's share of batches that are no DataLoader: equally many for each."""
-    iterator = iter(train)
+def prepared(train: Any, accelerator: Any, limit: int | None) -> tuple[Any, int]:
+    """A loader for this process, and how many batches it has in an epoch.
+
+    Args:
+        train: As given by the user.
+        accelerator: Hugging Face's, which splits a DataLoader between processes.
+        limit: Largest number of batches; needed where `train` has no length.
+
+    Raises:
+        ModelError: No length and no limit.
+        TrainingError: Not a batch for each process.
+    """
+    if isinstance(train, DataLoader):
+        loader = accelerator.prepare_data_loader(train, device_placement=False)
+        processes = 1
+    else:
+        loader, processes = train, accelerator.num_processes
+    try:
+        count: int | None = len(loader) // processes
+    except TypeError:
+        count = None
+    if count is None and limit is None:
+        raise ModelError(
+            "train has no length, so the learning rate cannot be scheduled; pass batches_per_epoch="
+        )
+    found = min(n for n in (count, limit) if n is not None)
+    if found < 1:
+        raise TrainingError(f"train is empty: {accelerator.num_processes} process(es) get no batch")
+    return loader, found
+
+
+def share(loader: Any, accelerator: Any) -> Iterator[Any]:
+    """The batches of this process: of a list, every n-th, equally many for each of n."""
+    if isinstance(loader, DataLoader):
+        yield from loader
+        return
+    iterator, processes = iter(loader), accelerator.num_processes
     while len(turn := list(islice(iterator, processes))) == processes:
-        yield turn[process]
+        yield turn[accelerator.process_index]
 
 
 def groups(batches: Iterable[Any], size: int, limit: int) -> Iterator[list[Any]]:

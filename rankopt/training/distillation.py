@@ -17,11 +17,11 @@ from torch import Tensor, nn
 
 from rankopt import surgery
 from rankopt._apply import plan_of, unpacked_clone
+from rankopt._fold import effective_weight
 from rankopt.calibration import main_output, run
 from rankopt.errors import ModelError
-from rankopt.fold import effective_weight
 from rankopt.layers import canonical_weight
-from rankopt.training.freezing import factors
+from rankopt.training.freezing import factorised, factors
 from rankopt.unpack import UnpackedAttention
 
 __all__ = [
@@ -210,9 +210,9 @@ class PairedOutputs:
 
 
 def decomposed(model: nn.Module) -> list[str]:
-    """The first layer of every site the model's plan changed; none without a plan."""
+    """The first layer of every site the model's plan factorised; none without a plan."""
     plan = plan_of(model)
-    return [] if plan is None else [decision.targets[0] for decision in plan.changes]
+    return [] if plan is None else [decision.targets[0] for decision in factorised(plan)]
 
 
 def private_teacher(teacher: nn.Module) -> nn.Module:

@@ -12,10 +12,10 @@ from torch import nn
 from rankopt.errors import ModelError
 from rankopt.training.batches import check_iterable
 from rankopt.training.distillation import Distillation
-from rankopt.training.freezing import Schedule
 from rankopt.training.launcher import accelerated
 from rankopt.training.loop import Loop
 from rankopt.training.recipe import MakeOptimizer, Recipe
+from rankopt.training.schedules import Schedule
 
 __all__ = ["Training", "finetune"]
 

@@ -16,13 +16,14 @@ from torch import Tensor, nn
 from rankopt import measure, surgery
 from rankopt._progress import progress_bar
 from rankopt.calibration import tensors_in
-from rankopt.errors import ModelError, TrainingError
+from rankopt.errors import TrainingError
 from rankopt.training import batches as data
 from rankopt.training import state as files
 from rankopt.training.augmentation import augmentation
 from rankopt.training.distillation import Distillation, Distiller
-from rankopt.training.freezing import Freezer, NoFreezing
+from rankopt.training.freezing import Freezer
 from rankopt.training.recipe import Recipe
+from rankopt.training.schedules import NoFreezing
 
 __all__ = ["Loop"]
 
@@ -59,7 +60,7 @@ class Loop:
         self.progress = progress if accelerator.is_main_process else False
         self.folder: Path | None = None if folder is None else files.make_folder(folder)
         self.plain.to(accelerator.device)
-        self.loader, self.batches = self._loader(train, batches_per_epoch)
+        self.loader, self.batches = data.prepared(train, accelerator, batches_per_epoch)
         self.steps_per_epoch = -(-self.batches // recipe.accumulate)
         # Optimisers are made before anything is frozen, so that they know every factor.
         parameters = [p for p in self.plain.parameters() if p.requires_grad]
@@ -82,30 +83,6 @@ class Loop:
         self.step = 0
 
     # Set-up
-
-    def _loader(self, train: Any, limit: int | None) -> tuple[Any, int]:
-        """Batches for this process, and how many there are in an epoch."""
-        accelerator = self.accelerator
-        if isinstance(train, torch.utils.data.DataLoader):
-            loader = accelerator.prepare_data_loader(train, device_placement=False)
-            share = 1
-        else:
-            loader, share = train, accelerator.num_processes
-        try:
-            count: int | None = len(loader) // share
-        except TypeError:
-            count = None
-        if count is None and limit is None:
-            raise ModelError(
-                "train has no length, so the learning rate cannot be scheduled; pass "
-                "batches_per_epoch="
-            )
-        found = min(n for n in (count, limit) if n is not None)
-        if found < 1:
-            raise TrainingError(
-                f"train is empty: {accelerator.num_processes} process(es) get no batch"
-            )
-        return loader, found
 
     def _averaged(self) -> torch.optim.swa_utils.AveragedModel:
         decay = self.recipe.ema
@@ -184,9 +161,7 @@ class Loop:
         started = time.perf_counter()
         label = f"epoch {epoch + 1}/{self.recipe.epochs}"
         processes = self.accelerator.num_processes
-        batches: Iterable[Any] = self.loader
-        if not isinstance(self.loader, torch.utils.data.DataLoader) and processes > 1:
-            batches = data.sliced(self.loader, self.accelerator.process_index, processes)
+        batches = data.share(self.loader, self.accelerator)
         taken = 0
         with progress_bar(label, self.steps_per_epoch, enabled=self.progress) as advance:
             for group in data.groups(batches, self.recipe.accumulate, self.steps_per_epoch):
@@ -197,6 +172,9 @@ class Loop:
                 advance(_note(totals, started) if taken % NOTE_EVERY == 1 else None)
         if not taken:
             raise TrainingError(f"train yielded no batch in epoch {epoch + 1}")
+        if processes > 1:  # each has seen other batches; statistics are those of the first
+            for buffer in self.plain.buffers():
+                torch.distributed.broadcast(buffer, 0)
         seconds = time.perf_counter() - started
         totals = self.accelerator.reduce(totals, "sum")
         loss, right, labels, samples = totals.tolist()

@@ -10,7 +10,7 @@ from typing import Any, Final
 import torch
 from torch import nn
 
-from rankopt.training.freezing import FREEZING, Schedule
+from rankopt.training.schedules import FREEZING, Schedule
 
 __all__ = ["OPTIMIZERS", "PRECISIONS", "RATES", "Recipe", "rate"]
 
