@@ -33,6 +33,9 @@ SIZE = {
         (nn.Conv3d(16, 16, 2), "tucker2"),
         (nn.Conv2d(16, 24, (3, 5), stride=2), "spatial_svd"),
         (nn.Conv2d(16, 24, 3, groups=2), "spatial_svd"),
+        (nn.Conv2d(16, 24, 3, stride=2), "cp"),
+        (nn.Conv2d(16, 24, 3, padding=1), "tt"),
+        (nn.Conv2d(16, 24, 3, padding=1), "branched_tucker"),
     ],
     ids=str,
 )
