@@ -1,7 +1,9 @@
 """rankopt: make a trained PyTorch model smaller and really faster, by low rank."""
 
+from rankopt import export, training
 from rankopt._apply import apply, apply_
 from rankopt._compare import Comparison, compare
+from rankopt._fold import fold
 from rankopt._profile import profile
 from rankopt._recover import Recovery, recover
 from rankopt._search import search
@@ -10,14 +12,17 @@ from rankopt.budget import Budget
 from rankopt.calibration import recalibrate
 from rankopt.checkpoint import load, load_plan, save
 from rankopt.layer_profile import LayerProfile
+from rankopt.pipeline import Compression, compress
 from rankopt.plan import Decision, RankPlan
 from rankopt.profile_table import ProfileTable
 from rankopt.registry import decompositions, strategies
 from rankopt.strategy import Option, Problem, Site, Strategy, Tags
+from rankopt.training.finetune import Training, finetune
 
 __all__ = [
     "Budget",
     "Comparison",
+    "Compression",
     "Decision",
     "LayerProfile",
     "Option",
@@ -28,11 +33,16 @@ __all__ = [
     "Site",
     "Strategy",
     "Tags",
+    "Training",
     "__version__",
     "apply",
     "apply_",
     "compare",
+    "compress",
     "decompositions",
+    "export",
+    "finetune",
+    "fold",
     "load",
     "load_plan",
     "profile",
@@ -41,4 +51,5 @@ __all__ = [
     "save",
     "search",
     "strategies",
+    "training",
 ]

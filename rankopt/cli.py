@@ -109,6 +109,29 @@ def _parser() -> argparse.ArgumentParser:
     profile.add_argument("--training", action="store_true", help="forward and backward")
     profile.add_argument("--plot", metavar="FILE.html", help="draw time against rank (plotly)")
     profile.set_defaults(run=_profile)
+    compress = commands.add_parser(
+        "compress", parents=[model], help="search, apply, recover, fine-tune, verify, save"
+    )
+    compress.add_argument("--budget", help="such as 'macs<=50%%'")
+    compress.add_argument("--strategy", default=None, help="see `rankopt strategies`")
+    compress.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of the strategy"
+    )
+    compress.add_argument(
+        "--train", metavar="FILE.py:CALLABLE", help="makes the labelled batches or DataLoader"
+    )
+    compress.add_argument(
+        "--calibration", metavar="FILE.py:CALLABLE", help="makes unlabelled inputs; else --train's"
+    )
+    compress.add_argument("--evaluate", metavar="FILE.py:CALLABLE", help="metric of a model")
+    compress.add_argument("--recover", type=float, metavar="SECONDS", help="0 leaves it out")
+    compress.add_argument("--epochs", type=int, metavar="N", help="of fine-tuning; 0 for none")
+    compress.add_argument("--learning-rate", type=float, metavar="RATE")
+    compress.add_argument("--freezing", help="none, fixed or sequential (default)")
+    compress.add_argument("--rounds", type=int, default=1, metavar="N", help="steps to the budget")
+    compress.add_argument("--folder", metavar="FOLDER", help="work folder, to go on from")
+    compress.add_argument("-o", "--output", metavar="OUT.safetensors", required=True)
+    compress.set_defaults(run=_compress)
 
     strategies = commands.add_parser("strategies", parents=[common], help="what is installed")
     strategies.set_defaults(run=_strategies)
@@ -233,6 +256,47 @@ def _ranks(text: str | None) -> list[int] | None:
         return list(range(first, last + 1, *step))
     except (ValueError, TypeError) as error:
         raise RankoptError(f"--ranks {text!r}: expected 8,16,32 or 8:512:8") from error
+
+
+def _compress(arguments: argparse.Namespace) -> int:
+    import rankopt
+    from rankopt._search import DEFAULT_STRATEGY
+    from rankopt._specs import load_callable
+    from rankopt.registry import strategies
+
+    name = arguments.strategy or DEFAULT_STRATEGY
+    search = {"strategy": strategies.create(name, **_settings(arguments.set))}
+    tuning = {
+        key: getattr(arguments, key)
+        for key in ("epochs", "learning_rate", "freezing")
+        if getattr(arguments, key) is not None
+    }
+    made = {
+        key: load_callable(getattr(arguments, key))() if getattr(arguments, key) else None
+        for key in ("train", "calibration")
+    }
+    model, inputs = _model(arguments)
+    done = rankopt.compress(
+        model,
+        arguments.budget,
+        example_inputs=inputs,
+        train=made["train"],
+        calibration=made["calibration"],
+        evaluate=load_callable(arguments.evaluate) if arguments.evaluate else None,
+        rounds=arguments.rounds,
+        search=search,
+        recover=None if arguments.recover is None else _seconds(arguments.recover),
+        finetune=False if arguments.epochs == 0 else tuning or None,
+        output=arguments.output,
+        folder=arguments.folder,
+        seed=arguments.seed,
+    )
+    print(json.dumps(done.to_dict()) if arguments.json else f"{done}\n{done.path} written")
+    return 0
+
+
+def _seconds(seconds: float) -> Any:
+    return {"seconds": seconds} if seconds else False
 
 
 def _strategies(arguments: argparse.Namespace) -> int:

@@ -14,6 +14,7 @@ __all__ = [
     "CalibrationError",
     "CheckpointError",
     "DeadlineExceeded",
+    "ExportError",
     "LayerError",
     "MissingDependency",
     "ModelError",
@@ -22,6 +23,7 @@ __all__ = [
     "RankoptError",
     "RankoptWarning",
     "RegistryError",
+    "TrainingError",
 ]
 
 
@@ -75,6 +77,14 @@ class CheckpointError(RankoptError, ValueError):
 
 class NotYetSupported(RankoptError, NotImplementedError):
     """A documented feature whose machinery this version does not contain."""
+
+
+class ExportError(RankoptError, RuntimeError):
+    """A model another format cannot hold, or a file that computes something else."""
+
+
+class TrainingError(RankoptError, RuntimeError):
+    """Training that cannot go on: a batch it cannot use, or a loss that is not finite."""
 
 
 class MissingDependency(RankoptError, ImportError):
