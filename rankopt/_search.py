@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, Final, Literal
 
 import torch
@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from rankopt import measure, surgery
 from rankopt._apply import build_with_moments, collect_for, fill_skeleton, unpacked_clone
+from rankopt._metric_drop import within_drop
+from rankopt._trial import TrialModel
 from rankopt._version import __version__
 from rankopt.budget import Budget
 from rankopt.calibration import MAX_SAMPLES, digest, divergence, hold, main_output, run
@@ -32,7 +34,13 @@ from rankopt.probe import Probe, probe, static_reads
 from rankopt.registry import decompositions, strategies
 from rankopt.strategy import Option, Problem, Site, Strategy, decide
 
-__all__ = ["DEFAULT_STRATEGY", "environment", "search"]
+__all__ = [
+    "DEFAULT_STRATEGY",
+    "Opened",
+    "environment",
+    "open_problem",
+    "search",
+]
 
 DEFAULT_STRATEGY: Final = "knapsack"
 # Samples on which candidate options are run to measure how far outputs move.
@@ -40,7 +48,6 @@ DIVERGENCE_SAMPLES: Final = 256
 _NOT_YET: Final = {
     "latency": "measured latency budgets need the profile table",
     "latency_ms": "measured latency budgets need the profile table",
-    "metric_drop": "metric_drop needs the outer search over evaluate",
 }
 
 
@@ -79,7 +86,9 @@ def search(
             DataLoader); labels are left out. Factors and errors are then those
             of the layers' outputs, and `apply` needs the same inputs.
         calibration_samples: Where to stop reading; None reads to the end.
-        evaluate: For strategies that use the task's metric (none so far).
+        evaluate: The task's metric, ``evaluate(model) -> float``: for strategies that
+            measure it (`optuna`) and for budgets on ``metric_drop``. It runs in eval mode
+            under saved random generators and must not change the model.
         methods: Decompositions to choose from, names or instances; None for those
             the strategy names in its `methods`.
         only: Case-sensitive globs on full module names, or functions of a `Layer`
@@ -101,6 +110,7 @@ def search(
         BudgetInfeasible: It cannot be met; says what can.
         ModelError: No layer can be decomposed, or the model fails on the inputs.
         LayerError: A weight holds NaN or infinity.
+        EvaluationError: `evaluate` raised, gave no finite number or changed the model.
         NotYetSupported: The budget's machinery is not built yet.
 
     Example:
@@ -117,36 +127,103 @@ def search(
     deadline = None if timeout is None else time.monotonic() + timeout
     chosen = strategies.create(strategy)
     allowed = _check_request(Budget.parse(budget), chosen, example_inputs, calibration, evaluate)
-    source = surgery.unwrap(model)
     with torch.no_grad(), measure.preserve_rng():
-        runs = example_inputs is not None or calibration is not None
-        view, layers, seen = _describe(source, example_inputs, runs=runs)
-        layers = _select(layers, only, ignore)
-        problem = _problem(
-            view, layers, seen, allowed, chosen.methods if methods is None else methods
+        opened = open_problem(
+            model,
+            allowed,
+            example_inputs=example_inputs,
+            calibration=calibration,
+            calibration_samples=calibration_samples,
+            evaluate=evaluate,
+            methods=chosen.methods if methods is None else methods,
+            only=only,
+            ignore=ignore,
         )
+        problem = opened.problem
         problem.seed, problem.deadline, problem.progress = seed, deadline, progress
         problem.round_to, problem.rounding = round_to, rounding
-        if calibration is not None:
-            _calibrate(problem, view, calibration, calibration_samples)
-        plan = chosen.search(problem)
-        plan = _verify(plan, view, seen, example_inputs)
+        if "metric_drop" in (allowed.axes if allowed else ()) and not chosen.tags.metric_drop:
+            plan = within_drop(chosen, problem)
+        else:
+            plan = chosen.search(problem)
+        return opened.finish(plan, seconds=time.perf_counter() - started)
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A described model: what `search` and `study` both start from.
+
+    Args:
+        problem: For strategies.
+        source: The user's model, unwrapped.
+        view: The unpacked clone the problem refers to.
+        seen: What a run on the example inputs showed.
+        inputs: The example inputs.
+    """
+
+    problem: Problem
+    source: nn.Module
+    view: nn.Module
+    seen: Probe | None
+    inputs: Any
+
+    def finish(self, plan: RankPlan, *, seconds: float) -> RankPlan:
+        """Hold a strategy's plan to its budget on the built model; add model and machine.
+
+        Raises:
+            RankoptError: The plan breaks its budget.
+            ModelError: The compressed model fails.
+        """
+        skeleton = surgery.clone(self.view, share=self.view.parameters())
         return replace(
-            plan,
-            model={
-                "class": type(source).__name__,
-                "structure": measure.structure_digest(source),
-                "weights": measure.weights_digest(source),
-            },
-            environment=environment(source),
-            seconds=round(time.perf_counter() - started, 3),
+            _verify(plan, skeleton, self.seen, self.inputs),
+            model=self.problem.model,
+            environment=environment(self.source),
+            seconds=round(seconds, 3),
         )
+
+
+def open_problem(
+    model: nn.Module,
+    budget: Budget | None,
+    *,
+    example_inputs: Any = None,
+    calibration: Any = None,
+    calibration_samples: int | None = MAX_SAMPLES,
+    evaluate: Any = None,
+    batches: Sequence[Any] | None = None,
+    methods: Sequence[str | Decomposition],
+    only: Patterns = (),
+    ignore: Patterns = (),
+    progress: bool | None = None,
+) -> Opened:
+    """Describe a model for strategies; arguments and errors as of `search`."""
+    source = surgery.unwrap(model)
+    runs = example_inputs is not None or calibration is not None
+    view, layers, seen = _describe(source, example_inputs, runs=runs)
+    layers = _select(layers, only, ignore)
+    problem = _problem(view, layers, seen, budget, methods)
+    problem.progress = progress
+    problem.model = {
+        "class": type(source).__name__,
+        "structure": measure.structure_digest(source),
+        "weights": measure.weights_digest(source),
+    }
+    held = None
+    if calibration is not None:
+        held = hold(view, calibration, max_samples=calibration_samples)
+        _calibrate(problem, view, held)
+    if evaluate is not None:
+        trial = TrialModel(problem, view, evaluate, batches=batches, held=held)
+        problem.evaluate = trial.values
+    return Opened(problem, source, view, seen, example_inputs)
 
 
 def _check_request(
     budget: Budget | None, strategy: Strategy, inputs: Any, calibration: Any, evaluate: Any
 ) -> Budget | None:
-    for axis in () if budget is None else budget.axes:
+    bounded = () if budget is None else (*budget.axes, *filter(None, [budget.minimize]))
+    for axis in bounded:
         if axis in _NOT_YET:
             raise NotYetSupported(
                 f"a budget on {axis} is not supported yet: {_NOT_YET[axis]}; "
@@ -156,7 +233,7 @@ def _check_request(
         raise BudgetError(
             f"strategy {strategy.name!r} needs a budget: it has no natural amount of compression"
         )
-    if budget is not None and "macs" in budget.axes and inputs is None:
+    if "macs" in bounded and inputs is None:
         raise BudgetError(
             "a budget on macs needs example_inputs: MACs depend on the input's size; pass a "
             "tensor, a tuple or a dict to call the model with, or bound params instead"
@@ -164,17 +241,22 @@ def _check_request(
     for name, value in (("calibration", calibration), ("evaluate", evaluate)):
         if name in strategy.tags.needs and value is None:
             raise ModelError(f"strategy {strategy.name!r} needs {name}=")
-    if evaluate is not None and "evaluate" not in strategy.tags.needs:
+    drops = budget is not None and budget.metric_drop is not None
+    if drops and evaluate is None:
+        raise BudgetError(
+            "a budget on metric_drop needs evaluate=: a function of a model that gives the metric"
+        )
+    if evaluate is not None and not drops and "evaluate" not in strategy.tags.needs:
         raise NotYetSupported(
-            f"strategy {strategy.name!r} does not use evaluate=; leave it out "
-            "(strategies that measure the task are not built yet)"
+            f"strategy {strategy.name!r} uses evaluate= only with a budget on metric_drop, such as "
+            "'metric_drop<=0.01, minimize=macs'; leave it out"
         )
     return budget
 
 
-def _calibrate(problem: Problem, view: nn.Module, data: Any, samples: int | None) -> None:
+def _calibrate(problem: Problem, view: nn.Module, held: Sequence[Any]) -> None:
     """Collect what the strategy and the factors need from calibration inputs."""
-    held = hold(view, data, max_samples=samples)
+    known: dict[str, float] = {}
     problem.moments = collect_for(
         view, [site.layers for site in problem.sites], held, progress=problem.progress
     )
@@ -185,6 +267,9 @@ def _calibrate(problem: Problem, view: nn.Module, data: Any, samples: int | None
 
     def moved(options: Mapping[int, Option]) -> float:
         problem.check_deadline()
+        key = repr([(i, one.method, dict(one.args)) for i, one in sorted(options.items())])
+        if key in known:
+            return known[key]
         decisions = [
             decide(problem.sites[index], option)
             for index, option in options.items()
@@ -192,7 +277,8 @@ def _calibrate(problem: Problem, view: nn.Module, data: Any, samples: int | None
         ]
         model = build_with_moments(view, decisions, problem.moments).eval()
         pairs = zip(probes, outputs, strict=True)
-        return sum(divergence(before, run(model, x)) for x, before in pairs) / len(probes)
+        known[key] = sum(divergence(before, run(model, x)) for x, before in pairs) / len(probes)
+        return known[key]
 
     problem.divergence = moved
 
