@@ -4,6 +4,7 @@ from rankopt._apply import apply, apply_
 from rankopt._compare import Comparison, compare
 from rankopt._recover import Recovery, recover
 from rankopt._search import search
+from rankopt._study import Point, Study, study
 from rankopt._version import __version__
 from rankopt.budget import Budget
 from rankopt.calibration import recalibrate
@@ -17,11 +18,13 @@ __all__ = [
     "Comparison",
     "Decision",
     "Option",
+    "Point",
     "Problem",
     "RankPlan",
     "Recovery",
     "Site",
     "Strategy",
+    "Study",
     "Tags",
     "__version__",
     "apply",
@@ -35,4 +38,5 @@ __all__ = [
     "save",
     "search",
     "strategies",
+    "study",
 ]

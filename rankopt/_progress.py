@@ -16,8 +16,8 @@ PATIENCE_SECONDS: Final = 2.0
 @contextmanager
 def progress_bar(
     label: str, total: int | None, *, enabled: bool | None = None
-) -> Iterator[Callable[[], None]]:
-    """Yield a function to call after each step.
+) -> Iterator[Callable[..., None]]:
+    """Yield a function to call after each step, with a new label where there is one.
 
     Args:
         label: What is being done.
@@ -30,7 +30,7 @@ def progress_bar(
     task: Any = None
     done = 0
 
-    def advance() -> None:
+    def advance(text: str | None = None) -> None:
         nonlocal bar, task, done
         done += 1
         if not shown:
@@ -56,7 +56,7 @@ def progress_bar(
             bar = Progress(*columns, console=Console(stderr=True), transient=True)
             task = bar.add_task(label, total=total)
             bar.start()
-        bar.update(task, completed=done)
+        bar.update(task, completed=done, description=text or label)
 
     try:
         yield advance
