@@ -14,9 +14,10 @@ from rankopt.plan import Decision, RankPlan
 if TYPE_CHECKING:
     from rankopt._compare import Comparison, Figure
 
-__all__ = ["comparison_table", "count", "plan_table", "table", "to_text", "totals_table"]
+__all__ = ["comparison_table", "count", "plan_table", "show", "table", "to_text", "totals_table"]
 
 TEXT_WIDTH = 110
+LOG_WIDTH = 120
 
 
 def table(title: str, *columns: str, caption: str | None = None) -> Table:
@@ -37,6 +38,15 @@ def to_text(*renderables: Any, width: int = TEXT_WIDTH) -> str:
     for renderable in renderables:
         console.print(renderable)
     return stream.getvalue().rstrip()
+
+
+def show(*renderables: Any) -> None:
+    """Print tables, as wide as the terminal, or as a log allows."""
+    console = Console()
+    if not console.is_terminal:
+        console.width = LOG_WIDTH
+    for renderable in renderables:
+        console.print(renderable)
 
 
 def count(value: float | None) -> str:
