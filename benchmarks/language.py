@@ -131,8 +131,9 @@ budget, data = language.half(model), batches(language.sentences()[0][:256])
 
 def half(model: Encoder) -> str:
     """The budget that leaves half of the encoder's parameters, embeddings kept."""
-    total = sum(p.numel() for p in model.parameters())
-    encoder = sum(p.numel() for p in model.model.encoder.parameters())
+    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    total = sum(sizes.values())
+    encoder = sum(size for name, size in sizes.items() if ".encoder." in name)
     return f"params<={100 * (1 - 0.5 * encoder / total):.3f}%"
 
 

@@ -137,8 +137,11 @@ class _Round:
 
 
 def bounds_latency(budget: Budget | None) -> bool:
-    """Whether `budget` bounds time, as a share or in milliseconds."""
-    return budget is not None and (budget.latency is not None or budget.latency_ms is not None)
+    """Whether `budget` is on time: as a share, in milliseconds, or to be made small."""
+    if budget is None:
+        return False
+    named = (budget.latency, budget.latency_ms)
+    return budget.minimize == LATENCY or any(value is not None for value in named)
 
 
 def solve(

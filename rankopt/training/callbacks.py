@@ -57,7 +57,7 @@ def lightning_callback(freezer: Freezer, *, steps: int | None = None) -> Any:
     except ImportError as error:
         raise MissingDependency("this callback needs lightning; pip install lightning") from error
 
-    class Freezing(Callback):
+    class Freezing(Callback):  # type: ignore[misc, unused-ignore]
         def on_train_start(self, trainer: Any, pl_module: Any) -> None:
             _check_alone(trainer.world_size)
 
