@@ -137,8 +137,10 @@ class _Round:
 
 
 def bounds_latency(budget: Budget | None) -> bool:
-    """Whether `budget` bounds time, as a share or in milliseconds."""
-    return budget is not None and (budget.latency is not None or budget.latency_ms is not None)
+    """Whether `budget` bounds time, as a share or in milliseconds, or asks for the least."""
+    return budget is not None and (
+        budget.latency is not None or budget.latency_ms is not None or budget.minimize == "latency"
+    )
 
 
 def solve(

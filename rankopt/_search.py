@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, Final, Literal
 
 import torch
@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from rankopt import measure, surgery
 from rankopt._apply import build_with_moments, collect_for, fill_skeleton, unpacked_clone
 from rankopt._latency_budget import ModelClock, bounds_latency, price_time, solve
+from rankopt._metric_drop import within_drop
+from rankopt._trial import TrialModel
 from rankopt._version import __version__
 from rankopt.budget import Budget
 from rankopt.calibration import (
@@ -42,14 +44,18 @@ from rankopt.profile_table import ProfileTable
 from rankopt.registry import decompositions, strategies
 from rankopt.strategy import LATENCY, Option, Problem, Site, Strategy, decide
 
-__all__ = ["DEFAULT_STRATEGY", "describe", "environment", "search"]
+__all__ = [
+    "DEFAULT_STRATEGY",
+    "Opened",
+    "describe",
+    "environment",
+    "open_problem",
+    "search",
+]
 
 DEFAULT_STRATEGY: Final = "knapsack"
 # Samples on which candidate options are run to measure how far outputs move.
 DIVERGENCE_SAMPLES: Final = 256
-_NOT_YET: Final = {
-    "metric_drop": "metric_drop needs the outer search over evaluate",
-}
 
 
 def search(
@@ -90,7 +96,9 @@ def search(
             DataLoader); labels are left out. Factors and errors are then those
             of the layers' outputs, and `apply` needs the same inputs.
         calibration_samples: Where to stop reading; None reads to the end.
-        evaluate: For strategies that use the task's metric (none so far).
+        evaluate: The task's metric, ``evaluate(model) -> float``: for strategies that
+            measure it (`optuna`) and for budgets on ``metric_drop``. It runs in eval mode
+            under saved random generators and must not change the model.
         methods: Decompositions to choose from, names or instances; None for those
             the strategy names in its `methods`.
         only: Case-sensitive globs on full module names, or functions of a `Layer`
@@ -114,6 +122,7 @@ def search(
         BudgetInfeasible: It cannot be met; says what can.
         ModelError: No layer can be decomposed, or the model fails on the inputs.
         LayerError: A weight holds NaN or infinity.
+        EvaluationError: `evaluate` raised, gave no finite number or changed the model.
         NotYetSupported: The budget's machinery is not built yet.
 
     Example:
@@ -130,49 +139,115 @@ def search(
     deadline = None if timeout is None else time.monotonic() + timeout
     chosen = strategies.create(strategy)
     allowed = _check_request(Budget.parse(budget), chosen, example_inputs, calibration, evaluate)
-    source = surgery.unwrap(model)
     with torch.no_grad(), measure.preserve_rng():
-        runs = example_inputs is not None or calibration is not None
-        view, layers, seen = describe(source, example_inputs, runs=runs)
-        layers = _select(layers, only, ignore)
-        problem = _problem(
-            view, layers, seen, allowed, chosen.methods if methods is None else methods
+        opened = open_problem(
+            model,
+            allowed,
+            example_inputs=example_inputs,
+            calibration=calibration,
+            calibration_samples=calibration_samples,
+            evaluate=evaluate,
+            methods=chosen.methods if methods is None else methods,
+            only=only,
+            ignore=ignore,
         )
+        problem = opened.problem
         problem.seed, problem.deadline, problem.progress = seed, deadline, progress
         problem.round_to, problem.rounding = round_to, rounding
-        if calibration is not None:
-            _calibrate(problem, view, calibration, calibration_samples)
+        clock: ModelClock | None = None
         if bounds_latency(allowed) or "latency" in chosen.tags.needs:
-            assert seen is not None
-            clock = ModelClock(source, example_inputs, profile or ProfileTable())
-            price_time(problem, clock, seen)
+            assert opened.seen is not None
+            clock = ModelClock(opened.source, example_inputs, profile or ProfileTable())
+            price_time(problem, clock, opened.seen)
             problem.check_deadline()
-        if bounds_latency(allowed):
-            plan = solve(problem, chosen, clock.measure, clock.dense_ms)
+
+        def find(one: Problem) -> RankPlan:
+            limits = one.budget
+            if clock is not None and limits is not None and (limits.latency or limits.latency_ms):
+                return solve(one, chosen, clock.measure, clock.dense_ms)
+            return chosen.search(one)
+
+        if "metric_drop" in (allowed.axes if allowed else ()) and not chosen.tags.metric_drop:
+            plan = within_drop(chosen, problem, find)
         else:
-            plan = chosen.search(problem)
-        plan = _verify(plan, view, seen, example_inputs)
+            plan = find(problem)
+        return opened.finish(plan, seconds=time.perf_counter() - started)
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A described model: what `search` and `study` both start from.
+
+    Args:
+        problem: For strategies.
+        source: The user's model, unwrapped.
+        view: The unpacked clone the problem refers to.
+        seen: What a run on the example inputs showed.
+        inputs: The example inputs.
+    """
+
+    problem: Problem
+    source: nn.Module
+    view: nn.Module
+    seen: Probe | None
+    inputs: Any
+
+    def finish(self, plan: RankPlan, *, seconds: float) -> RankPlan:
+        """Hold a strategy's plan to its budget on the built model; add model and machine.
+
+        Raises:
+            RankoptError: The plan breaks its budget.
+            ModelError: The compressed model fails.
+        """
+        skeleton = surgery.clone(self.view, share=self.view.parameters())
         return replace(
-            plan,
-            model={
-                "class": type(source).__name__,
-                "structure": measure.structure_digest(source),
-                "weights": measure.weights_digest(source),
-            },
-            environment=environment(source, example_inputs),
-            seconds=round(time.perf_counter() - started, 3),
+            _verify(plan, skeleton, self.seen, self.inputs),
+            model=self.problem.model,
+            environment=environment(self.source, self.inputs),
+            seconds=round(seconds, 3),
         )
+
+
+def open_problem(
+    model: nn.Module,
+    budget: Budget | None,
+    *,
+    example_inputs: Any = None,
+    calibration: Any = None,
+    calibration_samples: int | None = MAX_SAMPLES,
+    evaluate: Any = None,
+    batches: Sequence[Any] | None = None,
+    methods: Sequence[str | Decomposition],
+    only: Patterns = (),
+    ignore: Patterns = (),
+    progress: bool | None = None,
+) -> Opened:
+    """Describe a model for strategies; arguments and errors as of `search`."""
+    source = surgery.unwrap(model)
+    runs = example_inputs is not None or calibration is not None
+    view, layers, seen = describe(source, example_inputs, runs=runs)
+    layers = _select(layers, only, ignore)
+    problem = _problem(view, layers, seen, budget, methods)
+    problem.progress = progress
+    problem.model = {
+        "class": type(source).__name__,
+        "structure": measure.structure_digest(source),
+        "weights": measure.weights_digest(source),
+    }
+    held = None
+    if calibration is not None:
+        held = hold(view, calibration, max_samples=calibration_samples)
+        _calibrate(problem, view, held)
+    if evaluate is not None:
+        trial = TrialModel(problem, view, evaluate, batches=batches, held=held)
+        problem.evaluate = trial.values
+    return Opened(problem, source, view, seen, example_inputs)
 
 
 def _check_request(
     budget: Budget | None, strategy: Strategy, inputs: Any, calibration: Any, evaluate: Any
 ) -> Budget | None:
-    for axis in () if budget is None else budget.axes:
-        if axis in _NOT_YET:
-            raise NotYetSupported(
-                f"a budget on {axis} is not supported yet: {_NOT_YET[axis]}; "
-                "bound params, macs or memory for now"
-            )
+    bounded = () if budget is None else (*budget.axes, *filter(None, [budget.minimize]))
     if budget is None and not strategy.tags.unbudgeted:
         raise BudgetError(
             f"strategy {strategy.name!r} needs a budget: it has no natural amount of compression"
@@ -182,7 +257,7 @@ def _check_request(
         ("latency", "time depends"),
         ("latency_ms", "time depends"),
     ):
-        if budget is not None and axis in budget.axes and inputs is None:
+        if axis in bounded and inputs is None:
             raise BudgetError(
                 f"a budget on {axis} needs example_inputs: {what} on the input's size; pass a "
                 "tensor, a tuple or a dict to call the model with, or bound params instead"
@@ -195,17 +270,21 @@ def _check_request(
     for name, value in (("calibration", calibration), ("evaluate", evaluate)):
         if name in strategy.tags.needs and value is None:
             raise ModelError(f"strategy {strategy.name!r} needs {name}=")
-    if evaluate is not None and "evaluate" not in strategy.tags.needs:
+    drops = budget is not None and budget.metric_drop is not None
+    if drops and evaluate is None:
+        raise BudgetError(
+            "a budget on metric_drop needs evaluate=: a function of a model that gives the metric"
+        )
+    if evaluate is not None and not drops and "evaluate" not in strategy.tags.needs:
         raise NotYetSupported(
-            f"strategy {strategy.name!r} does not use evaluate=; leave it out "
-            "(strategies that measure the task are not built yet)"
+            f"strategy {strategy.name!r} uses evaluate= only with a budget on metric_drop, such as "
+            "'metric_drop<=0.01, minimize=macs'; leave it out"
         )
     return budget
 
 
-def _calibrate(problem: Problem, view: nn.Module, data: Any, samples: int | None) -> None:
+def _calibrate(problem: Problem, view: nn.Module, held: Sequence[Any]) -> None:
     """Collect what the strategy and the factors need from calibration inputs."""
-    held = hold(view, data, max_samples=samples)
     problem.moments = collect_for(
         view, [site.layers for site in problem.sites], held, progress=problem.progress
     )

@@ -14,6 +14,7 @@ __all__ = [
     "CalibrationError",
     "CheckpointError",
     "DeadlineExceeded",
+    "EvaluationError",
     "ExportError",
     "LayerError",
     "MissingDependency",
@@ -23,6 +24,7 @@ __all__ = [
     "RankoptError",
     "RankoptWarning",
     "RegistryError",
+    "StudyError",
     "TrainingError",
 ]
 
@@ -89,6 +91,14 @@ class TrainingError(RankoptError, RuntimeError):
 
 class MissingDependency(RankoptError, ImportError):
     """An optional package is needed; the message says what to install."""
+
+
+class EvaluationError(RankoptError, RuntimeError):
+    """The user's ``evaluate`` raised, gave no finite number, or changed the model."""
+
+
+class StudyError(RankoptError, RuntimeError):
+    """A study that cannot be opened, does not fit the request, or has no answer yet."""
 
 
 class DeadlineExceeded(RankoptError, TimeoutError):

@@ -144,7 +144,7 @@ def probe(view: nn.Module, layers: Iterable[Layer], example_inputs: Any) -> Prob
     """Run an unpacked clone in eval and train mode and watch its layers.
 
     Args:
-        view: A private clone (see `surgery.clone`); its buffers may change.
+        view: A private clone (see `surgery.clone`).
         layers: The layers to watch.
         example_inputs: A tensor, a tuple or a mapping.
 
@@ -196,12 +196,16 @@ def probe(view: nn.Module, layers: Iterable[Layer], example_inputs: Any) -> Prob
                         f"{type(error).__name__}: {error}"
                     ) from error
                 counting = False
+                saved = [(buffer, buffer.clone()) for buffer in view.buffers()]
                 view.train()
                 try:
                     with torch.no_grad():
                         measure.call(view, inputs)
                 except Exception:  # a batch of one before BatchNorm, say: not our failure
                     result.trains = False
+                finally:  # later measurements need the running statistics the model has
+                    for buffer, value in saved:
+                        buffer.copy_(value)
     finally:
         for module, cls in classes.items():
             module.__class__ = cls

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from functools import cached_property
 from typing import Any, ClassVar, Final
@@ -49,12 +49,15 @@ class Tags:
         deterministic: The same seed gives the same decisions.
         monotone: A looser budget never gives a larger total error.
         unbudgeted: ``search(model, None)`` has a natural answer.
+        metric_drop: Solves budgets on ``metric_drop`` itself; for the others `search`
+            bisects.
         needs: Any of ``calibration``, ``evaluate``, ``latency``.
     """
 
     deterministic: bool = True
     monotone: bool = True
     unbudgeted: bool = True
+    metric_drop: bool = False
     needs: frozenset[str] = frozenset()
 
 
@@ -165,6 +168,10 @@ class Problem:
         rounding: Which multiple a strategy's rank becomes: ``down``, ``nearest``, ``up``.
         cache: Where bases are held.
         progress: Whether to show progress bars; None decides by the terminal.
+        evaluate: Yields the user's metric of the model with some decisions carried out,
+            as (value, weight) per batch, after BatchNorm recalibration and under saved
+            generators and modes; None where the user gave none.
+        model: Class and digests of the model, as in `RankPlan.model`.
     """
 
     layers: tuple[Layer, ...]
@@ -183,10 +190,18 @@ class Problem:
     rounding: str = "down"
     cache: BasisCache = field(default_factory=lambda: shared)
     progress: bool | None = None
+    evaluate: Callable[[Iterable[Decision]], Iterator[tuple[float, float]]] | None = None
+    model: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._bases: dict[tuple[str, str, bool], Basis] = {}
         self._frontiers: dict[tuple[str, str], Frontier] = {}
+
+    def with_budget(self, budget: Budget | None) -> Problem:
+        """The same problem under another budget; what is factorised already is shared."""
+        other = replace(self, budget=budget)
+        other._bases = self._bases
+        return other
 
     # What an option costs and loses
 
