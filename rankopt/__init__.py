@@ -7,6 +7,7 @@ from rankopt._fold import fold
 from rankopt._profile import profile
 from rankopt._recover import Recovery, recover
 from rankopt._search import search
+from rankopt._study import Point, Study, study
 from rankopt._version import __version__
 from rankopt.budget import Budget
 from rankopt.calibration import recalibrate
@@ -26,12 +27,14 @@ __all__ = [
     "Decision",
     "LayerProfile",
     "Option",
+    "Point",
     "Problem",
     "ProfileTable",
     "RankPlan",
     "Recovery",
     "Site",
     "Strategy",
+    "Study",
     "Tags",
     "Training",
     "__version__",
@@ -51,5 +54,6 @@ __all__ = [
     "save",
     "search",
     "strategies",
+    "study",
     "training",
 ]

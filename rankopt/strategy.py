@@ -448,8 +448,8 @@ class Problem:
         """The plan with a strategy's own findings under ``extensions``."""
         return replace(plan, extensions={**plan.extensions, **facts})
 
-    def plan(self, strategy: Strategy, options: Sequence[Option]) -> RankPlan:
-        """Write the options down; `search` adds what it knows of model and machine."""
+    def decisions(self, options: Sequence[Option]) -> tuple[Decision, ...]:
+        """The decisions that write options down, the layers that cannot be treated included."""
         if len(options) != len(self.sites):
             raise ValueError(f"{len(options)} options for {len(self.sites)} sites: give one each")
         options = self._settled(options)
@@ -458,15 +458,19 @@ class Problem:
             for site, option in zip(self.sites, options, strict=True)
         }
         covered = {layer.name for site in self.sites for layer in site.layers}
-        decisions = [
+        return tuple(
             decided[layer.name] if layer.name in decided else _kept(layer)
             for layer in self.layers
             if layer.name in decided or layer.name not in covered
-        ]
+        )
+
+    def plan(self, strategy: Strategy, options: Sequence[Option]) -> RankPlan:
+        """Write the options down; `search` adds what it knows of model and machine."""
+        decisions = self.decisions(options)
         figures = self.figures(options)
         return RankPlan(
             model={},
-            decisions=tuple(decisions),
+            decisions=decisions,
             budget=self.budget,
             strategy=strategy.describe(self.seed),
             totals={
