@@ -11,6 +11,7 @@ from dataclasses import is_dataclass
 from typing import Any, Final
 
 from rankopt import __version__
+from rankopt._cli_study import add_study
 from rankopt.errors import BudgetInfeasible, RankoptError
 
 __all__ = ["main"]
@@ -135,6 +136,8 @@ def _parser() -> argparse.ArgumentParser:
 
     strategies = commands.add_parser("strategies", parents=[common], help="what is installed")
     strategies.set_defaults(run=_strategies)
+
+    add_study(commands, common, model)
 
     demo = commands.add_parser("demo", parents=[common], help="compress a network on real digits")
     demo.add_argument("--output", metavar="FOLDER", help="keep plan and weights there")
@@ -367,13 +370,9 @@ def _settings(pairs: Sequence[str]) -> dict[str, Any]:
 
 
 def _print(*renderables: Any) -> None:
-    from rich.console import Console
+    from rankopt.report.tables import show
 
-    console = Console()
-    if not console.is_terminal:
-        console.width = 120
-    for renderable in renderables:
-        console.print(renderable)
+    show(*renderables)
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from rankopt._study.storage import (
     DEFAULT_STORAGE,
     HEARTBEAT_SECONDS,
     open_storage,
+    shown,
     storage_errors,
 )
 from rankopt._study.study import DEFAULT_NAME, Study, load_optuna, quiet
@@ -138,7 +139,7 @@ def study(
     if not callable(evaluate):
         raise ModelError(f"evaluate={evaluate!r}: expected a function of a model")
     known: dict[str, Any] | None = None
-    where = "memory" if storage is None else str(storage)
+    where = shown(storage)
     opened_storage = open_storage(storage, heartbeat=heartbeat)
     if not create:
         inner = load_optuna(opened_storage, name, where=where)
@@ -279,7 +280,7 @@ def _existing(storage: Any, name: str) -> dict[str, Any] | None:
     """The request of a study that is there already."""
     import optuna
 
-    with storage_errors(str(storage)), quiet():
+    with storage_errors(shown(storage)), quiet():
         if name not in optuna.get_all_study_names(storage):
             return None
         found = optuna.load_study(study_name=name, storage=storage)

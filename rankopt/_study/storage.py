@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import threading
 import time
 import uuid
@@ -24,6 +25,7 @@ __all__ = [
     "Leases",
     "open_storage",
     "retry",
+    "shown",
     "storage_errors",
     "worker_name",
 ]
@@ -66,7 +68,7 @@ def open_storage(spec: Any, *, heartbeat: int = HEARTBEAT_SECONDS) -> Any:
     if not isinstance(spec, (str, os.PathLike)):
         raise StudyError(f"storage={spec!r}: expected a path, a URL or an Optuna storage")
     text = os.fspath(spec)
-    with storage_errors(text), warnings.catch_warnings():
+    with storage_errors(shown(text)), warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         if text.startswith("journal:///") or ("://" not in text and text.endswith(".journal")):
             return _journal(text.removeprefix("journal:///"))
@@ -86,6 +88,20 @@ def open_storage(spec: Any, *, heartbeat: int = HEARTBEAT_SECONDS) -> Any:
         if sqlite:
             _serialise(storage.engine)
         return storage
+
+
+def shown(spec: Any) -> str:
+    """A storage in words, without its password.
+
+    Example:
+        >>> shown("postgresql://me:secret@host/db")
+        'postgresql://me:***@host/db'
+    """
+    if spec is None:
+        return "in memory"
+    if not isinstance(spec, (str, os.PathLike)):
+        return type(spec).__name__
+    return re.sub(r"(://[^/:@]+):[^@/]*@", r"\1:***@", os.fspath(spec))
 
 
 def _sqlite_path(url: str) -> str:

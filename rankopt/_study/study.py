@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from rankopt._metric_drop import lost
 from rankopt._progress import progress_bar
 from rankopt._study.records import ATTRIBUTE, Point, read_request, to_plan
-from rankopt._study.storage import Leases, open_storage, retry, storage_errors
+from rankopt._study.storage import Leases, open_storage, retry, shown, storage_errors
 from rankopt.budget import RATIO_AXES, Budget
 from rankopt.errors import BudgetInfeasible, DeadlineExceeded, EvaluationError, StudyError
 from rankopt.plan import RankPlan
@@ -64,7 +66,7 @@ class Study:
         Raises:
             StudyError: The storage fails, or holds no such study.
         """
-        where = str(storage)
+        where = shown(storage)
         return cls(load_optuna(open_storage(storage), name, where=where), where=where, heartbeat=1)
 
     @cached_property
@@ -312,6 +314,18 @@ class Study:
         ]
         last = f"; {len(failed)} failed, the last with: {failed[-1]}" if failed else "; run some"
         return StudyError(f"study {self.optuna.study_name!r} has no completed trial{last}")
+
+    def figures(self) -> dict[str, Any]:
+        """Plotly figures ``pareto``, ``history`` and ``importances``; needs rankopt[report]."""
+        from rankopt._study.views import figures
+
+        return figures(self)
+
+    def export(self, folder: str | os.PathLike[str], *, figures: bool = False) -> tuple[Path, ...]:
+        """Write every Pareto plan as a file, and the status; see `rankopt study export`."""
+        from rankopt._study.views import export
+
+        return export(self, folder, figures=figures)
 
     def status(self) -> dict[str, Any]:
         """Counts and the state of things, as plain data."""

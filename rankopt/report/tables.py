@@ -21,12 +21,14 @@ __all__ = [
     "milliseconds",
     "plan_table",
     "profile_table",
+    "show",
     "table",
     "to_text",
     "totals_table",
 ]
 
 TEXT_WIDTH = 110
+LOG_WIDTH = 120
 
 
 def table(title: str, *columns: str, caption: str | None = None) -> Table:
@@ -47,6 +49,15 @@ def to_text(*renderables: Any, width: int = TEXT_WIDTH) -> str:
     for renderable in renderables:
         console.print(renderable)
     return stream.getvalue().rstrip()
+
+
+def show(*renderables: Any) -> None:
+    """Print tables, as wide as the terminal, or as a log allows."""
+    console = Console()
+    if not console.is_terminal:
+        console.width = LOG_WIDTH
+    for renderable in renderables:
+        console.print(renderable)
 
 
 def count(value: float | None) -> str:
