@@ -56,6 +56,8 @@ def figures(study: Study) -> dict[str, Any]:
         import plotly  # noqa: F401
     except ImportError as error:
         raise MissingDependency("figures need plotly: pip install 'rankopt[report]'") from error
+    if len(study.points) < 2:
+        raise StudyError("no figures yet: they need two completed trials; run more")
     draw = optuna.visualization
     names = ["metric", study.objective]
     with quiet(), warnings.catch_warnings():
