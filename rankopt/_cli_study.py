@@ -114,7 +114,7 @@ def _open(arguments: argparse.Namespace, *, create: bool, **more: Any) -> Any:
 
 
 def _create(arguments: argparse.Namespace) -> int:
-    study = _open(
+    with _open(
         arguments,
         create=True,
         budget=arguments.budget,
@@ -126,27 +126,28 @@ def _create(arguments: argparse.Namespace) -> int:
         ignore=arguments.ignore,
         round_to=arguments.round_to,
         seed=arguments.seed,
-    )
-    return _show(study.status(), arguments)
+    ) as study:
+        return _show(study.status(), arguments)
 
 
 def _worker(arguments: argparse.Namespace) -> int:
-    study = _open(arguments, create=False, confidence=arguments.confidence or None, seed=None)
-
     def stop(number: int, frame: Any) -> None:
         raise KeyboardInterrupt
 
-    signal.signal(signal.SIGTERM, stop)
-    try:
-        study.run(arguments.n_trials, timeout=arguments.timeout)
-    except KeyboardInterrupt:
-        print(
-            "interrupted; finished trials are kept and the one at hand is queued again: run the "
-            "same command to go on",
-            file=sys.stderr,
-        )
-        return INTERRUPTED
-    return _show(study.status(), arguments)
+    with _open(
+        arguments, create=False, confidence=arguments.confidence or None, seed=None
+    ) as study:
+        signal.signal(signal.SIGTERM, stop)
+        try:
+            study.run(arguments.n_trials, timeout=arguments.timeout)
+        except KeyboardInterrupt:
+            print(
+                "interrupted; finished trials are kept and the one at hand is queued again: run "
+                "the same command to go on",
+                file=sys.stderr,
+            )
+            return INTERRUPTED
+        return _show(study.status(), arguments)
 
 
 def _load(arguments: argparse.Namespace) -> Any:
@@ -160,11 +161,13 @@ def _load(arguments: argparse.Namespace) -> Any:
 
 
 def _status(arguments: argparse.Namespace) -> int:
-    return _show(_load(arguments).status(), arguments)
+    with _load(arguments) as study:
+        return _show(study.status(), arguments)
 
 
 def _best(arguments: argparse.Namespace) -> int:
-    plan = _load(arguments).best(arguments.budget)
+    with _load(arguments) as study:
+        plan = study.best(arguments.budget)
     if arguments.output:
         plan.save(arguments.output)
     if arguments.json:
@@ -181,7 +184,8 @@ def _best(arguments: argparse.Namespace) -> int:
 def _export(arguments: argparse.Namespace) -> int:
     from rankopt._study.views import export
 
-    written = export(_load(arguments), arguments.output, figures=arguments.figures)
+    with _load(arguments) as study:
+        written = export(study, arguments.output, figures=arguments.figures)
     if arguments.json:
         print(json.dumps([str(path) for path in written]))
     else:
@@ -193,8 +197,8 @@ def _show(status: dict[str, Any], arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps(status))
         return 0
-    from rankopt._study.views import status_table
+    from rankopt._study.views import status_view
     from rankopt.report.tables import show
 
-    show(status_table(status))
+    show(*status_view(status))
     return 0

@@ -23,6 +23,7 @@ __all__ = [
     "DEFAULT_STORAGE",
     "HEARTBEAT_SECONDS",
     "Leases",
+    "close_storage",
     "open_storage",
     "retry",
     "shown",
@@ -88,6 +89,14 @@ def open_storage(spec: Any, *, heartbeat: int = HEARTBEAT_SECONDS) -> Any:
         if sqlite:
             _serialise(storage.engine)
         return storage
+
+
+def close_storage(storage: Any) -> None:
+    """Give back the connections of a database; nothing for other storages."""
+    backend = getattr(storage, "_backend", storage)  # Optuna wraps databases in a cache
+    if hasattr(backend, "engine"):
+        storage.remove_session()
+        backend.engine.dispose()
 
 
 def shown(spec: Any) -> str:

@@ -15,7 +15,14 @@ from typing import TYPE_CHECKING, Any, Final
 from rankopt._metric_drop import lost
 from rankopt._progress import progress_bar
 from rankopt._study.records import ATTRIBUTE, Point, read_request, to_plan
-from rankopt._study.storage import Leases, open_storage, retry, shown, storage_errors
+from rankopt._study.storage import (
+    Leases,
+    close_storage,
+    open_storage,
+    retry,
+    shown,
+    storage_errors,
+)
 from rankopt.budget import RATIO_AXES, Budget
 from rankopt.errors import BudgetInfeasible, DeadlineExceeded, EvaluationError, StudyError
 from rankopt.plan import RankPlan
@@ -68,6 +75,16 @@ class Study:
         """
         where = shown(storage)
         return cls(load_optuna(open_storage(storage), name, where=where), where=where, heartbeat=1)
+
+    def close(self) -> None:
+        """Give back database connections; also at the end of a ``with`` block."""
+        close_storage(self.optuna._storage)
+
+    def __enter__(self) -> Study:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     @cached_property
     def request(self) -> Mapping[str, Any]:

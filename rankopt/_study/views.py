@@ -6,41 +6,37 @@ import json
 import os
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rankopt._files import atomic_path, write_text
 from rankopt._study.study import Study, quiet
 from rankopt.errors import MissingDependency, RankoptError, StudyError
 from rankopt.report.tables import table
 
-if TYPE_CHECKING:
-    from rich.table import Table
-
-__all__ = ["export", "figures", "status_table"]
+__all__ = ["export", "figures", "status_view"]
 
 
-def status_table(status: dict[str, Any]) -> Table:
-    """The front of a study, with its counts as the caption."""
+def status_view(status: dict[str, Any]) -> list[Any]:
+    """A study's front as a table, below it how the trials stand."""
+    from rich.text import Text
+
     trials = ", ".join(f"{count} {name}" for name, count in sorted(status["trials"].items()))
     dense = status["dense_metric"]
-    lines = [
-        f"{status['counted']} trials counted ({trials or 'none'})",
-        f"{len(status['workers'])} workers so far; {status['duplicates']} answered from the study",
-        f"dense {dense:.6g}" if dense is not None else "the dense model has not been evaluated",
-        *(f"failed: {text}" for text in status["errors"][:3]),
-    ]
-    made = table(
-        f"study {status['study']}: {status['direction']} the metric, minimize {status['objective']}"
-        f" (space {status['space']})",
-        "trial", status["objective"], "metric", "from",
-        caption="\n".join(lines),
-    )  # fmt: skip
+    made = table(f"study {status['study']}", "trial", status["objective"], "metric", "from")
     for point in status["front"]:
         made.add_row(
             str(point["trial"]), f"{point['share']:.1%}", f"{point['metric']:.6g}",
             point["warm"] or "the sampler",
         )  # fmt: skip
-    return made
+    lines = [
+        f"to {status['direction']} the metric, dense "
+        + ("not evaluated yet" if dense is None else f"{dense:.6g}")
+        + f"; space {status['space']}",
+        f"{status['counted']} trials counted ({trials or 'none'}); {status['duplicates']} answered "
+        f"from the study; {len(status['workers'])} workers so far",
+        *(f"failed: {text}" for text in status["errors"][:3]),
+    ]
+    return [made, *(Text(line) for line in lines)]
 
 
 def figures(study: Study) -> dict[str, Any]:
