@@ -31,7 +31,8 @@ from rankopt import _demo
 from rankopt._study.entry import WARM_STARTS
 from rankopt.report.tables import table, to_text
 
-SHARES = (0.5, 0.35, 0.25)
+# Budgets at which the warm starts have plans.
+SHARES = (0.7, 0.5, 0.35)
 
 
 def hypervolume(points: list[tuple[float, float]], floor: float) -> float:

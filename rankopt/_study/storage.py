@@ -168,8 +168,8 @@ def storage_errors(where: str) -> Iterator[None]:
         yield
     except (ImportError, ModuleNotFoundError) as error:
         raise MissingDependency(
-            f"storage {where}: {error}; install the driver, such as `pip install psycopg[binary]` "
-            "for postgresql+psycopg:// or `pip install grpcio protobuf` for grpc://"
+            f"storage {where}: {error}; install the driver, such as `rankopt[postgresql]` "
+            "for postgresql+psycopg:// or `rankopt[grpc]` for grpc://"
         ) from error
     except (StudyError, optuna.exceptions.UpdateFinishedTrialError):
         raise
@@ -178,8 +178,9 @@ def storage_errors(where: str) -> Iterator[None]:
             raise
         cause = error.__cause__ or error
         text = str(getattr(cause, "orig", None) or cause).strip().splitlines()
+        reason = text[0] if text else f"no answer ({type(cause).__name__})"
         raise StudyError(
-            f"storage {where} fails: {text[0] if text else type(cause).__name__}; trials that "
+            f"storage {where} fails: {reason}; trials that "
             "finished are kept: put it right (reachable, writable, space left) and run again"
         ) from error
 

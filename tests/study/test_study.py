@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import socket
+from concurrent.futures import ThreadPoolExecutor
 
 import optuna
 import pytest
@@ -318,6 +320,26 @@ def test_bad_runs(tmp_path):
     path.write_text("not a database, but long enough to look at" * 40)
     with pytest.raises(StudyError, match="file is not a database"):
         open_study(path)
+
+
+def test_grpc_proxy():
+    """Served from this process, as `optuna.storages.run_grpc_proxy_server` does it."""
+    pytest.importorskip("grpc")
+    from optuna.storages._grpc.server import make_server
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    url = f"grpc://127.0.0.1:{port}"
+    with ThreadPoolExecutor(4) as threads:
+        server = make_server(optuna.storages.InMemoryStorage(), "127.0.0.1", port, threads)
+        server.start()
+        try:
+            study = open_study(url, heartbeat=1).run(n_trials=5)
+            assert len(rankopt.Study.load(url).points) == 5
+            assert all("lease" in trial.user_attrs for trial in study.optuna.trials[:5])
+        finally:
+            server.stop(None)
 
 
 def test_unreachable_server():

@@ -146,7 +146,7 @@ def run_with_a_death(task, storage, capsys, *, workers, trials):
 @pytest.mark.slow
 @pytest.mark.parametrize(("storage", "workers"), [("study.db", 4), ("study.journal", 2)])
 def test_killed_in_the_middle_of_a_trial(task, tmp_path, capsys, storage, workers):
-    run_with_a_death(task, tmp_path / storage, capsys, workers=workers, trials=6 * workers)
+    run_with_a_death(task, tmp_path / storage, capsys, workers=workers, trials=4 + 2 * workers)
 
 
 @pytest.mark.slow
@@ -205,7 +205,7 @@ def postgresql(tmp_path):
 
 @pytest.mark.slow
 def test_workers_on_postgresql(task, tmp_path, capsys, postgresql):
-    run_with_a_death(task, postgresql, capsys, workers=2, trials=10)
+    run_with_a_death(task, postgresql, capsys, workers=2, trials=8)
 
 
 @pytest.mark.parametrize("storage", STORAGES)
