@@ -351,7 +351,7 @@ class Problem:
             factors = Factors(method.factors_kind(self.moments[site.name]), self.calibration)
         return Option(method.name, args, cost, error, reason, factors)
 
-    def _settled(self, options: Sequence[Option]) -> list[Option]:
+    def settled(self, options: Sequence[Option]) -> list[Option]:
         """The options with fitted errors in place of estimates."""
         settled = list(options)
         methods = {
@@ -452,7 +452,7 @@ class Problem:
         """The decisions that write options down, the layers that cannot be treated included."""
         if len(options) != len(self.sites):
             raise ValueError(f"{len(options)} options for {len(self.sites)} sites: give one each")
-        options = self._settled(options)
+        options = self.settled(options)
         decided = {
             site.name: decide(site, option)
             for site, option in zip(self.sites, options, strict=True)

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from rankopt import measure
-from rankopt._search import DEFAULT_METHODS, environment, open_problem
+from rankopt._search import environment, open_problem
 from rankopt._study.records import (
     ATTRIBUTE,
     SCHEMA,
@@ -39,7 +39,7 @@ from rankopt.errors import BudgetError, ModelError, RankoptError, RankoptWarning
 from rankopt.layers import Patterns
 from rankopt.plan import RankPlan
 from rankopt.registry import strategies
-from rankopt.strategy import Problem
+from rankopt.strategy import Problem, Strategy
 
 __all__ = ["WARM_STARTS", "open_study", "study"]
 
@@ -113,7 +113,7 @@ def study(
         example_inputs: As of `rankopt.search`.
         calibration: As of `rankopt.search`; the same for all workers.
         calibration_samples: As of `rankopt.search`.
-        methods: As of `rankopt.search`.
+        methods: As of `rankopt.search`; None for svd, tucker2 and spatial_svd.
         only: As of `rankopt.search`.
         ignore: As of `rankopt.search`.
         round_to: As of `rankopt.search`.
@@ -161,7 +161,7 @@ def study(
             calibration_samples=calibration_samples,
             evaluate=evaluate,
             batches=batches,
-            methods=chosen["methods"] or DEFAULT_METHODS,
+            methods=chosen["methods"] or Strategy.methods,
             only=chosen["only"] or (),
             ignore=chosen["ignore"] or (),
             progress=progress,

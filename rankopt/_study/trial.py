@@ -79,6 +79,8 @@ class Runner:
                 return self._answer(known, record)
             rivals = self._rivals(study, figure)
             floor = self._floor(study)
+            options = self.problem.settled(options)
+            record["rows"] = rows_of(options)
             decisions = self.problem.decisions(options)
             assert self.problem.evaluate is not None
             begun = time.perf_counter()
