@@ -28,7 +28,7 @@ def lost(budget: Budget, dense: float, metric: float) -> float:
 
 
 def within_drop(
-    strategy: Strategy, problem: Problem, search: Callable[[Problem], RankPlan]
+    strategy: Strategy, problem: Problem, find: Callable[[Problem], RankPlan]
 ) -> RankPlan:
     """The smallest plan of any budgeted strategy that keeps the metric.
 
@@ -38,13 +38,13 @@ def within_drop(
     Args:
         strategy: Searched once per share.
         problem: With a budget on ``metric_drop``, and `evaluate`.
-        search: The strategy under a budget on shares, measured time included.
+        find: The strategy's plan under a budget on shares alone.
 
     Raises:
         BudgetInfeasible: No plan within the other shares keeps the metric.
         EvaluationError: From the user's `evaluate`.
     """
-    bisection = _Bisection(strategy, problem, search)
+    bisection = _Bisection(strategy, problem, find)
     low, high = 0.0, 1.0
     if bisection.shares:
         high = bisection.shares.get(bisection.axis, 1.0)
@@ -76,14 +76,14 @@ class _Bisection:
     """The points tried so far, and the smallest accepted one."""
 
     def __init__(
-        self, strategy: Strategy, problem: Problem, search: Callable[[Problem], RankPlan]
+        self, strategy: Strategy, problem: Problem, find: Callable[[Problem], RankPlan]
     ) -> None:
         budget = problem.budget
         assert budget is not None
         assert budget.minimize is not None
         assert problem.evaluate is not None
         self.strategy, self.problem, self.budget = strategy, problem, budget
-        self.search = search
+        self.find = find
         self.axis = budget.minimize
         self.shares = {name: budget.ratio(name) for name in budget.axes if name in RATIO_AXES}
         self.evaluate = problem.evaluate
@@ -95,10 +95,10 @@ class _Bisection:
         """Search at a share of the axis; the share reached, None if it loses too much."""
         self.problem.check_deadline()
         limits = Budget.from_dict({**self.shares, self.axis: share})
-        plan = self.search(self.problem.with_budget(limits))
+        plan = self.find(self.problem.with_budget(limits))
         metric = mean(list(self.evaluate(plan.decisions)))
         entry = plan.totals[self.axis]
-        figure = entry["measured"] if entry["measured"] is not None else entry["predicted"]
+        figure = entry["predicted"] if entry["measured"] is None else entry["measured"]
         reached = float(figure or 0) / float(entry["before"] or 1)
         self.tried.append({self.axis: reached, "metric": metric})
         if lost(self.budget, self.dense, metric) > (self.budget.metric_drop or 0.0):

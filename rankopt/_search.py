@@ -6,7 +6,6 @@ import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any, Final, Literal
 
 import torch
@@ -155,12 +154,19 @@ def search(
         problem = opened.problem
         problem.seed, problem.deadline, problem.progress = seed, deadline, progress
         problem.round_to, problem.rounding = round_to, rounding
+        clock: ModelClock | None = None
         if bounds_latency(allowed) or "latency" in chosen.tags.needs:
-            clock = opened.time(profile or ProfileTable())
+            assert opened.seen is not None
+            clock = ModelClock(opened.source, example_inputs, profile or ProfileTable())
+            price_time(problem, clock, opened.seen)
             problem.check_deadline()
-        find = chosen.search
-        if bounds_latency(allowed):
-            find = partial(solve, strategy=chosen, measure=clock.measure, dense_ms=clock.dense_ms)
+
+        def find(one: Problem) -> RankPlan:
+            limits = one.budget
+            if clock is not None and limits is not None and (limits.latency or limits.latency_ms):
+                return solve(one, chosen, clock.measure, clock.dense_ms)
+            return chosen.search(one)
+
         if "metric_drop" in (allowed.axes if allowed else ()) and not chosen.tags.metric_drop:
             plan = within_drop(chosen, problem, find)
         else:
@@ -185,13 +191,6 @@ class Opened:
     view: nn.Module
     seen: Probe | None
     inputs: Any
-
-    def time(self, table: ProfileTable) -> ModelClock:
-        """Give the problem its layer times; the clock is for whole models."""
-        assert self.seen is not None
-        clock = ModelClock(self.source, self.inputs, table)
-        price_time(self.problem, clock, self.seen)
-        return clock
 
     def finish(self, plan: RankPlan, *, seconds: float) -> RankPlan:
         """Hold a strategy's plan to its budget on the built model; add model and machine.
@@ -286,7 +285,6 @@ def _check_request(
 
 def _calibrate(problem: Problem, view: nn.Module, held: Sequence[Any]) -> None:
     """Collect what the strategy and the factors need from calibration inputs."""
-    known: dict[str, float] = {}  # a corrected budget asks again
     problem.moments = collect_for(
         view, [site.layers for site in problem.sites], held, progress=problem.progress
     )
@@ -295,11 +293,16 @@ def _calibrate(problem: Problem, view: nn.Module, held: Sequence[Any]) -> None:
     with measure.evaluation(view):
         outputs = [main_output(run(view, inputs)) for inputs in probes]
 
+    known: dict[str, float] = {}  # a corrected latency budget asks again
+
     def moved(options: Mapping[int, Option]) -> float:
+        key = repr([(i, o.method, dict(o.args)) for i, o in sorted(options.items())])
+        if key not in known:
+            known[key] = compute(options)
+        return known[key]
+
+    def compute(options: Mapping[int, Option]) -> float:
         problem.check_deadline()
-        key = repr([(i, one.method, dict(one.args)) for i, one in sorted(options.items())])
-        if key in known:
-            return known[key]
         decisions = [
             decide(problem.sites[index], option)
             for index, option in options.items()
@@ -307,8 +310,7 @@ def _calibrate(problem: Problem, view: nn.Module, held: Sequence[Any]) -> None:
         ]
         model = build_with_moments(view, decisions, problem.moments).eval()
         pairs = zip(probes, outputs, strict=True)
-        known[key] = sum(divergence(before, run(model, x)) for x, before in pairs) / len(probes)
-        return known[key]
+        return sum(divergence(before, run(model, x)) for x, before in pairs) / len(probes)
 
     problem.divergence = moved
 

@@ -11,6 +11,7 @@ from rankopt._study.space import SPACES, make_space, stages
 from rankopt.allocation import GOOD_GAP, damage
 from rankopt.budget import Budget
 from rankopt.errors import StudyError
+from rankopt.strategy import Strategy
 from rankopt.testing import planted_inputs, planted_model
 
 
@@ -24,7 +25,7 @@ def problem(budget=None, calibration=None):
     with torch.no_grad():
         return open_problem(
             planted_model(), Budget.parse(budget), example_inputs=planted_inputs(),
-            calibration=calibration,
+            calibration=calibration, methods=Strategy.methods,
         ).problem  # fmt: skip
 
 
@@ -52,8 +53,9 @@ def test_the_middle_of_the_warp_is_the_knapsack():
     found = problem("macs<=50%", data)
     space = make_space("warp", found, "macs")
     plan = rankopt.search(
-        planted_model(), "macs<=50%", example_inputs=planted_inputs(), calibration=data
-    )
+        planted_model(), "macs<=50%", example_inputs=planted_inputs(), calibration=data,
+        methods=Strategy.methods,
+    )  # fmt: skip
     theirs = options_in(found, plan)
     params = space.encode(theirs)
     assert params["power"] == 0.5
@@ -83,7 +85,9 @@ def test_a_described_space_is_the_same_space():
 
 def test_options_survive_the_storage():
     found = problem("macs<=60%")
-    plan = rankopt.search(planted_model(), "macs<=60%", example_inputs=planted_inputs())
+    plan = rankopt.search(
+        planted_model(), "macs<=60%", example_inputs=planted_inputs(), methods=Strategy.methods
+    )
     options = options_in(found, plan)
     back = options_of(found, rows_of(options), "r")
     assert [(o.method, o.args, o.cost, o.error) for o in back] == [
