@@ -73,7 +73,9 @@ def example(path):
     return pytest.param(path, id=path.name, marks=slow)
 
 
-@pytest.mark.parametrize("path", map(example, sorted((ROOT / "examples").glob("*.py"))))
+@pytest.mark.parametrize(
+    "path", [example(path) for path in sorted((ROOT / "examples").glob("*.py"))]
+)
 def test_examples(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.argv", [str(path)])
