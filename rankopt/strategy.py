@@ -197,12 +197,6 @@ class Problem:
         self._bases: dict[tuple[str, str, bool], Basis] = {}
         self._frontiers: dict[tuple[str, str], Frontier] = {}
 
-    def with_budget(self, budget: Budget | None) -> Problem:
-        """The same problem under another budget; what is factorised already is shared."""
-        other = replace(self, budget=budget)
-        other._bases = self._bases
-        return other
-
     # What an option costs and loses
 
     @cached_property
