@@ -16,6 +16,7 @@ from rankopt.pipeline import Compression, compress
 from rankopt.plan import Decision, RankPlan
 from rankopt.profile_table import ProfileTable
 from rankopt.registry import decompositions, strategies
+from rankopt.soft import SoftModel, soften
 from rankopt.strategy import Option, Problem, Site, Strategy, Tags
 from rankopt.training.finetune import Training, finetune
 
@@ -31,6 +32,7 @@ __all__ = [
     "RankPlan",
     "Recovery",
     "Site",
+    "SoftModel",
     "Strategy",
     "Tags",
     "Training",
@@ -50,6 +52,7 @@ __all__ = [
     "recover",
     "save",
     "search",
+    "soften",
     "strategies",
     "training",
 ]

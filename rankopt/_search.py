@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, Final, Literal
 
 import torch
@@ -42,7 +42,15 @@ from rankopt.profile_table import ProfileTable
 from rankopt.registry import decompositions, strategies
 from rankopt.strategy import LATENCY, Option, Problem, Site, Strategy, decide
 
-__all__ = ["DEFAULT_STRATEGY", "describe", "environment", "search"]
+__all__ = [
+    "DEFAULT_STRATEGY",
+    "Opened",
+    "check_request",
+    "describe",
+    "environment",
+    "open_problem",
+    "search",
+]
 
 DEFAULT_STRATEGY: Final = "knapsack"
 # Samples on which candidate options are run to measure how far outputs move.
@@ -129,42 +137,98 @@ def search(
         raise ValueError(f"rounding={rounding!r}: expected 'down', 'nearest' or 'up'")
     deadline = None if timeout is None else time.monotonic() + timeout
     chosen = strategies.create(strategy)
-    allowed = _check_request(Budget.parse(budget), chosen, example_inputs, calibration, evaluate)
-    source = surgery.unwrap(model)
+    allowed = check_request(Budget.parse(budget), chosen, example_inputs, calibration, evaluate)
     with torch.no_grad(), measure.preserve_rng():
-        runs = example_inputs is not None or calibration is not None
-        view, layers, seen = describe(source, example_inputs, runs=runs)
-        layers = _select(layers, only, ignore)
-        problem = _problem(
-            view, layers, seen, allowed, chosen.methods if methods is None else methods
+        opened = open_problem(
+            model,
+            allowed,
+            example_inputs=example_inputs,
+            calibration=calibration,
+            calibration_samples=calibration_samples,
+            methods=chosen.methods if methods is None else methods,
+            only=only,
+            ignore=ignore,
+            progress=progress,
         )
-        problem.seed, problem.deadline, problem.progress = seed, deadline, progress
+        problem = opened.problem
+        problem.seed, problem.deadline = seed, deadline
         problem.round_to, problem.rounding = round_to, rounding
-        if calibration is not None:
-            _calibrate(problem, view, calibration, calibration_samples)
         if bounds_latency(allowed) or "latency" in chosen.tags.needs:
-            assert seen is not None
-            clock = ModelClock(source, example_inputs, profile or ProfileTable())
-            price_time(problem, clock, seen)
+            assert opened.seen is not None
+            clock = ModelClock(opened.source, example_inputs, profile or ProfileTable())
+            price_time(problem, clock, opened.seen)
             problem.check_deadline()
         if bounds_latency(allowed):
             plan = solve(problem, chosen, clock.measure, clock.dense_ms)
         else:
             plan = chosen.search(problem)
-        plan = _verify(plan, view, seen, example_inputs)
+        return opened.finish(plan, seconds=time.perf_counter() - started)
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A described model: what searches and soft models start from.
+
+    Args:
+        problem: For strategies.
+        source: The user's model, unwrapped.
+        view: The unpacked clone the problem refers to.
+        seen: What a run on the example inputs showed.
+        inputs: The example inputs.
+    """
+
+    problem: Problem
+    source: nn.Module
+    view: nn.Module
+    seen: Probe | None
+    inputs: Any
+
+    def finish(self, plan: RankPlan, *, seconds: float) -> RankPlan:
+        """Hold a strategy's plan to its budget on the built model; add model and machine.
+
+        Raises:
+            RankoptError: The plan breaks its budget.
+            ModelError: The compressed model fails.
+        """
+        skeleton = surgery.clone(self.view, share=self.view.parameters())
         return replace(
-            plan,
+            _verify(plan, skeleton, self.seen, self.inputs),
             model={
-                "class": type(source).__name__,
-                "structure": measure.structure_digest(source),
-                "weights": measure.weights_digest(source),
+                "class": type(self.source).__name__,
+                "structure": measure.structure_digest(self.source),
+                "weights": measure.weights_digest(self.source),
             },
-            environment=environment(source, example_inputs),
-            seconds=round(time.perf_counter() - started, 3),
+            environment=environment(self.source, self.inputs),
+            seconds=round(seconds, 3),
         )
 
 
-def _check_request(
+def open_problem(
+    model: nn.Module,
+    budget: Budget | None,
+    *,
+    example_inputs: Any = None,
+    calibration: Any = None,
+    calibration_samples: int | None = MAX_SAMPLES,
+    methods: Sequence[str | Decomposition] = Strategy.methods,
+    only: Patterns = (),
+    ignore: Patterns = (),
+    progress: bool | None = None,
+) -> Opened:
+    """Describe a model for strategies; arguments and errors as of `search`."""
+    source = surgery.unwrap(model)
+    runs = example_inputs is not None or calibration is not None
+    view, layers, seen = describe(source, example_inputs, runs=runs)
+    layers = _select(layers, only, ignore)
+    problem = _problem(view, layers, seen, budget, methods)
+    problem.progress = progress
+    problem.copy = (lambda: surgery.clone(view)) if runs else None
+    if calibration is not None:
+        _calibrate(problem, view, calibration, calibration_samples)
+    return Opened(problem, source, view, seen, example_inputs)
+
+
+def check_request(
     budget: Budget | None, strategy: Strategy, inputs: Any, calibration: Any, evaluate: Any
 ) -> Budget | None:
     for axis in () if budget is None else budget.axes:
@@ -210,6 +274,7 @@ def _calibrate(problem: Problem, view: nn.Module, data: Any, samples: int | None
         view, [site.layers for site in problem.sites], held, progress=problem.progress
     )
     problem.calibration = digest(held)
+    problem.inputs = held
     probes = hold(view, held, max_samples=DIVERGENCE_SAMPLES)
     with measure.evaluation(view):
         outputs = [main_output(run(view, inputs)) for inputs in probes]
