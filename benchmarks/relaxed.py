@@ -75,7 +75,9 @@ def shapes(names: list[str]) -> None:
             ours = rankopt.search(model, budget, strategy="relaxed", example_inputs=IMAGE)
             axis = budget.split("<")[0]
             facts = {"model": name, "budget": budget, "share": shares(ours)[axis]}
-            theirs = rankopt.search(model, budget, strategy=Knapsack("equal"), example_inputs=IMAGE, methods=METHODS)
+            theirs = rankopt.search(
+                model, budget, strategy=Knapsack("equal"), example_inputs=IMAGE, methods=METHODS
+            )
             found = ours.extensions["relaxed"]
             show(
                 "damage",
@@ -132,7 +134,11 @@ def accuracy(rounds: int) -> None:
         right = {}
         for name, strategy in (("knapsack", Knapsack()), ("relaxed", Relaxed(rounds=rounds))):
             plan = rankopt.search(
-                model, budget, strategy=strategy, example_inputs=data[0][:64], calibration=data,
+                model,
+                budget,
+                strategy=strategy,
+                example_inputs=data[0][:64],
+                calibration=data,
                 methods=METHODS,
             )
             small = rankopt.apply(model, plan, calibration=data)

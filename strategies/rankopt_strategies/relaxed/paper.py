@@ -143,9 +143,7 @@ def method_of(site: Site) -> Decomposition:
 def clip(site: Site, rank: int) -> tuple[int, ...]:
     """`rank` for every axis, or the feasible one nearest below it."""
     axes = method_of(site).rank_axes(site.layer)
-    return tuple(
-        min(max(rank // axis.step * axis.step, axis.step), axis.maximum) for axis in axes
-    )
+    return tuple(min(max(rank // axis.step * axis.step, axis.step), axis.maximum) for axis in axes)
 
 
 def largest(site: Site) -> int:
