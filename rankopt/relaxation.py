@@ -16,7 +16,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from rankopt.allocation import allocate
+from rankopt.allocation import NEGLIGIBLE_ERROR, allocate
 from rankopt.decompositions.base import Decomposition
 from rankopt.errors import ModelError
 from rankopt.strategy import Option, Problem, Site
@@ -24,8 +24,6 @@ from rankopt.strategy import Option, Problem, Site
 __all__ = ["Menu", "Relaxation"]
 
 Array = npt.NDArray[np.float64]
-# Below rounding all errors are equal; the cheapest such option stands for them all.
-NEGLIGIBLE_ERROR: Final = 1e-6
 # Axes whose figures are whole numbers; a measured one is not.
 COUNTED: Final = ("params", "macs", "memory")
 BISECTIONS: Final = 60
@@ -315,6 +313,7 @@ def _menu(problem: Problem, site: Site, limits: Array, *, soft: bool) -> Menu:
     errors: list[float] = []
     best = np.inf
     for _, error, index, wanted_ranks in sorted(rows):
+        # Below rounding all errors are equal, and the cheapest option stands for them all.
         if error < best and best > NEGLIGIBLE_ERROR:
             best = error
             methods.append(site.methods[index])

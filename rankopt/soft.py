@@ -132,7 +132,7 @@ class _Trained(Strategy):
     tags: ClassVar[Tags] = Tags(deterministic=False, monotone=False, unbudgeted=False)
 
     def search(self, problem: Problem) -> RankPlan:
-        raise NotImplementedError
+        raise NotImplementedError("these ranks come from training a soft model")
 
 
 class SoftModel(nn.Module):

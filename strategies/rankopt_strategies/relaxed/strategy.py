@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from rankopt.allocation import damage_of, menu, sensitivities
+from rankopt.allocation import TIE_BREAK, damage_of, menu, sensitivities
 from rankopt.errors import ModelError
 from rankopt.plan import RankPlan
 from rankopt.relaxation import Relaxation
@@ -26,7 +26,6 @@ from rankopt_strategies.relaxed.refining import refine
 __all__ = ["Relaxed"]
 
 Array = npt.NDArray[np.float64]
-TIE_BREAK = 1e-9
 # How much a site's own divergence foretells of its effect among others (see `Knapsack`).
 TEMPER = 0.5
 
