@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 
+from rankopt.allocation import allocate
 from rankopt.candidates import MULTIPLES, aligned_below, cliffs, line, lowest_on_line
 from rankopt.decompositions.base import Decomposition
 from rankopt.errors import ModelError
@@ -18,7 +19,6 @@ from rankopt.profile_table import Chain, LayerTime
 from rankopt.registry import decompositions, strategies
 from rankopt.site_times import SiteTimes
 from rankopt.strategy import LATENCY, Option, Problem, Site, Strategy, Tags
-from rankopt_strategies.knapsack import allocate
 
 __all__ = ["Profiled"]
 
