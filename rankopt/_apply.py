@@ -10,7 +10,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
-from rankopt import measure, surgery
+from rankopt import measure, merging, surgery
 from rankopt._parallel import for_each, largest_first
 from rankopt._progress import progress_bar
 from rankopt.calibration import (
@@ -35,7 +35,7 @@ from rankopt.layers import (
     find_layers,
 )
 from rankopt.moments import Moments, pool
-from rankopt.plan import Decision, RankPlan
+from rankopt.plan import MERGE, Decision, RankPlan
 from rankopt.registry import decompositions
 from rankopt.unpack import unpack
 
@@ -165,10 +165,14 @@ def _computed_chains(
     """The unpacked view and, for every layer the plan changes, its finished chain."""
     view = _unpacked_view(source, plan)
     steps = _checked_steps(view, source, plan)
+    merges = merging.planned(view, plan)
     moments: dict[str, Moments] = {}
     if held is not None:
         moments = _moments_for(surgery.clone(view), plan, held, progress)
-    return view, _build_chains(view, steps, _factoriser(moments), progress)
+    chains = _build_chains(view, steps, _factoriser(moments), progress)
+    with torch.no_grad():
+        chains.update(merging.fit(view, merges, held, progress=progress))
+    return view, chains
 
 
 def fill_skeleton(view: nn.Module, plan: RankPlan) -> nn.Module:
@@ -184,7 +188,18 @@ def fill_skeleton(view: nn.Module, plan: RankPlan) -> nn.Module:
             if name.endswith("weight")
         }
 
-    return _swap(view, _build_chains(view, _steps(view, plan), zeros, False))
+    return _swap(view, _empty_merges(view, plan) | _build_chains(view, _steps(view, plan), zeros, False))
+
+
+def _empty_merges(view: nn.Module, plan: RankPlan) -> dict[str, nn.Module]:
+    """The modules of merges, with weights of the right shape and no more."""
+    modules = dict(surgery.named_modules(view))
+    merges = merging.planned(view, plan)
+    return {
+        name: module
+        for merge in merges
+        for name, module in merging.build(modules, merge.bottleneck, merge.ranks).items()
+    }
 
 
 def build_empty(model: nn.Module, plan: RankPlan) -> nn.Module:
@@ -197,7 +212,7 @@ def build_empty(model: nn.Module, plan: RankPlan) -> nn.Module:
     view = _unpack_for(surgery.clone(source, substitute=empty), plan)
     _check_structure(source, plan)
     chains = _build_chains(view, _steps(view, plan), lambda step, chain, weight: {}, False)
-    result = _swap(view, chains)
+    result = _swap(view, _empty_merges(view, plan) | chains)
     remember_plan(result, plan)
     return result
 
@@ -261,6 +276,7 @@ def _moments_for(
             stacklevel=4,
         )
     layers = {name: layer for layer in find_layers(view) for name in layer.names}
+    aware = [decision for decision in aware if decision.method != MERGE]
     groups = [[layers[name] for name in d.targets if name in layers] for d in aware]
     return collect_for(view, groups, held, progress=progress)
 
@@ -360,6 +376,8 @@ def _steps(view: nn.Module, plan: RankPlan) -> list[_Step]:
     modules = dict(surgery.named_modules(view))
     steps = []
     for decision in plan.changes:
+        if decision.method == MERGE:
+            continue
         found = []
         for name, shape in zip(decision.targets, decision.shapes, strict=True):
             layer = layers.get(name) or aliases.get(name)
@@ -483,18 +501,9 @@ def _parameters(
                 f"layer {layer.name}: factor {name} overflows {layer.dtype}; "
                 "compress in float32 and convert afterwards"
             )
-        cast = cast.contiguous(memory_format=_memory_format(weight, cast))
+        cast = cast.contiguous(memory_format=surgery.memory_format_of(weight, cast))
         parameters[name] = nn.Parameter(cast, requires_grad=weight.requires_grad)
     return parameters
-
-
-def _memory_format(weight: Tensor, factor: Tensor) -> torch.memory_format:
-    """Channels-last if the dense weight is, else contiguous."""
-    if factor.dim() == weight.dim() and not weight.is_contiguous():
-        for dims, layout in ((4, torch.channels_last), (5, torch.channels_last_3d)):
-            if weight.dim() == dims and weight.is_contiguous(memory_format=layout):
-                return layout
-    return torch.contiguous_format
 
 
 def _install(chain: nn.Sequential, module: Any, factors: dict[str, nn.Parameter]) -> None:

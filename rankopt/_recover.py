@@ -17,6 +17,7 @@ from rankopt._apply import plan_of, settle_norms, unpacked_clone
 from rankopt._progress import progress_bar
 from rankopt.calibration import MAX_SAMPLES, divergence, hold, main_output, run, tensors_in
 from rankopt.errors import CalibrationError, ModelError
+from rankopt.plan import MERGE
 from rankopt.unpack import UnpackedAttention
 
 __all__ = ["Recovery", "recover"]
@@ -277,7 +278,9 @@ class _Features:
         plan = plan_of(model)
         ours = dict(surgery.named_modules(model))
         theirs = dict(surgery.named_modules(teacher))
-        names = [d.targets[0] for d in plan.changes] if plan is not None else []
+        # Within a merge the widths differ; its last layer leaves what the dense one does.
+        changes = plan.changes if plan is not None else ()
+        names = [d.targets[-1 if d.method == MERGE else 0] for d in changes]
         self.names = [name for name in names if name in ours and name in theirs]
         self.seen: tuple[dict[str, Tensor], dict[str, Tensor]] = ({}, {})
         self.watched = [(ours, self.seen[0]), (theirs, self.seen[1])]
