@@ -9,9 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import rankopt
+from rankopt.allocation import GOOD_GAP, allocate
 from rankopt.errors import BudgetInfeasible, ModelError
 from rankopt.testing import _squared_error, planted_inputs, planted_model
-from rankopt_strategies.knapsack import GOOD_GAP, Knapsack, allocate
+from rankopt_strategies.knapsack import Knapsack
 
 
 def brute_force(damages, costs, limits):
