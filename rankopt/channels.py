@@ -18,9 +18,8 @@ from rankopt.moments import DAMPING, damped_root
 __all__ = ["MergeBasis", "Modules", "Side", "double_weight", "drawn_moments", "prepare"]
 
 Modules = Mapping[str, nn.Module]
-# Activations drawn where there is no calibration, at least and per channel.
+# Activations drawn where there is no calibration, at least.
 DRAWN: Final = 4096
-DRAWN_PER_CHANNEL: Final = 8
 
 
 @dataclass(frozen=True)
@@ -92,35 +91,46 @@ def _order(second: Tensor, demand: Tensor, groups: int, *, mixed: bool) -> Side:
         mixed: Whether the consumer mixes the groups; if not, a channel can be
             rebuilt from those of its own group alone.
     """
-    size = len(second)
-    if not mixed:
-        blocks = [torch.ones(size // groups, size // groups)] * groups
-        second = second * torch.block_diag(*blocks).to(second)
-    left, weighed = second.clone(), demand @ second
-    floor = DAMPING * second.diagonal().mean().clamp_min(1e-300)
-    total = float(weighed.diagonal().sum()) or 1.0
-    free = torch.ones(groups, size // groups, dtype=torch.bool, device=second.device)
+    parts = 1 if mixed else groups
+    left, demand = (_blocks(matrix, parts).clone() for matrix in (second, demand))
+    known = torch.block_diag(*left)
+    size = len(second) // parts
+    diagonal = left.diagonal(dim1=1, dim2=2)
+    floor = DAMPING * diagonal.mean().clamp_min(1e-300)
+    gains = ((left @ demand) * left).sum(dim=2)  # diagonal of R M R
+    energy = [float((left * demand).sum())]
+    free = torch.ones(parts, size, dtype=torch.bool)
+    every = torch.arange(parts)
     order: list[int] = []
-    energy = [1.0]
-    for _ in range(size // groups):
-        for group in range(groups):
-            part = slice(group * size // groups, (group + 1) * size // groups)
-            pivots = left.diagonal()[part]
-            gains = (left[part] * weighed[:, part].mT).sum(dim=1) / pivots.clamp_min(floor)
-            gains[pivots <= floor] = 0.0  # explained in full, or dead
-            gains[~free[group]] = -1.0
-            local = int(gains.argmax())
-            free[group, local] = False
-            channel = part.start + local
-            order.append(channel)
-            if float(left[channel, channel]) > floor:
-                column = left[:, channel] / left[channel, channel].sqrt()
-                shadow = weighed[:, channel] / left[channel, channel].sqrt()
-                left -= torch.outer(column, column)
-                weighed -= torch.outer(shadow, column)
-        energy.append(max(float(weighed.diagonal().sum()) / total, 0.0))
-    energy[-1] = 0.0
-    return Side(torch.tensor(order), np.minimum.accumulate(energy), second)
+    turns = groups if mixed else 1
+    for step in range(size):
+        scores = torch.where(diagonal > floor, gains / diagonal.clamp_min(floor), 0.0)
+        allowed = free
+        if turns > 1:  # channels of the group whose turn it is
+            width = size // turns
+            allowed = free & (torch.arange(size) // width == step % turns)
+        chosen = scores.masked_fill(~allowed, -torch.inf).argmax(dim=1)
+        free[every, chosen] = False
+        order += (chosen + size * every).tolist()
+        pivots = diagonal[every, chosen]
+        # Channels that are dead or explained in full take nothing away.
+        scale = torch.where(pivots > floor, pivots.clamp_min(floor).rsqrt(), 0.0)
+        column = left[every, :, chosen] * scale[:, None]
+        weighed = (demand @ column[:, :, None])[:, :, 0]
+        taken = (weighed * column).sum(dim=1, keepdim=True)
+        gains += column * (column * taken - 2 * (left @ weighed[:, :, None])[:, :, 0])
+        left.baddbmm_(column[:, :, None], column[:, None, :], alpha=-1)
+        energy.append(energy[-1] - float(taken.sum()))
+    shares = np.maximum(np.array(energy[::turns]), 0.0) / (energy[0] or 1.0)
+    shares[-1] = 0.0
+    return Side(torch.tensor(order), shares, known)
+
+
+def _blocks(matrix: Tensor, parts: int) -> Tensor:
+    """The `parts` square blocks [parts, n, n] on the diagonal of a matrix."""
+    split = matrix.unflatten(0, (parts, -1)).unflatten(2, (parts, -1))
+    blocks: Tensor = split.diagonal(dim1=0, dim2=2).movedim(-1, 0)
+    return blocks
 
 
 def prepare(
@@ -146,7 +156,8 @@ def prepare(
     else:
         first, second = moments[middle].double(), moments[last].double()
     kernel = double_weight(modules[middle]).flatten(3)  # [groups, out, in, pixels]
-    grams = torch.einsum("gsck,gsdk->gcd", kernel, kernel)
+    rows = kernel.transpose(1, 2).flatten(2)
+    grams = rows @ rows.mT
     demand = torch.block_diag(*grams)
     outer = double_weight(modules[last])[0].flatten(1)
     groups = bottleneck.groups
@@ -180,16 +191,11 @@ def drawn_moments(modules: Modules, bottleneck: Bottleneck) -> tuple[Tensor, Ten
         modules, bottleneck, 0, first @ first.mT, torch.zeros(len(first)).double()
     )
     kernel = double_weight(modules[names[1]]).flatten(3)
-    groups, channels = len(kernel), kernel.shape[2]
-    blocks = torch.stack(
-        [
-            spread[g * channels : (g + 1) * channels, g * channels : (g + 1) * channels]
-            for g in range(groups)
-        ]
-    )
-    leaving = torch.einsum("gsck,gcd,gtdk->gst", kernel, blocks, kernel)
+    groups = len(kernel)
+    blocks = _blocks(spread, groups)
+    leaving = sum(part @ blocks @ part.mT for part in kernel.unbind(3))
     shift = torch.einsum("gsck,gc->gs", kernel, mean.unflatten(0, (groups, -1))).flatten()
-    after, _, _ = _passed(modules, bottleneck, 1, torch.block_diag(*leaving), shift)
+    after, _, _ = _passed(modules, bottleneck, 1, torch.block_diag(*torch.as_tensor(leaving)), shift)
     return second, after
 
 
@@ -209,14 +215,14 @@ def _passed(
         ones = torch.ones_like(mean)
         deviation = ones if norm.weight is None else norm.weight.detach().cpu().double()
         mean = 0 * ones if norm.bias is None else norm.bias.detach().cpu().double()
-    root = damped_root(correlation.unsqueeze(0))[0]
-    count = max(DRAWN, DRAWN_PER_CHANNEL * len(mean))
+    root = damped_root(correlation.unsqueeze(0))[0].float()
     generator = torch.Generator().manual_seed(0)
-    noise = torch.randn(count, len(mean), generator=generator, dtype=torch.float64)
-    values = mean + deviation * (noise @ root.mT)
+    noise = torch.randn(max(DRAWN, 4 * len(mean)), len(mean), generator=generator)
+    values = mean.float() + deviation.float() * (noise @ root.mT)
     activation = bottleneck.activations[side]
     if activation is not None:
-        shape = (count, len(mean), *(1,) * len(bottleneck.layers[1].kernel))
-        values = activation(modules, values.reshape(shape)).reshape(count, -1)
-    second, average = values.mT @ values / count, values.mean(dim=0)
+        shape = (*values.shape, *(1,) * len(bottleneck.layers[1].kernel))
+        values = activation(modules, values.reshape(shape)).flatten(1)
+    second = (values.mT @ values).double() / len(values)
+    average = values.double().mean(dim=0)
     return second, average, second - torch.outer(average, average)
