@@ -10,28 +10,16 @@ BatchNorm statistics anew and `rankopt.recover` with the same time and settings;
 
 from __future__ import annotations
 
-import argparse
-import copy
 import math
 import time
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import rankopt
-from benchmarks.calibrated import percent
-from benchmarks.cifar import correct, images
-from rankopt._apply import remember_plan, settle_norms
+from benchmarks.cifar import images
 from rankopt._recover import _shift_and_mirror
-from rankopt.bottlenecks import find_bottlenecks
-from rankopt.latency import time_interleaved
-from rankopt.merging import resize
-from rankopt.report.tables import table, to_text
-from rankopt.surgery import clone, replace
-from rankopt.vision import import_torchvision
 
 BATCH, LEARNING_RATE, WEIGHT_DECAY = 128, 0.1, 5e-4
 LABELLED, UNLABELLED = 4890, 103  # images per class

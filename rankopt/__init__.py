@@ -2,6 +2,7 @@
 
 from rankopt._apply import apply, apply_
 from rankopt._compare import Comparison, compare
+from rankopt._merge import merge, merge_plan
 from rankopt._recover import Recovery, recover
 from rankopt._search import search
 from rankopt._version import __version__
@@ -30,6 +31,8 @@ __all__ = [
     "decompositions",
     "load",
     "load_plan",
+    "merge",
+    "merge_plan",
     "recalibrate",
     "recover",
     "save",

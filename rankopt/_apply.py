@@ -10,7 +10,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
-from rankopt import measure, merging, surgery
+from rankopt import measure, merge_fit, merging, surgery
 from rankopt._parallel import for_each, largest_first
 from rankopt._progress import progress_bar
 from rankopt.calibration import (
@@ -171,7 +171,7 @@ def _computed_chains(
         moments = _moments_for(surgery.clone(view), plan, held, progress)
     chains = _build_chains(view, steps, _factoriser(moments), progress)
     with torch.no_grad():
-        chains.update(merging.fit(view, merges, held, progress=progress))
+        chains.update(merge_fit.fit(view, merges, held, progress=progress))
     return view, chains
 
 
@@ -188,7 +188,9 @@ def fill_skeleton(view: nn.Module, plan: RankPlan) -> nn.Module:
             if name.endswith("weight")
         }
 
-    return _swap(view, _empty_merges(view, plan) | _build_chains(view, _steps(view, plan), zeros, False))
+    return _swap(
+        view, _empty_merges(view, plan) | _build_chains(view, _steps(view, plan), zeros, False)
+    )
 
 
 def _empty_merges(view: nn.Module, plan: RankPlan) -> dict[str, nn.Module]:

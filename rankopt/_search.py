@@ -32,7 +32,7 @@ from rankopt.probe import Probe, probe, static_reads
 from rankopt.registry import decompositions, strategies
 from rankopt.strategy import Option, Problem, Site, Strategy, decide
 
-__all__ = ["DEFAULT_STRATEGY", "environment", "search"]
+__all__ = ["DEFAULT_STRATEGY", "environment", "search", "verify"]
 
 DEFAULT_STRATEGY: Final = "knapsack"
 # Samples on which candidate options are run to measure how far outputs move.
@@ -130,7 +130,7 @@ def search(
         if calibration is not None:
             _calibrate(problem, view, calibration, calibration_samples)
         plan = chosen.search(problem)
-        plan = _verify(plan, view, seen, example_inputs)
+        plan = verify(plan, view, seen, example_inputs)
         return replace(
             plan,
             model={
@@ -299,7 +299,7 @@ def _sites(
     return listed, sites
 
 
-def _verify(plan: RankPlan, view: nn.Module, seen: Probe | None, inputs: Any) -> RankPlan:
+def verify(plan: RankPlan, view: nn.Module, seen: Probe | None, inputs: Any) -> RankPlan:
     """Build the result's skeleton inside `view`, run it, and hold it to the budget."""
     built = fill_skeleton(view, plan)
     measured = {"params": measure.count_params(built), "memory": measure.count_memory(built)}

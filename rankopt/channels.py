@@ -195,7 +195,9 @@ def drawn_moments(modules: Modules, bottleneck: Bottleneck) -> tuple[Tensor, Ten
     blocks = _blocks(spread, groups)
     leaving = sum(part @ blocks @ part.mT for part in kernel.unbind(3))
     shift = torch.einsum("gsck,gc->gs", kernel, mean.unflatten(0, (groups, -1))).flatten()
-    after, _, _ = _passed(modules, bottleneck, 1, torch.block_diag(*torch.as_tensor(leaving)), shift)
+    after, _, _ = _passed(
+        modules, bottleneck, 1, torch.block_diag(*torch.as_tensor(leaving)), shift
+    )
     return second, after
 
 
