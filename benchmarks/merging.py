@@ -58,14 +58,14 @@ class _Block(nn.Module):
 
 
 class BottleneckNet(nn.Module):
-    """A ResNet of bottlenecks for 32x32 images, planes 32, 64, 128, two blocks each."""
+    """A ResNet of bottlenecks for 32x32 images, planes 16, 32, 64, two blocks each."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.stem = nn.Conv2d(3, 64, 3, 2, 1, bias=False)
-        self.norm = nn.BatchNorm2d(64)
-        blocks, width = [], 64
-        for planes, stride in ((32, 1), (32, 1), (64, 2), (64, 1), (128, 2), (128, 1)):
+        self.stem = nn.Conv2d(3, 32, 3, 2, 1, bias=False)
+        self.norm = nn.BatchNorm2d(32)
+        blocks, width = [], 32
+        for planes, stride in ((16, 1), (16, 1), (32, 2), (32, 1), (64, 2), (64, 1)):
             blocks.append(_Block(width, planes, stride))
             width = 4 * planes
         self.blocks = nn.Sequential(*blocks)

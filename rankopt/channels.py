@@ -15,7 +15,15 @@ from rankopt.bottlenecks import Bottleneck
 from rankopt.layers import canonical_weight, check_weight
 from rankopt.moments import DAMPING, damped_root
 
-__all__ = ["MergeBasis", "Modules", "Side", "double_weight", "drawn_moments", "prepare"]
+__all__ = [
+    "MergeBasis",
+    "Modules",
+    "Side",
+    "diagonal_blocks",
+    "double_weight",
+    "drawn_moments",
+    "prepare",
+]
 
 Modules = Mapping[str, nn.Module]
 # Activations drawn where there is no calibration, at least.
@@ -92,7 +100,7 @@ def _order(second: Tensor, demand: Tensor, groups: int, *, mixed: bool) -> Side:
             rebuilt from those of its own group alone.
     """
     parts = 1 if mixed else groups
-    left, demand = (_blocks(matrix, parts).clone() for matrix in (second, demand))
+    left, demand = (diagonal_blocks(matrix, parts).clone() for matrix in (second, demand))
     known = torch.block_diag(*left)
     size = len(second) // parts
     diagonal = left.diagonal(dim1=1, dim2=2)
@@ -126,8 +134,8 @@ def _order(second: Tensor, demand: Tensor, groups: int, *, mixed: bool) -> Side:
     return Side(torch.tensor(order), shares, known)
 
 
-def _blocks(matrix: Tensor, parts: int) -> Tensor:
-    """The `parts` square blocks [parts, n, n] on the diagonal of a matrix."""
+def diagonal_blocks(matrix: Tensor, parts: int) -> Tensor:
+    """The blocks [parts, n, m] on the diagonal of a matrix cut into `parts` both ways."""
     split = matrix.unflatten(0, (parts, -1)).unflatten(2, (parts, -1))
     blocks: Tensor = split.diagonal(dim1=0, dim2=2).movedim(-1, 0)
     return blocks
@@ -192,7 +200,7 @@ def drawn_moments(modules: Modules, bottleneck: Bottleneck) -> tuple[Tensor, Ten
     )
     kernel = double_weight(modules[names[1]]).flatten(3)
     groups = len(kernel)
-    blocks = _blocks(spread, groups)
+    blocks = diagonal_blocks(spread, groups)
     leaving = sum(part @ blocks @ part.mT for part in kernel.unbind(3))
     shift = torch.einsum("gsck,gc->gs", kernel, mean.unflatten(0, (groups, -1))).flatten()
     after, _, _ = _passed(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
@@ -13,7 +13,7 @@ from rankopt import measure, surgery
 from rankopt._progress import progress_bar
 from rankopt.bottlenecks import Activation, Bottleneck
 from rankopt.calibration import channel_rows, collect, patches, run, split_batch
-from rankopt.channels import MergeBasis, Modules, double_weight, prepare
+from rankopt.channels import MergeBasis, Modules, diagonal_blocks, double_weight, prepare
 from rankopt.errors import LayerError
 from rankopt.layers import Layer
 from rankopt.merging import Merge, of_groups, resize
@@ -124,21 +124,43 @@ def _start(modules: Modules, basis: MergeBasis, ranks: Sequence[int]) -> _Fittin
     kernel = of_groups(
         double_weight(modules[middle]).flatten(0, 1), torch.arange(inputs), after, bottleneck
     ).unflatten(0, (groups, -1))
-    blocks = torch.stack(
-        [
-            first[g * (inputs // groups) : (g + 1) * (inputs // groups)][
-                :, g * (ranks[0] // groups) : (g + 1) * (ranks[0] // groups)
-            ]
-            for g in range(groups)
-        ]
-    )
-    core = torch.einsum("gsc...,gcr->gsr...", kernel, blocks)
+    core = torch.einsum("gsc...,gcr->gsr...", kernel, diagonal_blocks(first, groups))
+    _shrink(made, bottleneck, basis, kernel, first @ basis.sides[0].second[before])
     join = double_weight(modules[last]).flatten(2) @ second
     priors = (core.flatten(2), join)
     merge = _Fitting(basis, (before, after), made, priors, (ranks[0], ranks[1]))
     _put(made[middle], priors[0], bottleneck.layers[1])
     _put(made[last], priors[1], bottleneck.layers[2])
     return merge
+
+
+def _shrink(
+    made: Mapping[str, nn.Module],
+    bottleneck: Bottleneck,
+    basis: MergeBasis,
+    kernel: Tensor,
+    explained: Tensor,
+) -> None:
+    """Lower the second norm's running variance by the share that the estimates keep.
+
+    Least squares estimates vary less than what they estimate; normalised as before,
+    the merged channels would come out too small.
+    """
+    norm: Any = None if bottleneck.norms[1] is None else made[bottleneck.norms[1]]
+    if norm is None or norm.running_var is None:
+        return
+    rows = kernel.flatten(3)
+    kept, total = (
+        sum(
+            torch.einsum("gsc,gcd,gsd->gs", part, diagonal_blocks(moments, bottleneck.groups), part)
+            for part in rows.unbind(3)
+        )
+        for moments in (explained, basis.sides[0].second)
+    )
+    share = (torch.as_tensor(kept) / torch.as_tensor(total).clamp_min(1e-300)).clamp(0.0, 1.0)
+    # Channels that are dead have nothing to keep.
+    share = torch.where(torch.as_tensor(total) > 0, share, torch.ones_like(share))
+    norm.running_var.mul_(share.flatten().to(norm.running_var))
 
 
 def _put(module: Any, values: Tensor, layer: Layer) -> None:
