@@ -1,9 +1,10 @@
 """Merged bottlenecks against plain channel selection, and the time of a merged ResNet-50.
 
-Run: python -m benchmarks.merging [--train SECONDS] [--recover SECONDS] [--rounds N].
+Run: python -m benchmarks.merging [--train SECONDS] [--recover SECONDS] [--rounds N]
+[--ratio R].
 A small bottleneck ResNet is trained on CIFAR-10 (development data, see
 `benchmarks.cifar.data_folder`) with labels; all that follows uses 1,024 other training
-images without labels. Both ways halve the inner width of every block, both get
+images without labels. Both ways narrow every block alike, both get
 BatchNorm statistics anew and `rankopt.recover` with the same time and settings; the
 5,000 validation images are only reported.
 """
@@ -135,7 +136,9 @@ def selected(model: nn.Module, plan: rankopt.RankPlan, data: list[Tensor]) -> nn
     return result
 
 
-def accuracy_table(train_seconds: float, recover_seconds: float, cache: Path | None) -> str:
+def accuracy_table(
+    train_seconds: float, recover_seconds: float, ratio: float, cache: Path | None
+) -> str:
     model = trained(train_seconds, cache)
     data = list(torch.split(images("train", 0, UNLABELLED)[0][:1024], 128))
     test = images("val", 0, 500)
@@ -156,15 +159,15 @@ def accuracy_table(train_seconds: float, recover_seconds: float, cache: Path | N
         made.add_row(*cells)
         print(*cells, sep=" | ", flush=True)
 
-    plan = rankopt.merge_plan(model, example_inputs=x, calibration=data)
-    row("half, plain selection", selected(model, plan, data), plan)
-    row("half, merged", rankopt.apply(model, plan, calibration=data), plan)
+    plan = rankopt.merge_plan(model, ratio=ratio, example_inputs=x, calibration=data)
+    row(f"{ratio:g}, plain selection", selected(model, plan, data), plan)
+    row(f"{ratio:g}, merged", rankopt.apply(model, plan, calibration=data), plan)
     share = (plan.totals["macs"]["measured"] or 0) / (plan.totals["macs"]["before"] or 1)
     budget = f"macs<={100 * share:.4f}%"
     plan = rankopt.merge_plan(model, budget, example_inputs=x, calibration=data)
     row("as many MACs, by knapsack", rankopt.apply(model, plan, calibration=data), plan)
-    plan = rankopt.merge_plan(model, example_inputs=x)
-    row("half, merged without data", rankopt.apply(model, plan), plan)
+    plan = rankopt.merge_plan(model, ratio=ratio, example_inputs=x)
+    row(f"{ratio:g}, merged without data", rankopt.apply(model, plan), plan)
     return to_text(made)
 
 
@@ -202,6 +205,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--train", type=float, default=280.0, help="seconds of training")
     parser.add_argument("--recover", type=float, default=60.0, help="seconds of each repair")
+    parser.add_argument("--ratio", type=float, default=0.5, help="inner width after / before")
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--cache", type=Path, help="file for the trained network")
@@ -210,7 +214,7 @@ def main() -> None:
     if arguments.only != "accuracy":
         print(speed_table(arguments.rounds, arguments.batch), flush=True)
     if arguments.only != "speed":
-        print(accuracy_table(arguments.train, arguments.recover, arguments.cache))
+        print(accuracy_table(arguments.train, arguments.recover, arguments.ratio, arguments.cache))
 
 
 if __name__ == "__main__":

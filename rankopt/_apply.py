@@ -10,7 +10,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
-from rankopt import measure, merge_fit, merging, surgery
+from rankopt import measure, merge_fit, merge_linear, merging, surgery
 from rankopt._parallel import for_each, largest_first
 from rankopt._progress import progress_bar
 from rankopt.calibration import (
@@ -34,6 +34,7 @@ from rankopt.layers import (
     check_weight,
     find_layers,
 )
+from rankopt.merging import Merge
 from rankopt.moments import Moments, pool
 from rankopt.plan import MERGE, Decision, RankPlan
 from rankopt.registry import decompositions
@@ -104,8 +105,8 @@ def apply(
     _check_sources(plan, calibration, factors)
     source = surgery.unwrap(model)
     held = _held(source, calibration, calibration_samples)
-    view, chains = _computed_chains(source, plan, held, progress)
-    result = _swap(view, chains)
+    view, chains, merges = _computed_chains(source, plan, held, progress)
+    result = _placed(view, chains, merges)
     surgery.copy_parameters(result, source.parameters())
     if held is not None:
         settle_norms(result, source, held)
@@ -134,14 +135,16 @@ def apply_(
     _check_sources(plan, calibration, factors)
     source = surgery.unwrap(model)
     held = _held(source, calibration, calibration_samples)
-    view, chains = _computed_chains(source, plan, held, progress)
-    if "" in chains or (chains and type(view) is not type(source)):
+    view, chains, merges = _computed_chains(source, plan, held, progress)
+    trial = surgery.clone(view, share=[*view.parameters(), *view.buffers()])
+    rewritten = _placed(trial, {}, merges) is not trial
+    if "" in chains or rewritten or (chains and type(view) is not type(source)):
         raise PlanError(
             f"the plan replaces the root module {type(source).__name__} itself; "
             "use rankopt.apply, which returns a new model"
         )
     teacher = surgery.clone(source, share=source.parameters())
-    _swap(_unpack_for(source, plan), chains)
+    _placed(_unpack_for(source, plan), chains, merges)
     if held is not None:
         settle_norms(source, teacher, held)
     remember_plan(source, plan)
@@ -161,8 +164,8 @@ def _computed_chains(
     plan: RankPlan,
     held: list[Any] | None,
     progress: bool | None,
-) -> tuple[nn.Module, dict[str, nn.Module]]:
-    """The unpacked view and, for every layer the plan changes, its finished chain."""
+) -> tuple[nn.Module, dict[str, nn.Module], list[Merge]]:
+    """The unpacked view, finished modules for all that the plan changes, and its merges."""
     view = _unpacked_view(source, plan)
     steps = _checked_steps(view, source, plan)
     merges = merging.planned(view, plan)
@@ -172,7 +175,7 @@ def _computed_chains(
     chains = _build_chains(view, steps, _factoriser(moments), progress)
     with torch.no_grad():
         chains.update(merge_fit.fit(view, merges, held, progress=progress))
-    return view, chains
+    return view, chains, merges
 
 
 def fill_skeleton(view: nn.Module, plan: RankPlan) -> nn.Module:
@@ -188,20 +191,16 @@ def fill_skeleton(view: nn.Module, plan: RankPlan) -> nn.Module:
             if name.endswith("weight")
         }
 
-    return _swap(
-        view, _empty_merges(view, plan) | _build_chains(view, _steps(view, plan), zeros, False)
-    )
+    return _emptied(view, plan, zeros)
 
 
-def _empty_merges(view: nn.Module, plan: RankPlan) -> dict[str, nn.Module]:
-    """The modules of merges, with weights of the right shape and no more."""
-    modules = dict(surgery.named_modules(view))
-    merges = merging.planned(view, plan)
-    return {
-        name: module
-        for merge in merges
-        for name, module in merging.build(modules, merge.bottleneck, merge.ranks).items()
-    }
+def _emptied(view: nn.Module, plan: RankPlan, fill: Fill) -> nn.Module:
+    """`view` with every change of the plan in place, merges without values of their own."""
+    modules, merges = dict(surgery.named_modules(view)), merging.planned(view, plan)
+    made = _build_chains(view, _steps(view, plan), fill, False)
+    for merge in merges:
+        made |= merging.build(modules, merge)
+    return _placed(view, made, merges)
 
 
 def build_empty(model: nn.Module, plan: RankPlan) -> nn.Module:
@@ -213,8 +212,7 @@ def build_empty(model: nn.Module, plan: RankPlan) -> nn.Module:
 
     view = _unpack_for(surgery.clone(source, substitute=empty), plan)
     _check_structure(source, plan)
-    chains = _build_chains(view, _steps(view, plan), lambda step, chain, weight: {}, False)
-    result = _swap(view, _empty_merges(view, plan) | chains)
+    result = _emptied(view, plan, lambda step, chain, weight: {})
     remember_plan(result, plan)
     return result
 
@@ -527,3 +525,9 @@ def _install(chain: nn.Sequential, module: Any, factors: dict[str, nn.Parameter]
 def _swap(root: nn.Module, chains: dict[str, nn.Module]) -> nn.Module:
     modules = dict(surgery.named_modules(root))
     return surgery.replace(root, {modules[name]: chain for name, chain in chains.items()})
+
+
+def _placed(root: nn.Module, chains: dict[str, nn.Module], merges: Sequence[Merge]) -> nn.Module:
+    """`root` with the modules in their places, and without the activations that merges drop."""
+    dropping = [merge.bottleneck for merge in merges if merge.between == "drop"]
+    return merge_linear.drop_activations(_swap(root, chains), dropping)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import torch
 from torch import nn
@@ -19,6 +19,7 @@ from rankopt.budget import Budget
 from rankopt.calibration import MAX_SAMPLES, hold
 from rankopt.errors import BudgetError, ModelError
 from rankopt.layers import Layer, Patterns, check_materialised, find_layers, select
+from rankopt.merging import BETWEEN
 from rankopt.plan import KEEP, MERGE, Decision, RankPlan
 from rankopt.probe import probe
 
@@ -35,6 +36,7 @@ def merge(
     example_inputs: Any = None,
     calibration: Any = None,
     calibration_samples: int | None = MAX_SAMPLES,
+    between: Literal["keep", "drop"] = "keep",
     only: Patterns = (),
     ignore: Patterns = (),
     round_to: int = 1,
@@ -57,7 +59,8 @@ def merge(
             calibration = hold(model, calibration, max_samples=calibration_samples)
     plan = merge_plan(
         model, budget, ratio=ratio, example_inputs=example_inputs, calibration=calibration,
-        calibration_samples=None, only=only, ignore=ignore, round_to=round_to, progress=progress,
+        calibration_samples=None, between=between, only=only, ignore=ignore, round_to=round_to,
+        progress=progress,
     )  # fmt: skip
     return apply(model, plan, calibration=calibration, calibration_samples=None, progress=progress)
 
@@ -70,6 +73,7 @@ def merge_plan(
     example_inputs: Any = None,
     calibration: Any = None,
     calibration_samples: int | None = MAX_SAMPLES,
+    between: Literal["keep", "drop"] = "keep",
     only: Patterns = (),
     ignore: Patterns = (),
     round_to: int = 1,
@@ -97,6 +101,12 @@ def merge_plan(
         calibration: Inputs as for `rankopt.search`. The maps are then fitted to
             what the dense model computes for them, and `apply` needs the same inputs.
         calibration_samples: Where to stop reading; None reads to the end.
+        between: ``keep`` puts the norms back at the new width and leaves the activations
+            where they are. ``drop`` folds the norms and drops the activations: three
+            linear maps, each with a bias, fitted to the dense model's activations (so
+            it needs `calibration`). Much is lost where activations matter. Activation
+            modules become `nn.Identity`; where one is shared or a function is called,
+            the block becomes a `torch.fx.GraphModule` of the same name and state dict.
         only: Case-sensitive globs or functions of a `Layer`, met by all three
             convolutions; the other bottlenecks are kept.
         ignore: The same; a bottleneck one of whose convolutions matches is kept.
@@ -105,7 +115,7 @@ def merge_plan(
 
     Returns:
         A plan with a decision ``merge`` for each bottleneck; ``args`` holds the
-        ``ranks`` (width before and after the middle) and the ``norms`` resized.
+        ``ranks`` (width before and after the middle), the ``norms`` and what lies ``between``.
 
     Raises:
         ModelError: There is no bottleneck to merge; says why not.
@@ -124,6 +134,13 @@ def merge_plan(
     """
     started = time.perf_counter()
     allowed = _checked(budget, ratio, round_to, example_inputs)
+    if between not in BETWEEN:
+        raise ValueError(f"between={between!r}: expected one of {', '.join(BETWEEN)}")
+    if between == "drop" and calibration is None:
+        raise ModelError(
+            "between='drop' needs calibration=: linear maps in place of norms and activations "
+            "are fitted to what the dense model computes"
+        )
     source = surgery.unwrap(model)
     meta = surgery.device_of(source).type == "meta"
     if allowed is not None or calibration is not None:
@@ -138,7 +155,8 @@ def merge_plan(
         layers = select(layers, only, ignore)
         blocks = _bottlenecks(view, layers)
         _check_found(view, blocks)
-        work = Widths(view, [b for b in blocks if b.refusal is None], seen, round_to, progress)
+        free = [block for block in blocks if block.refusal is None]
+        work = Widths(view, free, seen, round_to, between, progress)
         if calibration is not None:
             work.calibrate(calibration, calibration_samples)
         if allowed is None:
@@ -151,11 +169,11 @@ def merge_plan(
                 "structure": measure.structure_digest(source),
                 "weights": None if meta else measure.weights_digest(source),
             },
-            decisions=tuple(_decisions(layers, blocks, chosen)),
+            decisions=tuple(_decisions(layers, blocks, chosen, between)),
             budget=allowed,
             strategy={
                 "name": MERGE,
-                "settings": {"ratio": ratio, "round_to": round_to},
+                "settings": {"ratio": ratio, "round_to": round_to, "between": between},
                 "seed": 0,
             },
             totals=work.totals(chosen),
@@ -214,7 +232,10 @@ def _check_found(view: nn.Module, blocks: Sequence[Bottleneck]) -> None:
 
 
 def _decisions(
-    layers: Sequence[Layer], blocks: Sequence[Bottleneck], chosen: Sequence[Choice]
+    layers: Sequence[Layer],
+    blocks: Sequence[Bottleneck],
+    chosen: Sequence[Choice],
+    between: str,
 ) -> list[Decision]:
     """One decision per bottleneck, where its first layer stands, and one per other layer."""
     free = [block for block in blocks if block.refusal is None]
@@ -243,7 +264,11 @@ def _decisions(
                 targets=block.targets,
                 shapes=tuple(part.shape for part in block.layers),
                 method=MERGE,
-                args={"ranks": list(choice.ranks), "norms": list(block.norms)},
+                args={
+                    "ranks": list(choice.ranks),
+                    "norms": list(block.norms),
+                    "between": between,
+                },
                 reason=choice.reason,
                 cost=choice.cost,
                 error=choice.error,

@@ -56,9 +56,11 @@ class Widths:
         blocks: Sequence[Bottleneck],
         seen: Probe | None,
         round_to: int,
+        between: str,
         progress: bool | None,
     ) -> None:
         self.view, self.blocks, self.round_to, self.progress = view, blocks, round_to, progress
+        self.between = between
         self.modules = dict(surgery.named_modules(view))
         self.before = {"params": measure.count_params(view), "memory": measure.count_memory(view)}
         if seen is not None:
@@ -74,7 +76,11 @@ class Widths:
 
     # Prices
 
-    def price(self, block: Bottleneck, ranks: Sequence[Any]) -> dict[str, Any]:
+    def dense(self, block: Bottleneck) -> dict[str, Any]:
+        """Axis to figure of the block as it is."""
+        return self.price(block, block.widths, "keep")
+
+    def price(self, block: Bottleneck, ranks: Sequence[Any], between: str) -> dict[str, Any]:
         """Axis to figure of convolutions and norms; arrays for arrays of ranks."""
         first, middle, last = block.layers
         before, after = ranks
@@ -85,10 +91,19 @@ class Widths:
             last.out_channels * after,
         )
         cost = {"params": sum(weights), "memory": sum(weights) * first.itemsize}
-        for side, rank in enumerate(ranks):
-            for tensor, trained in self._per_channel(block, side):
-                cost["params"] = cost["params"] + trained * rank
-                cost["memory"] = cost["memory"] + tensor.element_size() * rank
+        if between == "drop":  # a bias everywhere, and no norm
+            biases = before + after + last.out_channels
+            cost["params"] = cost["params"] + biases
+            cost["memory"] = cost["memory"] + biases * first.itemsize
+        else:
+            for side, rank in enumerate(ranks):
+                for tensor, trained in self._per_channel(block, side):
+                    cost["params"] = cost["params"] + trained * rank
+                    cost["memory"] = cost["memory"] + tensor.element_size() * rank
+            cost["memory"] = cost["memory"] + self._counters(block)
+            if last.bias:
+                cost["params"] = cost["params"] + last.out_channels
+                cost["memory"] = cost["memory"] + last.out_channels * last.itemsize
         if "macs" in self.before:
             cost["macs"] = sum(
                 weight * (layer.positions_out or 0)
@@ -107,12 +122,22 @@ class Widths:
             found += [(b, False) for b in norm._buffers.values() if b is not None and b.dim()]
         return found
 
+    def _counters(self, block: Bottleneck) -> int:
+        """Bytes of what norms hold besides their channels: the number of batches seen."""
+        buffers = [
+            buffer
+            for name in block.norms
+            if name is not None
+            for buffer in self.modules[name]._buffers.values()
+        ]
+        return sum(b.element_size() for b in buffers if b is not None and not b.dim())
+
     def choice(self, block: Bottleneck, ranks: Sequence[int], reason: str) -> Choice:
         """The choice of `ranks`, or to keep the block where they are its widths."""
-        dense = self.price(block, block.widths)
+        dense = self.dense(block)
         first, second = (int(rank) for rank in ranks)
         keeps = (first, second) == block.widths
-        after = dense if keeps else self.price(block, (first, second))
+        after = dense if keeps else self.price(block, (first, second), self.between)
         basis = self.bases.get(block.name)
         return Choice(
             ranks=None if keeps else (first, second),
@@ -160,7 +185,7 @@ class Widths:
         axes = budget.axes
         limits = np.array([budget.ratio(axis) * self.before[axis] for axis in axes])
         menus = [self._menu(block, axes, limits) for block in self.blocks]
-        dense = [self.price(block, block.widths) for block in self.blocks]
+        dense = [self.dense(block) for block in self.blocks]
         fixed = np.array([self.before[a] - sum(cost[a] for cost in dense) for a in axes])
         weights = self._sensitivities()
         damages = [w * menu[2] for w, menu in zip(weights, menus, strict=True)]
@@ -199,8 +224,9 @@ class Widths:
             places = np.linspace(0, len(every) - 1, min(TRIED, len(every)))
             choices.append(every[np.unique(np.round(places).astype(int))])
         first, second = (grid.ravel() for grid in np.meshgrid(*choices, indexing="ij"))
-        cost = self.price(block, (first, second))
+        cost, dense = self.price(block, (first, second), self.between), self.dense(block)
         costs = np.stack([np.asarray(cost[axis], dtype=np.float64) for axis in axes], axis=1)
+        costs[-1] = [dense[axis] for axis in axes]  # the full widths: nothing is done
         energy = sum(self.bases[block.name].energies((first, second)))
         order = np.lexsort((energy, (costs / limits).mean(axis=1)))
         best = np.minimum.accumulate(energy[order])

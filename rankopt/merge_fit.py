@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
@@ -12,20 +12,19 @@ from torch import Tensor, nn
 from rankopt import measure, surgery
 from rankopt._progress import progress_bar
 from rankopt.bottlenecks import Activation, Bottleneck
-from rankopt.calibration import channel_rows, collect, patches, run, split_batch
+from rankopt.calibration import collect, run
 from rankopt.channels import MergeBasis, Modules, diagonal_blocks, double_weight, prepare
 from rankopt.errors import LayerError
 from rankopt.layers import Layer
-from rankopt.merging import Merge, of_groups, resize
+from rankopt.merge_linear import Linear, fit_linear
+from rankopt.merging import Merge, of_groups, resize, resize_linear
+from rankopt.normal_equations import Sums, batched, paired_rows, put
 
 __all__ = ["channel_moments", "fit", "started"]
 
 # Patches with more entries than this are not regressed on: their Gram matrix would
 # take more than half a gigabyte. The core then comes from the channels' moments.
 MAX_PATCH: Final = 8192
-# Ridge, as a share of the mean eigenvalue, towards the map that moments alone give;
-# it grows with the number of unknowns per position.
-RIDGE: Final = 1e-3
 
 
 @dataclass
@@ -34,7 +33,7 @@ class _Fitting:
 
     basis: MergeBasis
     kept: tuple[Tensor, Tensor]
-    made: dict[str, nn.Module]
+    made: dict[str, Any]
     priors: tuple[Tensor, Tensor]  # of the middle and last weight, [groups, out, in * pixels]
     ranks: tuple[int, int]
 
@@ -72,17 +71,29 @@ def fit(
     modules = dict(surgery.named_modules(view))
     aware = [merge.bottleneck for merge in merges if merge.aware]
     moments = channel_moments(view, aware, held, progress=progress) if aware else {}
-    begun, fitted = [], []
+    result: dict[str, nn.Module] = {}
+    fitted, linear = [], []
     for merge in merges:
-        known = moments if merge.aware else None
-        start = _start(modules, prepare(modules, merge.bottleneck, known), merge.ranks)
-        begun.append(start)
+        basis = prepare(modules, merge.bottleneck, moments if merge.aware else None)
+        if merge.between == "drop":
+            before, after = (
+                side.chosen(rank) for side, rank in zip(basis.sides, merge.ranks, strict=True)
+            )
+            made = resize_linear(modules, merge.bottleneck, (before, after))
+            linear.append(Linear(merge.bottleneck, (before, after), made))
+            result.update(made)
+            continue
+        start = _start(modules, basis, merge.ranks)
+        result.update(start.made)
         if merge.aware:
             fitted.append(start)
     for stage in (1, 2) if fitted else ():
         assert held is not None
         _regress(view, modules, fitted, stage, held, progress)
-    return {name: module for start in begun for name, module in start.made.items()}
+    if linear:
+        assert held is not None
+        fit_linear(view, modules, linear, held, progress=progress)
+    return result
 
 
 def channel_moments(
@@ -118,6 +129,7 @@ def _start(modules: Modules, basis: MergeBasis, ranks: Sequence[int]) -> _Fittin
     before, after = (side.chosen(rank) for side, rank in zip(basis.sides, ranks, strict=True))
     made = resize(modules, bottleneck, (before, after))
     _, middle, last = bottleneck.targets
+    convs: Any = made
     groups, (inputs, _) = bottleneck.groups, bottleneck.widths
     first, second = (side.rebuild(rank) for side, rank in zip(basis.sides, ranks, strict=True))
     # Rows of the kept outputs, all inputs; then inputs rebuilt from the kept ones.
@@ -129,8 +141,8 @@ def _start(modules: Modules, basis: MergeBasis, ranks: Sequence[int]) -> _Fittin
     join = double_weight(modules[last]).flatten(2) @ second
     priors = (core.flatten(2), join)
     merge = _Fitting(basis, (before, after), made, priors, (ranks[0], ranks[1]))
-    _put(made[middle], priors[0], bottleneck.layers[1])
-    _put(made[last], priors[1], bottleneck.layers[2])
+    put(convs[middle].weight, priors[0], bottleneck.layers[1])
+    put(convs[last].weight, priors[1], bottleneck.layers[2])
     return merge
 
 
@@ -163,43 +175,6 @@ def _shrink(
     norm.running_var.mul_(share.flatten().to(norm.running_var))
 
 
-def _put(module: Any, values: Tensor, layer: Layer) -> None:
-    """Set the weight of `module` from [groups, out, in * pixels]."""
-    weight: Tensor = module.weight
-    cast = values.reshape(weight.shape).to(device=weight.device, dtype=weight.dtype)
-    if not bool(cast.isfinite().all()):
-        raise LayerError(
-            f"layer {layer.name}: its merged weight overflows {layer.dtype}; "
-            "merge in float32 and convert afterwards"
-        )
-    with torch.no_grad():
-        weight.copy_(cast)
-
-
-class _Sums:
-    """Normal equations of one map, summed in float64."""
-
-    def __init__(self) -> None:
-        self.gram: Any = 0.0
-        self.cross: Any = 0.0
-        self.count = 0
-
-    def add(self, rows: Tensor, wanted: Tensor) -> None:
-        self.gram = self.gram + (rows.mT @ rows).double()
-        self.cross = self.cross + (wanted.mT @ rows).double()
-        self.count += rows.shape[1]
-
-    def solve(self, prior: Tensor) -> Tensor:
-        """The ridge estimate [groups, out, in], drawn towards `prior`."""
-        gram, cross = (value.cpu() / self.count for value in (self.gram, self.cross))
-        size = gram.shape[-1]
-        mean = gram.diagonal(dim1=-2, dim2=-1).mean(dim=-1).clamp_min(1e-30)[:, None, None]
-        ridge = RIDGE * (1 + size / self.count * 10) * mean
-        eye = torch.eye(size, dtype=gram.dtype)
-        solved: Tensor = torch.linalg.solve(gram + ridge * eye, (cross + ridge * prior).mT).mT
-        return solved
-
-
 def _regress(
     view: nn.Module,
     modules: Modules,
@@ -209,7 +184,7 @@ def _regress(
     progress: bool | None,
 ) -> None:
     """Fit the middle (stage 1) or last (stage 2) weight of every merge in one pass."""
-    sums = {merge.bottleneck.name: _Sums() for merge in merges}
+    sums = {merge.bottleneck.name: Sums() for merge in merges}
     entering: dict[str, Tensor] = {}
     handles: list[Any] = []
     for merge in merges:
@@ -242,7 +217,7 @@ def _regress(
         found = sums[merge.bottleneck.name]
         if found.count:
             layer = merge.bottleneck.layers[stage]
-            _put(merge.made[layer.name], found.solve(merge.priors[stage - 1]), layer)
+            put(merge.made[layer.name].weight, found.solve(merge.priors[stage - 1]), layer)
 
 
 def _too_large(merge: _Fitting) -> bool:
@@ -258,18 +233,6 @@ def _narrowed(merge: _Fitting, stage: int) -> Layer:
     return replace(layer, in_channels=second)
 
 
-def _pairs(layer: Layer, x: Tensor, y: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Rows of patches of the input and of the output, a part of the batch at a time."""
-    dtype = torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else x.dtype
-    parts = split_batch(layer, x)
-    for part, wanted in zip(parts, y.split([len(p) for p in parts]), strict=True):
-        yield patches(layer, part.to(dtype)), channel_rows(wanted.to(dtype), layer.groups)
-
-
-def _batched(layer: Layer, x: Tensor) -> Tensor:
-    return x if x.dim() == len(layer.kernel) + 2 else x.unsqueeze(0)
-
-
 def _without_bias(module: Any, y: Tensor) -> Tensor:
     if module.bias is None:
         return y
@@ -277,14 +240,14 @@ def _without_bias(module: Any, y: Tensor) -> Tensor:
     return y - bias.reshape(-1, *(1,) * (y.dim() - 2))
 
 
-def _middle_hook(merge: _Fitting, sums: _Sums) -> Callable[..., None]:
+def _middle_hook(merge: _Fitting, sums: Sums) -> Callable[..., None]:
     layer = _narrowed(merge, 1)
 
     def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
         before, after = merge.kept
-        x = _batched(layer, args[0].detach())[:, before]
-        y = _without_bias(module, _batched(layer, output))[:, after]
-        for rows, wanted in _pairs(layer, x, y):
+        x = batched(layer, args[0].detach())[:, before]
+        y = _without_bias(module, batched(layer, output))[:, after]
+        for rows, wanted in paired_rows(layer, x, y):
             sums.add(rows, wanted)
 
     return hook
@@ -300,7 +263,7 @@ def _narrow_hook(
     conv = merge.made[middle]
 
     def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-        x = conv(_batched(merge.bottleneck.layers[1], args[0].detach())[:, merge.kept[0]])
+        x = conv(batched(merge.bottleneck.layers[1], args[0].detach())[:, merge.kept[0]])
         if norm is not None:
             with measure.evaluation(merge.made[norm]):
                 x = merge.made[norm](x)
@@ -311,12 +274,12 @@ def _narrow_hook(
     return hook
 
 
-def _last_hook(merge: _Fitting, sums: _Sums, entering: dict[str, Tensor]) -> Callable[..., None]:
+def _last_hook(merge: _Fitting, sums: Sums, entering: dict[str, Tensor]) -> Callable[..., None]:
     layer = _narrowed(merge, 2)
 
     def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-        y = _without_bias(module, _batched(layer, output))
-        for rows, wanted in _pairs(layer, entering.pop(layer.name), y):
+        y = _without_bias(module, batched(layer, output))
+        for rows, wanted in paired_rows(layer, entering.pop(layer.name), y):
             sums.add(rows, wanted)
 
     return hook

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,19 @@ from rankopt.channels import Modules
 from rankopt.errors import LayerError, PlanError
 from rankopt.plan import MERGE, Decision
 
-__all__ = ["Merge", "build", "check_ranks", "of_groups", "planned", "resize"]
+__all__ = [
+    "BETWEEN",
+    "Merge",
+    "build",
+    "check_ranks",
+    "of_groups",
+    "planned",
+    "resize",
+    "resize_linear",
+]
+
+# What becomes of norms and activations between the convolutions of a merge.
+BETWEEN: Final = ("keep", "drop")
 
 
 @dataclass(frozen=True)
@@ -34,11 +46,13 @@ class Merge:
         bottleneck: The three convolutions.
         ranks: Widths before and after the middle one.
         aware: Whether it is fitted to calibration inputs.
+        between: ``keep`` norms and activations, or ``drop`` them.
     """
 
     bottleneck: Bottleneck
     ranks: tuple[int, int]
     aware: bool = False
+    between: str = "keep"
 
 
 def planned(view: nn.Module, decisions: Iterable[Decision]) -> list[Merge]:
@@ -73,15 +87,23 @@ def planned(view: nn.Module, decisions: Iterable[Decision]) -> list[Merge]:
                 f"{where}: expected norms {list(decision.args.get('norms', ()))} in the "
                 f"bottleneck, found {list(found.norms)}"
             )
-        unknown = set(decision.args) - {"ranks", "norms"}
+        unknown = set(decision.args) - {"ranks", "norms", "between"}
         if unknown:
             raise PlanError(f"{where}: merge has no setting {', '.join(sorted(unknown))}")
         try:
             check_ranks(found, decision.ranks)
         except LayerError as error:
             raise PlanError(str(error)) from error
+        between, aware = decision.args.get("between", "keep"), decision.factors.kind != "weights"
+        if between not in BETWEEN:
+            raise PlanError(f"{where}: between {between!r}: expected one of {', '.join(BETWEEN)}")
+        if between == "drop" and not aware:
+            raise PlanError(
+                f"{where}: what lies between is dropped, so its maps are fitted to calibration "
+                f"inputs; factors are {decision.factors.kind!r}"
+            )
         first, second = decision.ranks
-        merges.append(Merge(found, (first, second), decision.factors.kind != "weights"))
+        merges.append(Merge(found, (first, second), aware, between))
     return merges
 
 
@@ -145,6 +167,24 @@ def resize(
     return made
 
 
+def resize_linear(
+    modules: Modules, bottleneck: Bottleneck, kept: tuple[Tensor, Tensor]
+) -> dict[str, nn.Module]:
+    """As `resize`, with a bias everywhere and `nn.Identity` for norms."""
+    made = resize(modules, bottleneck, kept)
+    for name in bottleneck.targets:
+        conv: Any = made[name]
+        if conv.bias is None:
+            zeros = torch.zeros(
+                conv.out_channels, dtype=conv.weight.dtype, device=conv.weight.device
+            )
+            conv.bias = nn.Parameter(zeros, requires_grad=conv.weight.requires_grad)
+    for norm in bottleneck.norms:
+        if norm is not None:
+            made[norm] = nn.Identity().train(modules[norm].training)
+    return made
+
+
 def of_groups(weight: Tensor, before: Tensor, after: Tensor, bottleneck: Bottleneck) -> Tensor:
     """The rows `after` and, in each group, the columns `before` of a grouped weight."""
     groups = bottleneck.groups
@@ -195,13 +235,14 @@ def _in_mode(made: nn.Module, original: nn.Module) -> nn.Module:
     return made
 
 
-def build(modules: Modules, bottleneck: Bottleneck, ranks: Sequence[int]) -> dict[str, nn.Module]:
-    """The merged modules by name, their weights mere slices: what `fit` fills with values."""
-    groups = bottleneck.groups
+def build(modules: Modules, merge: Merge) -> dict[str, nn.Module]:
+    """The merged modules by name, their weights mere slices: right in shape and no more."""
+    groups = merge.bottleneck.groups
     first, second = (
         torch.cat(
             [torch.arange(rank // groups) + group * (width // groups) for group in range(groups)]
         )
-        for rank, width in zip(ranks, bottleneck.widths, strict=True)
+        for rank, width in zip(merge.ranks, merge.bottleneck.widths, strict=True)
     )
-    return resize(modules, bottleneck, (first, second))
+    made = resize if merge.between == "keep" else resize_linear
+    return made(modules, merge.bottleneck, (first, second))

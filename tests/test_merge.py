@@ -243,7 +243,11 @@ def test_plan_round_trips_and_is_carried_out_as_written(tmp_path):
     decision = plan["blocks.0.conv2"]
     assert decision.method == "merge"
     assert decision.targets == tuple(f"blocks.0.conv{i}" for i in (1, 2, 3))
-    assert decision.args == {"ranks": [8, 8], "norms": ["blocks.0.bn1", "blocks.0.bn2"]}
+    assert decision.args == {
+        "ranks": [8, 8],
+        "norms": ["blocks.0.bn1", "blocks.0.bn2"],
+        "between": "keep",
+    }
     assert decision.factors.kind == "whitened+output"
     assert plan["stem"].reason == "keep: in no bottleneck"
     for entry in plan.totals.values():
@@ -303,6 +307,8 @@ def test_plans_that_do_not_fit():
         ({"args": {**args, "norms": ["a", "b"]}}, "expected norms"),
         ({"args": {**args, "branches": 2}}, "merge has no setting branches"),
         ({"shapes": ((1, 1), (1, 1), (1, 1))}, "expected weights"),
+        ({"args": {**args, "between": "?"}}, r"between '\?': expected one of keep, drop"),
+        ({"args": {**args, "between": "drop"}}, "fitted to calibration"),
     ):  # fmt: skip
         with pytest.raises(PlanError, match=message):
             rankopt.apply(model, changed(**fields))
@@ -324,6 +330,67 @@ def merged_by_hand(model):
         )
         for block in find_bottlenecks(model)
     )
+
+
+# Nothing between
+
+
+def linear_block():
+    """A bottleneck whose activations change nothing on positive values, one used once."""
+    model = nn.Sequential(
+        nn.Conv2d(6, 8, 1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3, bias=False),
+        nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 6, 1, stride=2),
+    )  # fmt: skip
+    with torch.no_grad():
+        for index in (1, 4):
+            model[index].bias.fill_(50.0)
+    return model.eval()
+
+
+def test_dropping_is_exact_where_activations_do_nothing():
+    model = linear_block()
+    with torch.no_grad():  # half of the channels carry all there is
+        for conv in (model[0], model[3]):
+            conv.weight[4:] = conv.weight[:4]
+        model[0].bias[4:] = model[0].bias[:4]
+    data = [torch.randn(64, 6, 9, 9)]
+    plan = rankopt.merge_plan(model, calibration=data, between="drop", example_inputs=data[0])
+    small = rankopt.apply(model, plan, calibration=data)
+    assert type(small) is nn.Sequential
+    assert [type(small[i]) for i in (1, 2, 4, 5)] == [nn.Identity] * 4
+    assert measure.count_params(small) == plan.totals["params"]["measured"]
+    assert plan.totals["memory"]["predicted"] == plan.totals["memory"]["measured"]
+    assert distance(model, small, torch.randn(8, 6, 9, 9)) < 0.01
+
+
+def test_dropping_shared_activations(tmp_path):
+    model = settled(Net())
+    data, x = [images(seed=s) for s in range(2)], images(seed=7)
+    plan = rankopt.merge_plan(model, calibration=data, between="drop", ratio=0.75)
+    small = rankopt.apply(model, plan, calibration=data)
+    block = small.blocks[0]
+    assert isinstance(block, torch.fx.GraphModule)
+    assert isinstance(block.bn1, nn.Identity)
+    assert not any(module.training for module in small.modules())
+    with torch.no_grad():
+        seen = []
+        block.relu.register_forward_hook(lambda *_: seen.append(1))
+        small(x)
+    assert len(seen) == 1  # only the one after the sum
+    assert distance(model, small, x) < 0.5
+    same = copy.deepcopy(model)
+    rankopt.apply_(same, plan, calibration=data)
+    assert torch.equal(same(x), small(x))
+    rankopt.save(small, tmp_path / "s.safetensors")
+    assert torch.equal(rankopt.load(Net(), tmp_path / "s.safetensors").eval()(x), small(x))
+    inner, rows = Block().eval(), [torch.randn(64, 24, 8, 8)]
+    own = rankopt.merge_plan(inner, calibration=rows, between="drop")
+    with pytest.raises(PlanError, match="replaces the root module Block itself"):
+        rankopt.apply_(inner, own, calibration=rows)
+    with pytest.raises(ModelError, match="between='drop' needs calibration="):
+        rankopt.merge(model, between="drop")
+    with pytest.raises(ValueError, match="between='fold'"):
+        rankopt.merge(model, between="fold")
 
 
 # Budgets
