@@ -170,11 +170,13 @@ def _computed_chains(
     steps = _checked_steps(view, source, plan)
     merges = merging.planned(view, plan)
     moments: dict[str, Moments] = {}
+    watched = view
     if held is not None:
-        moments = _moments_for(surgery.clone(view), plan, held, progress)
+        watched = surgery.clone(view)  # a forward may write into its parameters
+        moments = _moments_for(watched, plan, held, progress)
     chains = _build_chains(view, steps, _factoriser(moments), progress)
     with torch.no_grad():
-        chains.update(merge_fit.fit(view, merges, held, progress=progress))
+        chains.update(merge_fit.fit(watched, merges, held, progress=progress))
     return view, chains, merges
 
 

@@ -154,7 +154,7 @@ def _without(root: nn.Module, bottleneck: Bottleneck) -> nn.Module:
         graph = fx.Tracer().trace(block)
     except Exception as error:
         raise LayerError(f"{where}: {name} cannot be traced on its own: {error}") from error
-    if any("training" in node.kwargs for node in graph.nodes):
+    if any("dropout" in getattr(node.target, "__name__", "") for node in graph.nodes):
         raise LayerError(f"{where}: {name} depends on its mode")
     prefix = f"{name}." if name else ""
     inner = [target.removeprefix(prefix) for target in bottleneck.targets]

@@ -483,3 +483,19 @@ def test_without_norms_in_one_dimension():
     assert distance(model, small, data[0]) < 1
     basis = prepare(dict(model.named_modules()), find_bottlenecks(model)[0])
     assert 0 < basis.error((4, 4)) < 1
+
+
+def test_a_block_whose_graph_depends_on_its_mode():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c = nn.Conv2d(6, 8, 1), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 6, 1)
+
+        def forward(self, x):
+            x = self.c(self.b(torch.relu(self.a(x))))
+            return nn.functional.dropout(x, 0.1, self.training)
+
+    model, data = Net().eval(), [torch.randn(16, 6, 5, 5)]
+    assert rankopt.merge(model, calibration=data).b.in_channels == 4
+    with pytest.raises(LayerError, match="layer b: its activations cannot be dropped: .* its mode"):
+        rankopt.merge(model, calibration=data, between="drop")
