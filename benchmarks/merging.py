@@ -27,7 +27,7 @@ from benchmarks.calibrated import percent
 from benchmarks.cifar import correct, images
 from benchmarks.foundation import make
 from rankopt import _recover, surgery
-from rankopt._apply import remember_plan, settle_norms
+from rankopt._apply import fill_skeleton, remember_plan, settle_norms
 from rankopt._recover import _shift_and_mirror
 from rankopt.bottlenecks import find_bottlenecks
 from rankopt.latency import time_interleaved
@@ -202,8 +202,10 @@ def speed_table(rounds: int, batch: int) -> str:
     model: Any = make("resnet50")
     model = model.to(memory_format=torch.channels_last)
     x = torch.randn(batch, 3, 224, 224).contiguous(memory_format=torch.channels_last)
-    plan = rankopt.merge_plan(model, example_inputs=x)
-    small = rankopt.apply(model, plan)
+    plan = rankopt.merge_plan(model, example_inputs=x[:1])
+    # Times do not depend on values: the merged shapes, unfitted, will do.
+    small: Any = fill_skeleton(surgery.clone(model), plan)
+    small = small.eval().to(memory_format=torch.channels_last)
     with torch.no_grad():
         timings = time_interleaved(
             {"dense": lambda: model(x), "merged": lambda: small(x)}, rounds=rounds
