@@ -27,12 +27,13 @@ from benchmarks.calibrated import percent
 from benchmarks.cifar import correct, images
 from benchmarks.foundation import make
 from rankopt import _recover, surgery
-from rankopt._apply import fill_skeleton, remember_plan, settle_norms
-from rankopt._recover import _shift_and_mirror
+from rankopt._apply import fill_skeleton, remember_plan
+from rankopt._settle import settle_norms
 from rankopt.bottlenecks import find_bottlenecks
 from rankopt.latency import time_interleaved
 from rankopt.merging import resize
 from rankopt.report.tables import table, to_text
+from rankopt.training.augmentation import shift_and_mirror
 
 BATCH, LEARNING_RATE, WEIGHT_DECAY = 128, 0.1, 5e-4
 LABELLED, UNLABELLED = 4890, 103  # images per class
@@ -97,7 +98,7 @@ def train(model: nn.Module, x: Tensor, y: Tensor, seconds: float) -> int:
             rate = LEARNING_RATE * min(spent / 0.2, 1) * 0.5 * (1 + math.cos(math.pi * spent))
             for group in optimiser.param_groups:
                 group["lr"] = rate
-            loss = F.cross_entropy(model(_shift_and_mirror(x[part], generator)), y[part])
+            loss = F.cross_entropy(model(shift_and_mirror(x[part], generator)), y[part])
             optimiser.zero_grad()
             loss.backward()
             optimiser.step()
@@ -151,7 +152,7 @@ class _StepClock:
 
     def augment(self, inputs: Any, generator: torch.Generator) -> Any:
         self.now += 1
-        return _shift_and_mirror(inputs, generator)
+        return shift_and_mirror(inputs, generator)
 
 
 def recovered(small: nn.Module, teacher: nn.Module, data: list[Tensor], steps: int) -> int:

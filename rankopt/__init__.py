@@ -1,41 +1,62 @@
 """rankopt: make a trained PyTorch model smaller and really faster, by low rank."""
 
+from rankopt import export, training
 from rankopt._apply import apply, apply_
 from rankopt._compare import Comparison, compare
+from rankopt._fold import fold
 from rankopt._merge import merge, merge_plan
+from rankopt._profile import profile
 from rankopt._recover import Recovery, recover
 from rankopt._search import search
+from rankopt._study import Point, Study, study
 from rankopt._version import __version__
 from rankopt.budget import Budget
 from rankopt.calibration import recalibrate
 from rankopt.checkpoint import load, load_plan, save
+from rankopt.layer_profile import LayerProfile
+from rankopt.pipeline import Compression, compress
 from rankopt.plan import Decision, RankPlan
+from rankopt.profile_table import ProfileTable
 from rankopt.registry import decompositions, strategies
 from rankopt.strategy import Option, Problem, Site, Strategy, Tags
+from rankopt.training.finetune import Training, finetune
 
 __all__ = [
     "Budget",
     "Comparison",
+    "Compression",
     "Decision",
+    "LayerProfile",
     "Option",
+    "Point",
     "Problem",
+    "ProfileTable",
     "RankPlan",
     "Recovery",
     "Site",
     "Strategy",
+    "Study",
     "Tags",
+    "Training",
     "__version__",
     "apply",
     "apply_",
     "compare",
+    "compress",
     "decompositions",
+    "export",
+    "finetune",
+    "fold",
     "load",
     "load_plan",
     "merge",
     "merge_plan",
+    "profile",
     "recalibrate",
     "recover",
     "save",
     "search",
     "strategies",
+    "study",
+    "training",
 ]

@@ -13,16 +13,12 @@ from torch import Tensor, nn
 from rankopt import measure, merge_fit, merge_linear, merging, surgery
 from rankopt._parallel import for_each, largest_first
 from rankopt._progress import progress_bar
+from rankopt._settle import settle_norms
 from rankopt.calibration import (
     MAX_SAMPLES,
     collect,
     digest,
-    divergence,
-    has_norms,
     hold,
-    recalibrate,
-    run,
-    shortened,
 )
 from rankopt.decompositions.base import Decomposition
 from rankopt.decompositions.cache import shared
@@ -44,6 +40,8 @@ __all__ = [
     "apply",
     "apply_",
     "build_empty",
+    "build_random",
+    "chains_of",
     "fill_skeleton",
     "plan_of",
     "settle_norms",
@@ -51,8 +49,8 @@ __all__ = [
 ]
 
 _PLAN_ATTRIBUTE: Final = "rankopt_plan"
-# Samples on which candidate BatchNorm statistics are compared.
-COMPARED_SAMPLES: Final = 512
+# Of factors that only stand in for real ones while a model is timed.
+RANDOM_SCALE: Final = 0.05
 
 
 @dataclass(frozen=True)
@@ -63,6 +61,9 @@ class _Step:
     method: Decomposition
     layers: tuple[Layer, ...]
     modules: tuple[nn.Module, ...]
+
+
+Fill = Callable[[_Step, nn.Sequential, Tensor], dict[str, Tensor]]
 
 
 def apply(
@@ -185,15 +186,30 @@ def fill_skeleton(view: nn.Module, plan: RankPlan) -> nn.Module:
 
     Sizes and MACs are those of the real result, which is what a search must check.
     """
+    return _emptied(view, plan, _made_by(torch.zeros))
 
-    def zeros(step: _Step, chain: nn.Sequential, weight: Tensor) -> dict[str, Tensor]:
+
+def build_random(model: nn.Module, plan: RankPlan) -> nn.Module:
+    """The model `apply` would build, with small random factors: its time, not its answers."""
+
+    def noise(shape: torch.Size) -> Tensor:
+        return RANDOM_SCALE * torch.randn(shape)
+
+    view = _unpack_for(surgery.clone(surgery.unwrap(model)), plan)
+    return _emptied(view, plan, _made_by(noise))
+
+
+def _made_by(make: Callable[[torch.Size], Tensor]) -> Fill:
+    """Factors that know nothing but their shape."""
+
+    def fill(step: _Step, chain: nn.Sequential, weight: Tensor) -> dict[str, Tensor]:
         return {
-            name: torch.zeros(parameter.shape)
+            name: make(parameter.shape)
             for name, parameter in chain.named_parameters()
             if name.endswith("weight")
         }
 
-    return _emptied(view, plan, zeros)
+    return fill
 
 
 def _emptied(view: nn.Module, plan: RankPlan, fill: Fill) -> nn.Module:
@@ -243,7 +259,19 @@ def unpacked_clone(model: nn.Module, split: Iterable[str] = (), *, runs: bool = 
     return unpack(surgery.clone(model, share=share), split=split)
 
 
-Fill = Callable[[_Step, nn.Sequential, Tensor], dict[str, Tensor]]
+def chains_of(
+    decision: Decision,
+    layers: Sequence[Layer],
+    modules: Sequence[nn.Module],
+    factors: Callable[[Decomposition, Sequence[int]], dict[str, Tensor]],
+) -> dict[str, nn.Module]:
+    """Layer name to the chain of one decision, its factors taken from `factors`.
+
+    Raises:
+        PlanError: The decision does not fit the layers.
+    """
+    step = _Step(decision, _method(decision, list(layers)), tuple(layers), tuple(modules))
+    return _chains_of(step, lambda step, chain, weight: factors(step.method, decision.ranks))
 
 
 def _check_sources(plan: RankPlan, calibration: Any, factors: Any) -> None:
@@ -304,40 +332,6 @@ def build_with_moments(
     copy = surgery.clone(view, share=[*view.parameters(), *view.buffers()])
     plan = RankPlan(model={}, decisions=tuple(decisions))
     return _swap(copy, _build_chains(copy, _steps(copy, plan), _factoriser(moments), False))
-
-
-def settle_norms(result: nn.Module, teacher: nn.Module, held: Sequence[Any]) -> None:
-    """Recalibrate BatchNorm; of old, pooled and teacher-matched statistics the best stay.
-
-    Best is what moves the outputs least from the dense model's on the calibration inputs.
-    """
-    if not has_norms(result):
-        return
-    everything, held = held, shortened(held, COMPARED_SAMPLES)
-    with torch.no_grad(), measure.preserve_rng():
-        dense = surgery.clone(teacher).eval()  # a forward may write into its parameters
-        outputs = [run(dense, inputs) for inputs in held]
-    buffers = dict(result.named_buffers())
-
-    def moved() -> float:
-        with torch.no_grad(), measure.evaluation(result):
-            pairs = zip(held, outputs, strict=True)
-            return sum(divergence(before, run(result, x)) for x, before in pairs)
-
-    def state() -> dict[str, Tensor]:
-        return {name: value.clone() for name, value in buffers.items()}
-
-    stale = state()
-    candidates = [(moved(), stale)]
-    with torch.no_grad():
-        for reference in (None, dense):
-            for name, value in buffers.items():
-                value.copy_(stale[name])
-            if recalibrate(result, everything, teacher=reference, max_samples=None):
-                candidates.append((moved(), state()))
-        best = min(candidates, key=lambda candidate: candidate[0])[1]
-        for name, value in buffers.items():
-            value.copy_(best[name])
 
 
 def _split(plan: RankPlan) -> set[str]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -11,8 +11,11 @@ from torch import nn
 
 from rankopt import measure, surgery
 from rankopt._apply import unpacked_clone
+from rankopt._conditions import conditions
+from rankopt.calibration import tensors_in
 from rankopt.errors import ModelError
-from rankopt.latency import Interval, time_interleaved
+from rankopt.latency import Interval, Mode, runner, time_interleaved
+from rankopt.probe import Call
 
 __all__ = ["Comparison", "Figure", "compare"]
 
@@ -42,6 +45,8 @@ class Comparison:
         latency_before_ms: Median of the original, milliseconds.
         latency_after_ms: Median of the compressed model, milliseconds.
         latency_ratio: Median paired ratio, below 1 is faster.
+        conditions: What the times depend on: device, torch, dtype, memory format,
+            threads, mode; empty if nothing was timed.
     """
 
     params: Figure
@@ -51,6 +56,7 @@ class Comparison:
     latency_before_ms: Interval | None = None
     latency_after_ms: Interval | None = None
     latency_ratio: Interval | None = None
+    conditions: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def verdict(self) -> str:
@@ -85,12 +91,14 @@ def compare(
     example_inputs: Any = None,
     evaluate: Callable[[nn.Module], float] | None = None,
     rounds: int = 30,
+    mode: Mode = "inference",
+    cuda_graph: bool = False,
     seed: int = 0,
 ) -> Comparison:
     """Count and time two models side by side; prints as a table.
 
-    Both run in eval mode without gradients, interleaved; modes and random
-    generators are as before afterwards.
+    Both run interleaved, in eval mode without gradients unless `mode` says otherwise;
+    modes and random generators are as before afterwards.
 
     Args:
         original: The dense model.
@@ -99,10 +107,14 @@ def compare(
             parameters and memory are compared.
         evaluate: The task's metric of a model, higher or lower.
         rounds: Timing rounds.
+        mode: What is timed: ``inference``, or ``training``, forward and backward on
+            copies of both models in train mode.
+        cuda_graph: Whether to time replays of CUDA graphs (inference on CUDA).
         seed: Orders the rounds.
 
     Raises:
         ModelError: A model fails on the inputs.
+        ValueError: An unknown mode, or too few rounds.
 
     Example:
         >>> model = nn.Linear(64, 64)
@@ -122,19 +134,22 @@ def compare(
             measure.check_inputs(example_inputs)
             device = surgery.device_of(models[0])
             inputs = measure.to_device(example_inputs, device)
+            timed = [original, compressed]
+            if mode == "training":  # statistics of the user's BatchNorm are not to move
+                timed = [surgery.clone(model).train() for model in models]
             try:
                 figures["macs"] = Figure(*(_macs(model, inputs) for model in models))
-                timings = time_interleaved(
-                    {
-                        "before": lambda: measure.call(original, inputs),
-                        "after": lambda: measure.call(compressed, inputs),
-                    },
-                    rounds=rounds,
-                    device=device,
-                    seed=seed,
-                )
+                runners = {
+                    name: runner(model, inputs, mode=mode, cuda_graph=cuda_graph)
+                    for name, model in zip(("before", "after"), timed, strict=True)
+                }
+                timings = time_interleaved(runners, rounds=rounds, device=device, seed=seed)
             except (RuntimeError, TypeError) as error:
                 raise ModelError(f"a model fails on example_inputs: {error}") from error
+            first = next(tensors_in(inputs), None)
+            figures["conditions"] = conditions(
+                device, first if first is None else Call.of(first), mode, cuda_graph=cuda_graph
+            )
             figures["latency_before_ms"] = timings.interval("before")
             figures["latency_after_ms"] = timings.interval("after")
             figures["latency_ratio"] = timings.ratio("after", "before")

@@ -16,8 +16,8 @@ PATIENCE_SECONDS: Final = 2.0
 @contextmanager
 def progress_bar(
     label: str, total: int | None, *, enabled: bool | None = None
-) -> Iterator[Callable[[], None]]:
-    """Yield a function to call after each step.
+) -> Iterator[Callable[..., None]]:
+    """Yield a function to call after each step; it takes a note to show beside the bar.
 
     Args:
         label: What is being done.
@@ -29,9 +29,11 @@ def progress_bar(
     bar: Any = None
     task: Any = None
     done = 0
+    shown_note = ""
 
-    def advance() -> None:
-        nonlocal bar, task, done
+    def advance(note: str | None = None) -> None:
+        nonlocal bar, task, done, shown_note
+        shown_note = shown_note if note is None else note
         done += 1
         if not shown:
             return
@@ -52,11 +54,12 @@ def progress_bar(
                 BarColumn(),
                 MofNCompleteColumn(),
                 TimeRemainingColumn(),
+                TextColumn("{task.fields[note]}"),
             )
             bar = Progress(*columns, console=Console(stderr=True), transient=True)
-            task = bar.add_task(label, total=total)
+            task = bar.add_task(label, total=total, note=shown_note)
             bar.start()
-        bar.update(task, completed=done)
+        bar.update(task, completed=done, note=shown_note)
 
     try:
         yield advance

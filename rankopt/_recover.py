@@ -9,23 +9,25 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rankopt import measure, surgery
-from rankopt._apply import plan_of, settle_norms, unpacked_clone
+from rankopt import measure
+from rankopt._apply import settle_norms
 from rankopt._progress import progress_bar
 from rankopt.calibration import MAX_SAMPLES, divergence, hold, main_output, run, tensors_in
 from rankopt.errors import CalibrationError, ModelError
-from rankopt.plan import MERGE
-from rankopt.unpack import UnpackedAttention
+from rankopt.training.augmentation import augmentation
+from rankopt.training.distillation import (
+    PairedOutputs,
+    decomposed,
+    private_teacher,
+    train_without_dropout,
+)
 
 __all__ = ["Recovery", "recover"]
 
 # Share of the calibration inputs kept out of training, for an honest before and after.
 HELD_OUT: Final = 1 / 16
-# How far images are shifted, as a share of their side.
-SHIFT: Final = 1 / 8
 GRADIENT_NORM: Final = 1.0
 # Weight of the layers' outputs beside the model's.
 FEATURES: Final = 3.0
@@ -117,8 +119,8 @@ def recover(
     if not parameters:
         raise ModelError("recover has nothing to train: every parameter has requires_grad=False")
     generator = torch.Generator().manual_seed(seed)
-    change = _augmentation(augment)
-    guide = unpacked_clone(surgery.unwrap(teacher), runs=True).eval()
+    change = augmentation(augment)
+    guide = private_teacher(teacher)
     tested = [samples.take(part) for part in test.split(batch_size)]
     with torch.no_grad():
         wanted = [main_output(run(guide, inputs)) for inputs in tested]
@@ -131,12 +133,12 @@ def recover(
     before = distance()
     saved = {key: value.clone() for key, value in model.state_dict().items()}
     modes = [(module, module.training) for module in model.modules()]
-    features = _Features(model, guide)
+    layers = PairedOutputs(model, guide, decomposed(model))
     steps = 0
     try:
-        with measure.preserve_rng(), torch.enable_grad(), features:
+        with measure.preserve_rng(), torch.enable_grad(), layers:
             torch.manual_seed(seed)
-            _train_mode(model)
+            train_without_dropout(model)
             optimiser = torch.optim.Adam(parameters, lr=learning_rate)
             limit = seconds * 0.95 - (time.perf_counter() - started)
             begun = time.perf_counter()
@@ -147,7 +149,7 @@ def recover(
                         break
                     for group in optimiser.param_groups:
                         group["lr"] = learning_rate * 0.5 * (1 + math.cos(math.pi * spent))
-                    loss = features.loss(change(samples.take(batch), generator))
+                    loss = _loss(layers, change(samples.take(batch), generator))
                     if not bool(loss.isfinite()):
                         break
                     optimiser.zero_grad(set_to_none=True)
@@ -228,92 +230,14 @@ def _endless(index: Tensor, batch_size: int, generator: torch.Generator) -> Iter
         yield from (part for part in parts if len(parts) == 1 or 2 * len(part) >= batch_size)
 
 
-def _augmentation(augment: Any) -> Callable[[Any, torch.Generator], Any]:
-    if callable(augment):
-        chosen: Callable[[Any, torch.Generator], Any] = augment
-        return chosen
-    if augment == "none":
-        return lambda inputs, generator: inputs
-    if augment == "auto":
-        return _shift_and_mirror
-    raise ValueError(f"augment={augment!r}: expected 'auto', 'none' or a function")
-
-
-def _shift_and_mirror(inputs: Any, generator: torch.Generator) -> Any:
-    """Images [n, c, h, w] moved by up to `SHIFT` of their side, half of them mirrored."""
-    if isinstance(inputs, tuple) and len(inputs) == 1:
-        return (_shift_and_mirror(inputs[0], generator),)
-    if not (isinstance(inputs, Tensor) and inputs.dim() == 4 and inputs.is_floating_point()):
-        return inputs
-    count, _, height, width = inputs.shape
-    down, across = round(height * SHIFT), round(width * SHIFT)
-    padded = F.pad(inputs, (across, across, down, down))
-    rows = torch.randint(0, 2 * down + 1, (count,), generator=generator)
-    columns = torch.randint(0, 2 * across + 1, (count,), generator=generator)
-    mirrored = torch.rand(count, generator=generator) < 0.5
-    moved = torch.stack(
-        [
-            padded[i, :, row : row + height, column : column + width]
-            for i, (row, column) in enumerate(zip(rows.tolist(), columns.tolist(), strict=True))
-        ]
-    )
-    mirrored = mirrored.to(inputs.device)
-    return torch.where(mirrored[:, None, None, None], moved.flip(-1), moved)
-
-
-def _train_mode(model: nn.Module) -> None:
-    """Train mode with dropout off, which would only blur the target."""
-    model.train()
-    attention = (nn.MultiheadAttention, UnpackedAttention)  # these drop by their own mode
-    for module in model.modules():
-        if isinstance(module, (nn.modules.dropout._DropoutNd, *attention)):
-            module.training = False
-
-
-class _Features:
-    """The loss: outputs of both models, and of the layers the plan decomposed."""
-
-    def __init__(self, model: nn.Module, teacher: nn.Module) -> None:
-        self.model, self.teacher = model, teacher
-        plan = plan_of(model)
-        ours = dict(surgery.named_modules(model))
-        theirs = dict(surgery.named_modules(teacher))
-        # Within a merge the widths differ; its last layer leaves what the dense one does.
-        changes = plan.changes if plan is not None else ()
-        names = [d.targets[-1 if d.method == MERGE else 0] for d in changes]
-        self.names = [name for name in names if name in ours and name in theirs]
-        self.seen: tuple[dict[str, Tensor], dict[str, Tensor]] = ({}, {})
-        self.watched = [(ours, self.seen[0]), (theirs, self.seen[1])]
-        self.handles: list[Any] = []
-
-    def __enter__(self) -> _Features:
-        for modules, seen in self.watched:
-            for name in self.names:
-                self.handles.append(modules[name].register_forward_hook(_store(seen, name)))
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for handle in self.handles:
-            handle.remove()
-        for seen in self.seen:
-            seen.clear()
-
-    def loss(self, inputs: Any) -> Tensor:
-        with torch.no_grad():
-            wanted = run(self.teacher, inputs)
-        found = run(self.model, inputs)
-        total = _output_loss(wanted, found)
-        mine, targets = self.seen
-        errors = [_relative(targets[name], mine[name]) for name in self.names if name in mine]
-        return total + FEATURES * torch.stack(errors).mean() if errors else total
-
-
-def _store(seen: dict[str, Tensor], name: str) -> Callable[..., None]:
-    def hook(module: nn.Module, args: Any, output: Any) -> None:
-        if isinstance(output, Tensor):
-            seen[name] = output
-
-    return hook
+def _loss(layers: PairedOutputs, inputs: Any) -> Tensor:
+    """Relative error² of the outputs, and of those of the layers the plan decomposed."""
+    with torch.no_grad():
+        wanted = run(layers.teacher, inputs)
+    found = run(layers.model, inputs)
+    total = _output_loss(wanted, found)
+    errors = [_relative(old, new) for old, new in layers.pairs()]
+    return total + FEATURES * torch.stack(errors).mean() if errors else total
 
 
 def _relative(wanted: Tensor, found: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, Final, Literal
 
 import torch
@@ -13,9 +13,20 @@ from torch import Tensor, nn
 
 from rankopt import measure, surgery
 from rankopt._apply import build_with_moments, collect_for, fill_skeleton, unpacked_clone
+from rankopt._latency_budget import ModelClock, bounds_latency, price_time, solve
+from rankopt._metric_drop import within_drop
+from rankopt._trial import TrialModel
 from rankopt._version import __version__
 from rankopt.budget import Budget
-from rankopt.calibration import MAX_SAMPLES, digest, divergence, hold, main_output, run
+from rankopt.calibration import (
+    MAX_SAMPLES,
+    digest,
+    divergence,
+    hold,
+    main_output,
+    run,
+    tensors_in,
+)
 from rankopt.decompositions.base import Decomposition
 from rankopt.errors import BudgetError, ModelError, NotYetSupported, RankoptError
 from rankopt.layers import (
@@ -28,20 +39,24 @@ from rankopt.layers import (
     select,
 )
 from rankopt.plan import RankPlan
-from rankopt.probe import Probe, probe, static_reads
+from rankopt.probe import Call, Probe, probe, static_reads
+from rankopt.profile_table import ProfileTable
 from rankopt.registry import decompositions, strategies
-from rankopt.strategy import Option, Problem, Site, Strategy, decide
+from rankopt.strategy import LATENCY, Option, Problem, Site, Strategy, decide
 
-__all__ = ["DEFAULT_STRATEGY", "environment", "search", "verify"]
+__all__ = [
+    "DEFAULT_STRATEGY",
+    "Opened",
+    "describe",
+    "environment",
+    "open_problem",
+    "search",
+    "verify",
+]
 
 DEFAULT_STRATEGY: Final = "knapsack"
 # Samples on which candidate options are run to measure how far outputs move.
 DIVERGENCE_SAMPLES: Final = 256
-_NOT_YET: Final = {
-    "latency": "measured latency budgets need the profile table",
-    "latency_ms": "measured latency budgets need the profile table",
-    "metric_drop": "metric_drop needs the outer search over evaluate",
-}
 
 
 def search(
@@ -58,6 +73,7 @@ def search(
     ignore: Patterns = (),
     round_to: int = 1,
     rounding: Literal["down", "nearest", "up"] = "down",
+    profile: ProfileTable | None = None,
     seed: int = 0,
     timeout: float | None = None,
     progress: bool | None = None,
@@ -69,17 +85,21 @@ def search(
 
     Args:
         model: A trained model.
-        budget: Such as ``"macs<=50%"``, ``"params<=0.4, macs<=50%"`` or a
-            `Budget`; None lets the strategy decide how much.
+        budget: Such as ``"macs<=50%"``, ``"params<=0.4, latency<=70%"``,
+            ``"latency_ms<=8"`` or a `Budget`; None lets the strategy decide how much.
+            Latency is that of the whole model on `example_inputs`, measured on
+            this machine: the upper end of the 95% interval is within the budget.
         strategy: A registered name or an instance with settings.
         example_inputs: A tensor, a tuple (positional) or a mapping (keywords)
-            to call the model with. Needed for MACs; it also lets rankopt see
+            to call the model with. Needed for MACs and latency; it also lets rankopt see
             how each layer is used instead of reading the model's source.
         calibration: An iterable of inputs (tensors, tuples, mappings, a
             DataLoader); labels are left out. Factors and errors are then those
             of the layers' outputs, and `apply` needs the same inputs.
         calibration_samples: Where to stop reading; None reads to the end.
-        evaluate: For strategies that use the task's metric (none so far).
+        evaluate: The task's metric, ``evaluate(model) -> float``: for strategies that
+            measure it (`optuna`) and for budgets on ``metric_drop``. It runs in eval mode
+            under saved random generators and must not change the model.
         methods: Decompositions to choose from, names or instances; None for those
             the strategy names in its `methods`.
         only: Case-sensitive globs on full module names, or functions of a `Layer`
@@ -88,6 +108,8 @@ def search(
         round_to: Ranks are multiples of this (or full); hardware likes 8 or 16.
         rounding: Which multiple the rank of a formula becomes; the budget is held
             with the rounded ranks.
+        profile: Where layer times are measured and kept, for budgets on latency and
+            strategies that need it; None for inference times in the user's cache.
         seed: For strategies that draw random numbers.
         timeout: Seconds after which to give up with `DeadlineExceeded`.
         progress: Whether to show progress bars; None decides by the terminal.
@@ -101,6 +123,7 @@ def search(
         BudgetInfeasible: It cannot be met; says what can.
         ModelError: No layer can be decomposed, or the model fails on the inputs.
         LayerError: A weight holds NaN or infinity.
+        EvaluationError: `evaluate` raised, gave no finite number or changed the model.
         NotYetSupported: The budget's machinery is not built yet.
 
     Example:
@@ -117,64 +140,152 @@ def search(
     deadline = None if timeout is None else time.monotonic() + timeout
     chosen = strategies.create(strategy)
     allowed = _check_request(Budget.parse(budget), chosen, example_inputs, calibration, evaluate)
-    source = surgery.unwrap(model)
     with torch.no_grad(), measure.preserve_rng():
-        runs = example_inputs is not None or calibration is not None
-        view, layers, seen = _describe(source, example_inputs, runs=runs)
-        layers = _select(layers, only, ignore)
-        problem = _problem(
-            view, layers, seen, allowed, chosen.methods if methods is None else methods
+        opened = open_problem(
+            model,
+            allowed,
+            example_inputs=example_inputs,
+            calibration=calibration,
+            calibration_samples=calibration_samples,
+            evaluate=evaluate,
+            methods=chosen.methods if methods is None else methods,
+            only=only,
+            ignore=ignore,
         )
+        problem = opened.problem
         problem.seed, problem.deadline, problem.progress = seed, deadline, progress
         problem.round_to, problem.rounding = round_to, rounding
-        if calibration is not None:
-            _calibrate(problem, view, calibration, calibration_samples)
-        plan = chosen.search(problem)
-        plan = verify(plan, view, seen, example_inputs)
+        clock: ModelClock | None = None
+        if bounds_latency(allowed) or "latency" in chosen.tags.needs:
+            assert opened.seen is not None
+            clock = ModelClock(opened.source, example_inputs, profile or ProfileTable())
+            price_time(problem, clock, opened.seen)
+            problem.check_deadline()
+
+        def find(one: Problem) -> RankPlan:
+            limits = one.budget
+            if clock is not None and limits is not None and (limits.latency or limits.latency_ms):
+                return solve(one, chosen, clock.measure, clock.dense_ms)
+            return chosen.search(one)
+
+        if "metric_drop" in (allowed.axes if allowed else ()) and not chosen.tags.metric_drop:
+            plan = within_drop(chosen, problem, find)
+        else:
+            plan = find(problem)
+        return opened.finish(plan, seconds=time.perf_counter() - started)
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A described model: what `search` and `study` both start from.
+
+    Args:
+        problem: For strategies.
+        source: The user's model, unwrapped.
+        view: The unpacked clone the problem refers to.
+        seen: What a run on the example inputs showed.
+        inputs: The example inputs.
+    """
+
+    problem: Problem
+    source: nn.Module
+    view: nn.Module
+    seen: Probe | None
+    inputs: Any
+
+    def finish(self, plan: RankPlan, *, seconds: float) -> RankPlan:
+        """Hold a strategy's plan to its budget on the built model; add model and machine.
+
+        Raises:
+            RankoptError: The plan breaks its budget.
+            ModelError: The compressed model fails.
+        """
+        skeleton = surgery.clone(self.view, share=self.view.parameters())
         return replace(
-            plan,
-            model={
-                "class": type(source).__name__,
-                "structure": measure.structure_digest(source),
-                "weights": measure.weights_digest(source),
-            },
-            environment=environment(source),
-            seconds=round(time.perf_counter() - started, 3),
+            verify(plan, skeleton, self.seen, self.inputs),
+            model=self.problem.model,
+            environment=environment(self.source, self.inputs),
+            seconds=round(seconds, 3),
         )
+
+
+def open_problem(
+    model: nn.Module,
+    budget: Budget | None,
+    *,
+    example_inputs: Any = None,
+    calibration: Any = None,
+    calibration_samples: int | None = MAX_SAMPLES,
+    evaluate: Any = None,
+    batches: Sequence[Any] | None = None,
+    methods: Sequence[str | Decomposition],
+    only: Patterns = (),
+    ignore: Patterns = (),
+    progress: bool | None = None,
+) -> Opened:
+    """Describe a model for strategies; arguments and errors as of `search`."""
+    source = surgery.unwrap(model)
+    runs = example_inputs is not None or calibration is not None
+    view, layers, seen = describe(source, example_inputs, runs=runs)
+    layers = _select(layers, only, ignore)
+    problem = _problem(view, layers, seen, budget, methods)
+    problem.progress = progress
+    problem.model = {
+        "class": type(source).__name__,
+        "structure": measure.structure_digest(source),
+        "weights": measure.weights_digest(source),
+    }
+    held = None
+    if calibration is not None:
+        held = hold(view, calibration, max_samples=calibration_samples)
+        _calibrate(problem, view, held)
+    if evaluate is not None:
+        trial = TrialModel(problem, view, evaluate, batches=batches, held=held)
+        problem.evaluate = trial.values
+    return Opened(problem, source, view, seen, example_inputs)
 
 
 def _check_request(
     budget: Budget | None, strategy: Strategy, inputs: Any, calibration: Any, evaluate: Any
 ) -> Budget | None:
-    for axis in () if budget is None else budget.axes:
-        if axis in _NOT_YET:
-            raise NotYetSupported(
-                f"a budget on {axis} is not supported yet: {_NOT_YET[axis]}; "
-                "bound params, macs or memory for now"
-            )
+    bounded = () if budget is None else (*budget.axes, *filter(None, [budget.minimize]))
     if budget is None and not strategy.tags.unbudgeted:
         raise BudgetError(
             f"strategy {strategy.name!r} needs a budget: it has no natural amount of compression"
         )
-    if budget is not None and "macs" in budget.axes and inputs is None:
-        raise BudgetError(
-            "a budget on macs needs example_inputs: MACs depend on the input's size; pass a "
-            "tensor, a tuple or a dict to call the model with, or bound params instead"
+    for axis, what in (
+        ("macs", "MACs depend"),
+        ("latency", "time depends"),
+        ("latency_ms", "time depends"),
+    ):
+        if axis in bounded and inputs is None:
+            raise BudgetError(
+                f"a budget on {axis} needs example_inputs: {what} on the input's size; pass a "
+                "tensor, a tuple or a dict to call the model with, or bound params instead"
+            )
+    if "latency" in strategy.tags.needs and inputs is None:
+        raise ModelError(
+            f"strategy {strategy.name!r} needs example_inputs= to time the layers with: a tensor, "
+            "a tuple or a dict to call the model with"
         )
     for name, value in (("calibration", calibration), ("evaluate", evaluate)):
         if name in strategy.tags.needs and value is None:
             raise ModelError(f"strategy {strategy.name!r} needs {name}=")
-    if evaluate is not None and "evaluate" not in strategy.tags.needs:
+    drops = budget is not None and budget.metric_drop is not None
+    if drops and evaluate is None:
+        raise BudgetError(
+            "a budget on metric_drop needs evaluate=: a function of a model that gives the metric"
+        )
+    if evaluate is not None and not drops and "evaluate" not in strategy.tags.needs:
         raise NotYetSupported(
-            f"strategy {strategy.name!r} does not use evaluate=; leave it out "
-            "(strategies that measure the task are not built yet)"
+            f"strategy {strategy.name!r} uses evaluate= only with a budget on metric_drop, such as "
+            "'metric_drop<=0.01, minimize=macs'; leave it out"
         )
     return budget
 
 
-def _calibrate(problem: Problem, view: nn.Module, data: Any, samples: int | None) -> None:
+def _calibrate(problem: Problem, view: nn.Module, held: Sequence[Any]) -> None:
     """Collect what the strategy and the factors need from calibration inputs."""
-    held = hold(view, data, max_samples=samples)
     problem.moments = collect_for(
         view, [site.layers for site in problem.sites], held, progress=problem.progress
     )
@@ -183,7 +294,15 @@ def _calibrate(problem: Problem, view: nn.Module, data: Any, samples: int | None
     with measure.evaluation(view):
         outputs = [main_output(run(view, inputs)) for inputs in probes]
 
+    known: dict[str, float] = {}  # a corrected latency budget asks again
+
     def moved(options: Mapping[int, Option]) -> float:
+        key = repr([(i, o.method, dict(o.args)) for i, o in sorted(options.items())])
+        if key not in known:
+            known[key] = compute(options)
+        return known[key]
+
+    def compute(options: Mapping[int, Option]) -> float:
         problem.check_deadline()
         decisions = [
             decide(problem.sites[index], option)
@@ -197,7 +316,7 @@ def _calibrate(problem: Problem, view: nn.Module, data: Any, samples: int | None
     problem.divergence = moved
 
 
-def _describe(
+def describe(
     source: nn.Module, example_inputs: Any, *, runs: bool
 ) -> tuple[nn.Module, list[Layer], Probe | None]:
     """An unpacked clone, its layers, and what a run on the inputs showed."""
@@ -302,7 +421,10 @@ def _sites(
 def verify(plan: RankPlan, view: nn.Module, seen: Probe | None, inputs: Any) -> RankPlan:
     """Build the result's skeleton inside `view`, run it, and hold it to the budget."""
     built = fill_skeleton(view, plan)
-    measured = {"params": measure.count_params(built), "memory": measure.count_memory(built)}
+    measured: dict[str, float] = {
+        "params": measure.count_params(built),
+        "memory": measure.count_memory(built),
+    }
     if seen is not None:
         inputs = measure.to_device(inputs, surgery.device_of(view))
         with measure.evaluation(built):
@@ -311,6 +433,9 @@ def verify(plan: RankPlan, view: nn.Module, seen: Probe | None, inputs: Any) -> 
         if seen.trains:
             built.train()
             _run(built, inputs, "in train mode with gradients")
+    timed = plan.totals.get(LATENCY, {}).get("measured")
+    if timed is not None:
+        measured[LATENCY] = timed
     before = {axis: float(entry["before"] or 0) for axis, entry in plan.totals.items()}
     if plan.budget is not None and not plan.budget.fits(measured, before):
         raise RankoptError(
@@ -335,7 +460,7 @@ def _run(model: nn.Module, inputs: Any, how: str) -> None:
         ) from error
 
 
-def environment(model: nn.Module) -> dict[str, Any]:
+def environment(model: nn.Module, inputs: Any = None) -> dict[str, Any]:
     """Versions, hardware and numeric settings that figures depend on."""
     device = surgery.device_of(model)
     facts: dict[str, Any] = {
@@ -346,6 +471,8 @@ def environment(model: nn.Module) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "dtype": str(next((p.dtype for p in model.parameters()), None)).removeprefix("torch."),
     }
+    for first in list(tensors_in(inputs))[:1]:
+        facts |= {"input": list(first.shape), "memory_format": Call.of(first).memory_format}
     if device.type == "cuda":
         facts["gpu"] = torch.cuda.get_device_name(device)
         facts["tf32"] = torch.backends.cuda.matmul.allow_tf32

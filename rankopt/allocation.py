@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from rankopt.decompositions.base import Decomposition
 from rankopt.errors import CalibrationError, RankoptWarning
-from rankopt.strategy import Frontier, Option, Problem, Site
+from rankopt.strategy import LATENCY, Frontier, Option, Problem, Site
 
 __all__ = ["Allocation", "allocate", "choose", "damage", "menu", "sensitivities"]
 
@@ -96,7 +96,9 @@ def choose(
         The options and how good they are; None if no choice is within the ratios.
     """
     axes = list(ratios)
-    limits = np.array([np.floor(ratios[axis] * problem.totals[axis]) for axis in axes])
+    whole = {axis: ratios[axis] * problem.totals[axis] for axis in axes}
+    # Counts are whole numbers, times are not.
+    limits = np.array([x if axis == LATENCY else math.floor(x) for axis, x in whole.items()])
     fixed = np.array(
         [problem.totals[a] - sum(site.cost[a] for site in problem.sites) for a in axes]
     )

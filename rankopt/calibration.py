@@ -31,6 +31,7 @@ __all__ = [
     "has_norms",
     "hold",
     "main_output",
+    "norm_statistics",
     "patches",
     "recalibrate",
     "shortened",
@@ -382,6 +383,7 @@ def recalibrate(
     data: Any,
     *,
     teacher: nn.Module | None = None,
+    statistics: Mapping[str, tuple[Tensor, Tensor]] | None = None,
     max_samples: int | None = MAX_SAMPLES,
 ) -> int:
     """Refresh the running statistics of BatchNorm layers from inputs alone, in place.
@@ -396,6 +398,7 @@ def recalibrate(
         model: Its BatchNorm layers are changed; dropout stays off.
         data: See `batches`.
         teacher: The dense model, with BatchNorm layers of the same names.
+        statistics: The teacher's `norm_statistics` on these inputs, if known already.
         max_samples: Where to stop.
 
     Returns:
@@ -414,11 +417,13 @@ def recalibrate(
         return 0
     found = _norm_statistics(model, norms, data, max_samples, batch_statistics=teacher is None)
     reference = {} if teacher is None else _norms_of(teacher)
-    targets = (
-        _norm_statistics(teacher, reference, data, max_samples, batch_statistics=False)
-        if teacher is not None
-        else {}
-    )
+    targets: Mapping[str, tuple[Tensor, Tensor]] = {}
+    if teacher is not None:
+        targets = (
+            statistics
+            if statistics is not None
+            else norm_statistics(teacher, data, max_samples=max_samples)
+        )
     changed = 0
     for name, (mean, variance) in found.items():
         norm = norms[name]
@@ -442,6 +447,13 @@ def recalibrate(
 def has_norms(model: nn.Module) -> bool:
     """Whether there is a BatchNorm layer with running statistics."""
     return bool(_norms_of(model))
+
+
+def norm_statistics(
+    model: nn.Module, data: Any, *, max_samples: int | None = None
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Exact (mean, variance) of what each BatchNorm layer of a dense model takes in."""
+    return _norm_statistics(model, _norms_of(model), data, max_samples, batch_statistics=False)
 
 
 def _norms_of(model: nn.Module) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from dataclasses import is_dataclass
 from typing import Any, Final
 
 from rankopt import __version__
+from rankopt._cli_study import add_study
 from rankopt.errors import BudgetInfeasible, RankoptError
 
 __all__ = ["main"]
@@ -72,6 +73,7 @@ def _parser() -> argparse.ArgumentParser:
     model.add_argument(
         "--input", metavar="SHAPE", help="example input, 1,3,224,224[:dtype]; torchvision has one"
     )
+    model.add_argument("--channels-last", action="store_true", help="memory format of both")
     model.add_argument("--seed", type=int, default=0)
 
     search = commands.add_parser("search", parents=[model], help="choose ranks, write a plan")
@@ -97,10 +99,45 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument("artefact", metavar="ARTEFACT", help="from `rankopt apply`, or a plan")
     compare.add_argument("--evaluate", metavar="FILE.py:CALLABLE", help="metric of a model")
     compare.add_argument("--rounds", type=int, default=30, help="timing rounds")
+    compare.add_argument("--training", action="store_true", help="time forward and backward")
     compare.set_defaults(run=_compare)
+
+    profile = commands.add_parser("profile", parents=[model], help="time a layer against rank")
+    profile.add_argument("--layer", required=True, metavar="NAME", help="full module name")
+    profile.add_argument("--method", help="decomposition; the first that applies if left out")
+    profile.add_argument("--ranks", metavar="R,R,...|FIRST:LAST[:STEP]", help="which to time")
+    profile.add_argument("--rounds", type=int, default=None, help="interleaved rounds")
+    profile.add_argument("--training", action="store_true", help="forward and backward")
+    profile.add_argument("--plot", metavar="FILE.html", help="draw time against rank (plotly)")
+    profile.set_defaults(run=_profile)
+    compress = commands.add_parser(
+        "compress", parents=[model], help="search, apply, recover, fine-tune, verify, save"
+    )
+    compress.add_argument("--budget", help="such as 'macs<=50%%'")
+    compress.add_argument("--strategy", default=None, help="see `rankopt strategies`")
+    compress.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of the strategy"
+    )
+    compress.add_argument(
+        "--train", metavar="FILE.py:CALLABLE", help="makes the labelled batches or DataLoader"
+    )
+    compress.add_argument(
+        "--calibration", metavar="FILE.py:CALLABLE", help="makes unlabelled inputs; else --train's"
+    )
+    compress.add_argument("--evaluate", metavar="FILE.py:CALLABLE", help="metric of a model")
+    compress.add_argument("--recover", type=float, metavar="SECONDS", help="0 leaves it out")
+    compress.add_argument("--epochs", type=int, metavar="N", help="of fine-tuning; 0 for none")
+    compress.add_argument("--learning-rate", type=float, metavar="RATE")
+    compress.add_argument("--freezing", help="none, fixed or sequential (default)")
+    compress.add_argument("--rounds", type=int, default=1, metavar="N", help="steps to the budget")
+    compress.add_argument("--folder", metavar="FOLDER", help="work folder, to go on from")
+    compress.add_argument("-o", "--output", metavar="OUT.safetensors", required=True)
+    compress.set_defaults(run=_compress)
 
     strategies = commands.add_parser("strategies", parents=[common], help="what is installed")
     strategies.set_defaults(run=_strategies)
+
+    add_study(commands, common, model)
 
     demo = commands.add_parser("demo", parents=[common], help="compress a network on real digits")
     demo.add_argument("--output", metavar="FOLDER", help="keep plan and weights there")
@@ -178,10 +215,91 @@ def _compare(arguments: argparse.Namespace) -> int:
         example_inputs=inputs,
         evaluate=evaluate,
         rounds=arguments.rounds,
+        mode="training" if arguments.training else "inference",
         seed=arguments.seed,
     )
     print(json.dumps(result.to_dict()) if arguments.json else result)
     return 0
+
+
+def _profile(arguments: argparse.Namespace) -> int:
+    import rankopt
+    from rankopt.profile_table import ROUNDS
+
+    model, inputs = _model(arguments)
+    if inputs is None:
+        raise RankoptError("profile needs --input SHAPE, such as 1,3,224,224, to run the model")
+    found = rankopt.profile(
+        model,
+        arguments.layer,
+        example_inputs=inputs,
+        method=arguments.method,
+        ranks=_ranks(arguments.ranks),
+        table=rankopt.ProfileTable(
+            mode="training" if arguments.training else "inference",
+            rounds=ROUNDS if arguments.rounds is None else arguments.rounds,
+        ),
+    )
+    if arguments.plot:
+        found.plot(arguments.plot)
+    print(json.dumps(found.to_dict()) if arguments.json else found)
+    if arguments.plot and not arguments.json:
+        print(f"plot written to {arguments.plot}")
+    return 0
+
+
+def _ranks(text: str | None) -> list[int] | None:
+    """``8,16,32`` or ``1:512`` or ``8:512:8``, the last rank included."""
+    if text is None:
+        return None
+    try:
+        if ":" not in text:
+            return [int(part) for part in text.split(",")]
+        first, last, *step = (int(part) for part in text.split(":"))
+        return list(range(first, last + 1, *step))
+    except (ValueError, TypeError) as error:
+        raise RankoptError(f"--ranks {text!r}: expected 8,16,32 or 8:512:8") from error
+
+
+def _compress(arguments: argparse.Namespace) -> int:
+    import rankopt
+    from rankopt._search import DEFAULT_STRATEGY
+    from rankopt._specs import load_callable
+    from rankopt.registry import strategies
+
+    name = arguments.strategy or DEFAULT_STRATEGY
+    search = {"strategy": strategies.create(name, **_settings(arguments.set))}
+    tuning = {
+        key: getattr(arguments, key)
+        for key in ("epochs", "learning_rate", "freezing")
+        if getattr(arguments, key) is not None
+    }
+    made = {
+        key: load_callable(getattr(arguments, key))() if getattr(arguments, key) else None
+        for key in ("train", "calibration")
+    }
+    model, inputs = _model(arguments)
+    done = rankopt.compress(
+        model,
+        arguments.budget,
+        example_inputs=inputs,
+        train=made["train"],
+        calibration=made["calibration"],
+        evaluate=load_callable(arguments.evaluate) if arguments.evaluate else None,
+        rounds=arguments.rounds,
+        search=search,
+        recover=None if arguments.recover is None else _seconds(arguments.recover),
+        finetune=False if arguments.epochs == 0 else tuning or None,
+        output=arguments.output,
+        folder=arguments.folder,
+        seed=arguments.seed,
+    )
+    print(json.dumps(done.to_dict()) if arguments.json else f"{done}\n{done.path} written")
+    return 0
+
+
+def _seconds(seconds: float) -> Any:
+    return {"seconds": seconds} if seconds else False
 
 
 def _strategies(arguments: argparse.Namespace) -> int:
@@ -229,6 +347,12 @@ def _model(arguments: argparse.Namespace) -> tuple[Any, Any]:
 
     model = load_model(arguments.model, arguments.weights, seed=arguments.seed)
     inputs = parse_input(arguments.input) if arguments.input else default_input(arguments.model)
+    if arguments.channels_last:
+        import torch
+
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        if inputs is not None and inputs.dim() == 4:
+            inputs = inputs.contiguous(memory_format=torch.channels_last)
     return model, inputs
 
 
@@ -246,13 +370,9 @@ def _settings(pairs: Sequence[str]) -> dict[str, Any]:
 
 
 def _print(*renderables: Any) -> None:
-    from rich.console import Console
+    from rankopt.report.tables import show
 
-    console = Console()
-    if not console.is_terminal:
-        console.width = 120
-    for renderable in renderables:
-        console.print(renderable)
+    show(*renderables)
 
 
 if __name__ == "__main__":

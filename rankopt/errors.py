@@ -14,6 +14,8 @@ __all__ = [
     "CalibrationError",
     "CheckpointError",
     "DeadlineExceeded",
+    "EvaluationError",
+    "ExportError",
     "LayerError",
     "MissingDependency",
     "ModelError",
@@ -22,6 +24,8 @@ __all__ = [
     "RankoptError",
     "RankoptWarning",
     "RegistryError",
+    "StudyError",
+    "TrainingError",
 ]
 
 
@@ -77,8 +81,24 @@ class NotYetSupported(RankoptError, NotImplementedError):
     """A documented feature whose machinery this version does not contain."""
 
 
+class ExportError(RankoptError, RuntimeError):
+    """A model another format cannot hold, or a file that computes something else."""
+
+
+class TrainingError(RankoptError, RuntimeError):
+    """Training that cannot go on: a batch it cannot use, or a loss that is not finite."""
+
+
 class MissingDependency(RankoptError, ImportError):
     """An optional package is needed; the message says what to install."""
+
+
+class EvaluationError(RankoptError, RuntimeError):
+    """The user's ``evaluate`` raised, gave no finite number, or changed the model."""
+
+
+class StudyError(RankoptError, RuntimeError):
+    """A study that cannot be opened, does not fit the request, or has no answer yet."""
 
 
 class DeadlineExceeded(RankoptError, TimeoutError):

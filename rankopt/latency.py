@@ -6,17 +6,38 @@ paired ratio to the baseline, and the median ratio comes with a bootstrap interv
 
 from __future__ import annotations
 
+import math
 import random
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, Literal, TypeAlias, get_args
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor, nn
 
-__all__ = ["Interval", "Timings", "time_interleaved"]
+from rankopt import measure
+from rankopt.calibration import tensors_in
+
+__all__ = [
+    "MODES",
+    "Clock",
+    "Interval",
+    "Measured",
+    "Mode",
+    "Timings",
+    "process_ms",
+    "runner",
+    "time_interleaved",
+]
+
+Array = npt.NDArray[np.float64]
+# Runs a function and returns the milliseconds it took.
+Clock: TypeAlias = Callable[[Callable[[], Any]], float]
+Mode = Literal["inference", "training"]
+MODES: Final[tuple[str, ...]] = get_args(Mode)
 
 CONFIDENCE: Final = 0.95
 BOOTSTRAP_SAMPLES: Final = 2000
@@ -25,6 +46,7 @@ STABLE_SPREAD: Final = 0.10
 MAX_WARMUP_CALLS: Final = 20
 # An interval wider than this share of its median decides nothing.
 NOISY_WIDTH: Final = 0.10
+MAX_REPEATS: Final = 100
 
 
 @dataclass(frozen=True)
@@ -43,6 +65,15 @@ class Interval:
     def __str__(self) -> str:
         return f"{self.median:.3g} [{self.low:.3g}, {self.high:.3g}]"
 
+    @classmethod
+    def of(cls, values: Array, seed: int = 0) -> Interval:
+        """The median of `values` and its bootstrap interval."""
+        generator = np.random.default_rng(seed)
+        draws = generator.choice(values, size=(BOOTSTRAP_SAMPLES, len(values)))
+        tail = 100 * (1 - CONFIDENCE) / 2
+        low, high = np.percentile(np.median(draws, axis=1), [tail, 100 - tail])
+        return cls(float(np.median(values)), float(low), float(high))
+
 
 @dataclass(frozen=True)
 class Timings:
@@ -51,18 +82,42 @@ class Timings:
     Args:
         latency_ms: Candidate to one time per round, rounds aligned.
         seed: For the bootstrap.
+        calls: How often candidates ran in all, warm-up and repeats included.
     """
 
-    latency_ms: Mapping[str, npt.NDArray[np.float64]]
+    latency_ms: Mapping[str, Array]
     seed: int = 0
+    calls: int = 0
 
     def interval(self, name: str) -> Interval:
         """Median milliseconds of one candidate."""
-        return _bootstrap(self.latency_ms[name], self.seed)
+        return Interval.of(self.latency_ms[name], self.seed)
 
     def ratio(self, name: str, baseline: str) -> Interval:
         """Median of the paired ratios time(name) / time(baseline); below 1 is faster."""
-        return _bootstrap(self.latency_ms[name] / self.latency_ms[baseline], self.seed)
+        return Interval.of(self.latency_ms[name] / self.latency_ms[baseline], self.seed)
+
+    def __add__(self, other: Timings) -> Timings:
+        joined = {
+            name: np.concatenate([times, other.latency_ms[name]])
+            for name, times in self.latency_ms.items()
+        }
+        return Timings(joined, self.seed, self.calls + other.calls)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The measured time of a whole model.
+
+    Args:
+        ratio: Paired ratio to the dense model's time; below 1 is faster.
+        latency_ms: Milliseconds.
+        dense_ms: Milliseconds of the dense model in the same rounds.
+    """
+
+    ratio: Interval
+    latency_ms: Interval
+    dense_ms: Interval
 
 
 def time_interleaved(
@@ -71,6 +126,9 @@ def time_interleaved(
     rounds: int = 30,
     device: torch.device | str = "cpu",
     seed: int = 0,
+    clock: Clock | None = None,
+    min_ms: float = 0.0,
+    max_warmup: int = MAX_WARMUP_CALLS,
 ) -> Timings:
     """Time every candidate once per round, in random order.
 
@@ -79,30 +137,140 @@ def time_interleaved(
         rounds: Number of rounds after the warm-up, at least 3.
         device: Where the work happens; CUDA work is timed with events.
         seed: Orders the rounds.
+        clock: Takes the place of the wall clock or the events.
+        min_ms: A shorter candidate is repeated within one timing until it lasts
+            about this long (at most 100 times), and the mean is taken.
+        max_warmup: Calls after which a candidate counts as warm, steady or not.
 
     Raises:
         ValueError: Fewer than 3 rounds, or nothing to time.
     """
     if rounds < 3 or not candidates:
         raise ValueError(f"rounds={rounds}: expected at least 3, and at least one candidate")
-    clock = _cuda_ms if torch.device(device).type == "cuda" else _wall_ms
-    for function in candidates.values():
-        _warm_up(function, clock)
+    chosen = clock or (_cuda_ms if torch.device(device).type == "cuda" else _wall_ms)
+    calls = 0
+    repeats: dict[str, int] = {}
+    for name, function in candidates.items():
+        warm = _warm_up(function, chosen, max_warmup)
+        wanted = math.ceil(min_ms / max(min(warm), 1e-6))
+        repeats[name] = min(MAX_REPEATS, max(1, wanted))
+        calls += len(warm) + rounds * repeats[name]
     order, shuffle = list(candidates), random.Random(seed)
     times: dict[str, list[float]] = {name: [] for name in candidates}
     for _ in range(rounds):
         shuffle.shuffle(order)
         for name in order:
-            times[name].append(clock(candidates[name]))
-    return Timings({name: np.asarray(values) for name, values in times.items()}, seed)
+            repeated = _repeated(candidates[name], repeats[name])
+            times[name].append(chosen(repeated) / repeats[name])
+    return Timings({name: np.asarray(values) for name, values in times.items()}, seed, calls)
 
 
-def _warm_up(function: Callable[[], Any], clock: Callable[[Callable[[], Any]], float]) -> None:
-    recent: list[float] = []
-    for _ in range(MAX_WARMUP_CALLS):
-        recent = [*recent[-2:], clock(function)]
+def runner(
+    module: nn.Module, inputs: Any, *, mode: Mode = "inference", cuda_graph: bool = False
+) -> Callable[[], Any]:
+    """A function that runs `module` once on `inputs`, to be timed.
+
+    Args:
+        module: In the mode (train or eval) it is to be timed in.
+        inputs: A tensor, a tuple or a mapping.
+        mode: ``inference`` without gradients, or ``training``: forward, and backward
+            to the parameters and to floating-point inputs; no ``grad`` is left behind.
+        cuda_graph: Whether to capture one inference call and replay it (CUDA only).
+
+    Raises:
+        ValueError: An unknown mode, or a graph that cannot be captured.
+    """
+    if mode not in MODES:
+        raise ValueError(f"mode={mode!r}: expected one of {', '.join(MODES)}")
+
+    def infer() -> None:
+        with torch.no_grad():
+            measure.call(module, inputs)
+
+    if mode == "inference":
+        return _graphed(infer) if cuda_graph else infer
+    if cuda_graph:
+        raise ValueError("cuda_graph=True replays inference; it has no mode='training'")
+    wanted: list[Tensor] = [
+        parameter for parameter in module.parameters() if parameter.requires_grad
+    ]
+    leaves = _with_gradients(inputs)
+    wanted += [leaf for leaf in tensors_in(leaves) if leaf.requires_grad]
+
+    def step() -> None:
+        with torch.enable_grad():
+            outputs = [x for x in tensors_in(measure.call(module, leaves)) if x.requires_grad]
+            ones = [torch.ones_like(output) for output in outputs]
+            torch.autograd.grad(outputs, wanted, ones, allow_unused=True)
+
+    return step
+
+
+def _graphed(function: Callable[[], None]) -> Callable[[], Any]:
+    if not torch.cuda.is_available():
+        raise ValueError("cuda_graph=True needs a CUDA device")
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # lazy initialisation must not be captured
+        for _ in range(3):
+            function()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        function()
+    return graph.replay
+
+
+def _with_gradients(inputs: Any) -> Any:
+    """`inputs` with floating-point tensors replaced by leaves that want gradients."""
+    if isinstance(inputs, Tensor):
+        return inputs.detach().requires_grad_(True) if inputs.is_floating_point() else inputs
+    if isinstance(inputs, Mapping):
+        return {key: _with_gradients(value) for key, value in inputs.items()}
+    if isinstance(inputs, (tuple, list)):
+        return [_with_gradients(value) for value in inputs]
+    return inputs
+
+
+def _warm_up(function: Callable[[], Any], clock: Clock, most: int) -> list[float]:
+    """Times of the warm-up calls, which end once three in a row agree."""
+    times: list[float] = []
+    while len(times) < most:
+        times.append(clock(function))
+        recent = times[-3:]
         if len(recent) == 3 and max(recent) - min(recent) <= STABLE_SPREAD * min(recent):
-            return
+            break
+    return times
+
+
+def _repeated(function: Callable[[], Any], times: int) -> Callable[[], Any]:
+    if times == 1:
+        return function
+
+    def repeat() -> None:
+        for _ in range(times):
+            function()
+
+    return repeat
+
+
+def process_ms(function: Callable[[], Any]) -> float:
+    """A clock of this process's CPU time: milliseconds, without those others had the core.
+
+    On a machine shared with other work the wall clock counts the turns of others, which
+    long runs meet and short ones slip past, so that ratios of the two mislead.
+
+    Raises:
+        ValueError: More than one thread, whose CPU times add up to no latency.
+    """
+    if torch.get_num_threads() != 1:
+        raise ValueError(
+            f"CPU time is a latency on one thread only, torch has {torch.get_num_threads()}: "
+            "call torch.set_num_threads(1), or use the wall clock"
+        )
+    started = time.process_time()
+    function()
+    return 1000 * (time.process_time() - started)
 
 
 def _wall_ms(function: Callable[[], Any]) -> float:
@@ -118,11 +286,3 @@ def _cuda_ms(function: Callable[[], Any]) -> float:
     end.record()
     end.synchronize()
     return float(start.elapsed_time(end))
-
-
-def _bootstrap(values: npt.NDArray[np.float64], seed: int) -> Interval:
-    generator = np.random.default_rng(seed)
-    draws = generator.choice(values, size=(BOOTSTRAP_SAMPLES, len(values)))
-    tail = 100 * (1 - CONFIDENCE) / 2
-    low, high = np.percentile(np.median(draws, axis=1), [tail, 100 - tail])
-    return Interval(float(np.median(values)), float(low), float(high))

@@ -20,14 +20,14 @@ from types import FrameType
 from typing import Any, Final, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from rankopt import measure, surgery
 from rankopt.errors import ModelError
 from rankopt.layers import Layer
 from rankopt.unpack import UnpackedAttention, is_registered
 
-__all__ = ["Probe", "probe", "static_reads"]
+__all__ = ["Call", "Probe", "probe", "static_reads"]
 
 # What a chain of factors does not offer under the same name.
 _READS: Final = frozenset(
@@ -52,6 +52,53 @@ _READS: Final = frozenset(
 _SETUP: Final = ("init", "reset", "load", "extra_repr")
 
 
+_FORMATS: Final = {4: torch.channels_last, 5: torch.channels_last_3d}
+
+
+@dataclass(frozen=True)
+class Call:
+    """One input a layer was called with, described without holding it.
+
+    Args:
+        shape: Of the input.
+        dtype: Such as ``float32``.
+        memory_format: ``contiguous`` or ``channels_last``.
+    """
+
+    shape: tuple[int, ...]
+    dtype: str = "float32"
+    memory_format: str = "contiguous"
+
+    @classmethod
+    def of(cls, entering: Tensor) -> Call:
+        """Describe an input."""
+        layout = _FORMATS.get(entering.dim())
+        last = layout is not None and entering.is_contiguous(memory_format=layout)
+        last = last and not entering.is_contiguous()
+        return cls(
+            tuple(entering.shape),
+            str(entering.dtype).removeprefix("torch."),
+            "channels_last" if last else "contiguous",
+        )
+
+    def example(self, device: torch.device) -> Tensor:
+        """A random input of this description."""
+        values = torch.randn(self.shape, device=device).to(getattr(torch, self.dtype))
+        return values.contiguous(memory_format=self._layout)
+
+    def formatted(self, module: nn.Module) -> nn.Module:
+        """`module` with its weights in this memory format, where they have as many axes."""
+        for parameter in module.parameters():
+            if parameter.dim() == len(self.shape):
+                parameter.data = parameter.data.contiguous(memory_format=self._layout)
+        return module
+
+    @property
+    def _layout(self) -> torch.memory_format:
+        last = self.memory_format == "channels_last"
+        return _FORMATS[len(self.shape)] if last else torch.contiguous_format
+
+
 @dataclass
 class Probe:
     """What one run of the model showed.
@@ -60,6 +107,7 @@ class Probe:
         macs: Multiply-accumulates of the whole (unpacked) model.
         positions: Layer name to positions over all calls, see `_positions`;
             see `Layer`.
+        calls: Layer name to the inputs it was called with, in order.
         reads: Layer name to what was read from outside its forward.
         crossed: Packed attention called with different query and key.
         trains: Whether the model also runs in train mode on these inputs.
@@ -67,6 +115,7 @@ class Probe:
 
     macs: int = 0
     positions: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    calls: dict[str, tuple[Call, ...]] = field(default_factory=dict)
     reads: dict[str, str] = field(default_factory=dict)
     crossed: set[str] = field(default_factory=set)
     trains: bool = True
@@ -95,7 +144,7 @@ def probe(view: nn.Module, layers: Iterable[Layer], example_inputs: Any) -> Prob
     """Run an unpacked clone in eval and train mode and watch its layers.
 
     Args:
-        view: A private clone (see `surgery.clone`); its buffers may change.
+        view: A private clone (see `surgery.clone`).
         layers: The layers to watch.
         example_inputs: A tensor, a tuple or a mapping.
 
@@ -117,6 +166,8 @@ def probe(view: nn.Module, layers: Iterable[Layer], example_inputs: Any) -> Prob
             now = _positions(module, entering, output)
             before = result.positions.get(name, (0,) * len(now))
             added = now if counting else (0,) * len(now)
+            if counting:
+                result.calls[name] = (*result.calls.get(name, ()), Call.of(entering))
             result.positions[name] = tuple(a + b for a, b in zip(before, added, strict=True))
 
         return hook
@@ -145,12 +196,16 @@ def probe(view: nn.Module, layers: Iterable[Layer], example_inputs: Any) -> Prob
                         f"{type(error).__name__}: {error}"
                     ) from error
                 counting = False
+                saved = [(buffer, buffer.clone()) for buffer in view.buffers()]
                 view.train()
                 try:
                     with torch.no_grad():
                         measure.call(view, inputs)
                 except Exception:  # a batch of one before BatchNorm, say: not our failure
                     result.trains = False
+                finally:  # later measurements need the running statistics the model has
+                    for buffer, value in saved:
+                        buffer.copy_(value)
     finally:
         for module, cls in classes.items():
             module.__class__ = cls

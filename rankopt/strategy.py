@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from functools import cached_property
 from typing import Any, ClassVar, Final
@@ -25,11 +25,16 @@ from rankopt.budget import Budget
 from rankopt.decompositions.base import Basis, Decomposition, RankAxis
 from rankopt.decompositions.cache import BasisCache, shared
 from rankopt.errors import BudgetInfeasible, DeadlineExceeded
+from rankopt.latency import Measured
 from rankopt.layers import Layer
 from rankopt.moments import Moments
 from rankopt.plan import KEEP, Decision, Factors, RankPlan
+from rankopt.site_times import SiteTimes
 
-__all__ = ["Frontier", "Option", "Problem", "Site", "Strategy", "Tags"]
+__all__ = ["LATENCY", "Frontier", "Option", "Problem", "Site", "Strategy", "Tags"]
+
+# The cost axis of measured time, in milliseconds.
+LATENCY: Final = "latency"
 
 BISECTIONS: Final = 40
 # Rank tuples looked at per site and method: every pair of up to 512 x 512.
@@ -44,12 +49,15 @@ class Tags:
         deterministic: The same seed gives the same decisions.
         monotone: A looser budget never gives a larger total error.
         unbudgeted: ``search(model, None)`` has a natural answer.
+        metric_drop: Solves budgets on ``metric_drop`` itself; for the others `search`
+            bisects.
         needs: Any of ``calibration``, ``evaluate``, ``latency``.
     """
 
     deterministic: bool = True
     monotone: bool = True
     unbudgeted: bool = True
+    metric_drop: bool = False
     needs: frozenset[str] = frozenset()
 
 
@@ -68,7 +76,7 @@ class Option:
 
     method: str
     args: Mapping[str, Any]
-    cost: Mapping[str, int]
+    cost: Mapping[str, float]
     error: float | None
     reason: str = ""
     factors: Factors = field(default_factory=Factors)
@@ -86,12 +94,15 @@ class Site:
     Args:
         layers: The layers; the first one stands for the weight they share.
         methods: The decompositions that apply to all of them.
-        cost: Axis to the dense figure; ``macs`` only if the model was probed.
+        cost: Axis to the dense figure; ``macs`` only if the model was probed, and
+            ``latency`` (milliseconds) only if the budget bounds it.
+        times: Prices the axis ``latency``; None without it.
     """
 
     layers: tuple[Layer, ...]
     methods: tuple[Decomposition, ...]
-    cost: Mapping[str, int]
+    cost: Mapping[str, float]
+    times: SiteTimes | None = field(default=None, repr=False, compare=False)
 
     @property
     def name(self) -> str:
@@ -109,6 +120,9 @@ class Site:
         cost = {"params": params, "memory": params * self.layer.itemsize}
         if "macs" in self.cost:
             cost["macs"] = sum(method.macs(layer, ranks) for layer in self.layers)
+        if LATENCY in self.cost:
+            assert self.times is not None
+            cost[LATENCY] = self.times.price(self, method, ranks)
         return {axis: cost[axis] for axis in self.cost}
 
 
@@ -144,32 +158,50 @@ class Problem:
         deadline: `time.monotonic()` value after which to stop; None for never.
         moments: Layer name to the moments of its inputs; empty without calibration.
         calibration: Digest of the calibration inputs, for the plan.
+        times: Measures layers, dense and decomposed; None without example inputs or
+            where neither budget nor strategy asks for time.
+        measure: Times the whole model, sites taking options (one each), against the
+            dense model; None where `times` is.
         divergence: How far the outputs on calibration inputs move when some sites
             take options (by index) and the others stay dense; None without calibration.
         round_to: Ranks are multiples of this, or an axis's maximum; 1 for any rank.
         rounding: Which multiple a strategy's rank becomes: ``down``, ``nearest``, ``up``.
         cache: Where bases are held.
         progress: Whether to show progress bars; None decides by the terminal.
+        evaluate: Yields the user's metric of the model with some decisions carried out,
+            as (value, weight) per batch, after BatchNorm recalibration and under saved
+            generators and modes; None where the user gave none.
+        model: Class and digests of the model, as in `RankPlan.model`.
     """
 
     layers: tuple[Layer, ...]
     sites: tuple[Site, ...]
     budget: Budget | None
-    totals: Mapping[str, int]
+    totals: Mapping[str, float]
     weight: Callable[[Layer], Tensor]
     seed: int = 0
     deadline: float | None = None
     moments: Mapping[str, Moments] = field(default_factory=dict)
     calibration: str | None = None
+    times: SiteTimes | None = None
+    measure: Callable[[Sequence[Option]], Measured] | None = None
     divergence: Callable[[Mapping[int, Option]], float] | None = None
     round_to: int = 1
     rounding: str = "down"
     cache: BasisCache = field(default_factory=lambda: shared)
     progress: bool | None = None
+    evaluate: Callable[[Iterable[Decision]], Iterator[tuple[float, float]]] | None = None
+    model: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._bases: dict[tuple[str, str, bool], Basis] = {}
         self._frontiers: dict[tuple[str, str], Frontier] = {}
+
+    def with_budget(self, budget: Budget | None) -> Problem:
+        """The same problem under another budget; what is factorised already is shared."""
+        other = replace(self, budget=budget)
+        other._bases = self._bases
+        return other
 
     # What an option costs and loses
 
@@ -232,7 +264,7 @@ class Problem:
 
     def _build_frontier(self, site: Site, method: Decomposition) -> Frontier:
         axes = method.rank_axes(site.layer)
-        choices = _thinned([self._ranks(axis) for axis in axes])
+        choices = self._timed_ranks(site, method) or _thinned([self._ranks(axis) for axis in axes])
         grids = np.meshgrid(*choices, indexing="ij", sparse=True)
         load = np.broadcast_arrays(self.load(site.price(method, grids)), *grids)[0].ravel()
         error = np.broadcast_to(
@@ -247,20 +279,27 @@ class Problem:
         ranks = np.stack([axis[i] for axis, i in zip(choices, places, strict=True)], axis=1)
         return Frontier(ranks, load[chosen], error[chosen])
 
-    def _step(self, axis: RankAxis) -> int:
+    @staticmethod
+    def _timed_ranks(site: Site, method: Decomposition) -> list[npt.NDArray[np.int64]]:
+        """The ranks of each axis that have a measured time, under a budget on latency."""
+        if site.times is None or LATENCY not in site.cost:
+            return []
+        return list(site.times.grid(site, method).values)
+
+    def step(self, axis: RankAxis) -> int:
         """What ranks along an axis are multiples of."""
         both = math.lcm(self.round_to, axis.step)
         return both if both <= axis.maximum else axis.step
 
     def _ranks(self, axis: RankAxis) -> npt.NDArray[np.int64]:
         """The ranks that the axis and `round_to` allow."""
-        step = self._step(axis)
+        step = self.step(axis)
         allowed = np.arange(step, axis.maximum + 1, step)
         return np.unique(np.append(allowed, axis.maximum)).astype(np.int64)
 
     def rounded(self, rank: int, axis: RankAxis) -> int:
         """`rank` as the feasible one that `round_to` and `rounding` ask for."""
-        step, maximum = self._step(axis), axis.maximum
+        step, maximum = self.step(axis), axis.maximum
         if rank % step == 0 or rank == maximum:
             return rank
         below = rank // step * step
@@ -290,6 +329,8 @@ class Problem:
             for rank, axis in zip(wanted, axes, strict=False)
         )
         method.check_ranks(site.layer, chosen if len(chosen) == len(wanted) else wanted)
+        if site.times is not None and LATENCY in site.cost:  # only what was timed has a price
+            chosen = site.times.grid(site, method).snap(chosen)
         cost = site.price(method, chosen)
         if self.load(cost) >= self.load(site.cost):
             named = " x ".join(map(str, chosen))
@@ -304,7 +345,7 @@ class Problem:
             factors = Factors(method.factors_kind(self.moments[site.name]), self.calibration)
         return Option(method.name, args, cost, error, reason, factors)
 
-    def _settled(self, options: Sequence[Option]) -> list[Option]:
+    def settled(self, options: Sequence[Option]) -> list[Option]:
         """The options with fitted errors in place of estimates."""
         settled = list(options)
         methods = {
@@ -330,7 +371,7 @@ class Problem:
 
     # Whole choices
 
-    def figures(self, options: Sequence[Option]) -> dict[str, int]:
+    def figures(self, options: Sequence[Option]) -> dict[str, float]:
         """Whole-model figures when each site takes its option."""
         saved = {
             axis: sum(
@@ -401,29 +442,37 @@ class Problem:
         """The plan with a strategy's own findings under ``extensions``."""
         return replace(plan, extensions={**plan.extensions, **facts})
 
-    def plan(self, strategy: Strategy, options: Sequence[Option]) -> RankPlan:
-        """Write the options down; `search` adds what it knows of model and machine."""
+    def decisions(self, options: Sequence[Option]) -> tuple[Decision, ...]:
+        """The decisions that write options down, the layers that cannot be treated included."""
         if len(options) != len(self.sites):
             raise ValueError(f"{len(options)} options for {len(self.sites)} sites: give one each")
-        options = self._settled(options)
+        options = self.settled(options)
         decided = {
             site.name: decide(site, option)
             for site, option in zip(self.sites, options, strict=True)
         }
         covered = {layer.name for site in self.sites for layer in site.layers}
-        decisions = [
+        return tuple(
             decided[layer.name] if layer.name in decided else _kept(layer)
             for layer in self.layers
             if layer.name in decided or layer.name not in covered
-        ]
+        )
+
+    def plan(self, strategy: Strategy, options: Sequence[Option]) -> RankPlan:
+        """Write the options down; `search` adds what it knows of model and machine."""
+        decisions = self.decisions(options)
         figures = self.figures(options)
         return RankPlan(
             model={},
-            decisions=tuple(decisions),
+            decisions=decisions,
             budget=self.budget,
             strategy=strategy.describe(self.seed),
             totals={
-                axis: {"before": total, "predicted": figures[axis], "measured": None}
+                axis: {
+                    "before": _figure(axis, total),
+                    "predicted": _figure(axis, figures[axis]),
+                    "measured": None,
+                }
                 for axis, total in self.totals.items()
             },
         )
@@ -446,10 +495,18 @@ def decide(site: Site, option: Option) -> Decision:
         method=option.method,
         args=dict(option.args),
         reason=f"keep: {option.reason}" if option.keeps else option.reason,
-        cost={axis: (int(before), int(option.cost[axis])) for axis, before in site.cost.items()},
+        cost={
+            axis: (_figure(axis, before), _figure(axis, option.cost[axis]))
+            for axis, before in site.cost.items()
+        },
         error=option.error,
         factors=option.factors,
     )
+
+
+def _figure(axis: str, value: float) -> float:
+    """Counts are integers; milliseconds are written to a tenth of a microsecond."""
+    return round(float(value), 4) if axis == LATENCY else int(value)
 
 
 def _kept(layer: Layer) -> Decision:

@@ -28,15 +28,19 @@ from torch import Tensor, nn
 
 import rankopt
 from rankopt import measure
+from rankopt._modelled_clock import ModelledClock, Operations
 from rankopt.decompositions.base import Decomposition, chain
 from rankopt.errors import BudgetInfeasible, DeadlineExceeded, RankoptError
 from rankopt.layers import Layer, canonical_weight, find_layers
 from rankopt.plan import Decision, RankPlan
+from rankopt.profile_table import ProfileTable
 from rankopt.registry import strategies
 from rankopt.strategy import Strategy, Tags
 
 __all__ = [
     "Check",
+    "ModelledClock",
+    "Operations",
     "check_decomposition",
     "check_strategy",
     "decomposition_checks",
@@ -163,6 +167,10 @@ class _StrategySuite:
 
     def __init__(self, strategy: Strategy, arguments: dict[str, Any]) -> None:
         self.strategy, self.arguments = strategy, arguments
+        self.timed = "latency" in strategy.tags.needs
+        if self.timed:  # decisions are compared, so times must not vary
+            table = ProfileTable(clock=ModelledClock(), rounds=3)
+            self.arguments = {"profile": table, **arguments}
 
     def plan(self, budget: str | None, model: nn.Module | None = None, **more: Any) -> RankPlan:
         return rankopt.search(
@@ -207,7 +215,8 @@ class _StrategySuite:
         model.get_submodule("norm").eval()
         model.get_submodule("head").weight.requires_grad_(False)
         before = _snapshot(model)
-        for inputs in (planted_inputs(), None):  # without a run the weights are shared
+        # Without a run the weights are shared.
+        for inputs in (planted_inputs(), *(() if self.timed else (None,))):
             self.plan(self.BUDGETS[0], model, example_inputs=inputs)
             assert _snapshot(model) == before, "weights, buffers, modes, hooks or flags changed"
 

@@ -18,3 +18,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # one core for each worker
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANKOPT_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))

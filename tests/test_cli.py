@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import rankopt
 from rankopt.cli import main
 
 MODELS = """
@@ -26,6 +27,10 @@ def number():
 
 def accuracy(model):
     return 12.5
+
+def train():
+    torch.manual_seed(0)
+    return [(torch.randn(32, 8, 8, 8), torch.randint(10, (32,))) for _ in range(3)]
 """
 
 
@@ -60,6 +65,23 @@ def test_search_apply_compare(spec, tmp_path, capsys):
     assert found["macs"]["after"] <= 0.5 * found["macs"]["before"]
     assert run("compare", spec, plan, "--json") == 0
     assert json.loads(capsys.readouterr().out)["macs"] is None
+
+
+def test_compress(spec, tmp_path, capsys):
+    out = tmp_path / "out.safetensors"
+    there = spec.replace(":build", "")
+    arguments = (
+        "compress", spec, "--budget", "params<=60%", "--train", f"{there}:train", "--evaluate",
+        f"{there}:accuracy", "--recover", 0.2, "--epochs", 2, "--freezing", "fixed", "-o", out,
+    )  # fmt: skip
+    assert run(*arguments) == 0
+    text = capsys.readouterr().out
+    assert "finetune" in text
+    assert f"{out} written" in text
+    assert run(*arguments, "--json", "--epochs", 0, "--recover", 0) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [stage["name"] for stage in found["stages"]] == ["search", "apply", "verify"]
+    assert run("compare", spec, out) == 0
 
 
 def test_torchvision_needs_nothing_else(tmp_path, capsys):
@@ -203,12 +225,7 @@ def test_demo(tmp_path, capsys):
     assert run("demo", "--json", "--output", tmp_path) == 0
     result = json.loads(capsys.readouterr().out)
     assert result["dense_accuracy"] > 95
-    assert {row["strategy"] for row in result["rows"]} == {
-        "energy",
-        "knapsack",
-        "parameter_ratio",
-        "vbmf",
-    }
+    assert {row["strategy"] for row in result["rows"]} == set(rankopt.strategies.names())
     assert all(row["macs_ratio"] <= 0.5 for row in result["rows"])
     assert (tmp_path / "digits.safetensors").exists()
     assert (tmp_path / "digits-plan.json").exists()

@@ -36,6 +36,23 @@ def test_measures_and_leaves_modes_alone():
     assert found.to_dict()["metric"] == {"before": 1.0, "after": 1.0}
 
 
+def test_training_is_timed_on_copies():
+    model = planted_model()
+    small = rankopt.apply(model, rankopt.search(model, "params<=60%"))
+    before = model.norm.running_mean.clone()
+    found = rankopt.compare(
+        model, small, example_inputs=planted_inputs(), rounds=3, mode="training"
+    )
+    assert found.latency_ratio.median > 0
+    assert found.conditions["mode"] == "training"
+    assert found.conditions["threads"] == str(torch.get_num_threads())
+    assert torch.equal(model.norm.running_mean, before)
+    assert not model.training
+    assert all(p.grad is None for p in model.parameters())
+    with pytest.raises(ValueError, match="mode='fast'"):
+        rankopt.compare(model, model, example_inputs=planted_inputs(), mode="fast")
+
+
 def comparison(low, median, high):
     figure = rankopt._compare.Figure(100, 50)
     return rankopt.Comparison(figure, figure, latency_ratio=Interval(median, low, high))

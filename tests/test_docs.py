@@ -65,7 +65,17 @@ def test_docstring_examples(name):
     assert not failures
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.py")), ids=lambda p: p.name)
+SLOW_EXAMPLES = {"digits_in_one_call.py"}  # they train a network
+
+
+def example(path):
+    slow = [pytest.mark.slow] if path.name in SLOW_EXAMPLES else []
+    return pytest.param(path, id=path.name, marks=slow)
+
+
+@pytest.mark.parametrize(
+    "path", [example(path) for path in sorted((ROOT / "examples").glob("*.py"))]
+)
 def test_examples(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.argv", [str(path)])

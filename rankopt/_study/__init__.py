@@ -1,0 +1,7 @@
+"""Studies: Optuna on the real metric, resumable, over as many workers as there are."""
+
+from rankopt._study.entry import open_study, study
+from rankopt._study.records import Point
+from rankopt._study.study import Study
+
+__all__ = ["Point", "Study", "open_study", "study"]

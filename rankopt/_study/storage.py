@@ -1,0 +1,304 @@
+"""Where studies live: opening storages by URL, and giving up the trials of workers that died."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import threading
+import time
+import uuid
+import warnings
+from collections.abc import Iterator
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from rankopt.errors import MissingDependency, StudyError
+
+if TYPE_CHECKING:
+    import optuna
+
+__all__ = [
+    "DEFAULT_STORAGE",
+    "HEARTBEAT_SECONDS",
+    "Leases",
+    "close_storage",
+    "open_storage",
+    "retry",
+    "shown",
+    "storage_errors",
+    "worker_name",
+]
+
+DEFAULT_STORAGE: Final = "rankopt-study.db"
+# A worker that has not been heard of for this many heartbeats is taken for dead.
+GRACE_HEARTBEATS: Final = 3
+HEARTBEAT_SECONDS: Final = 20
+# How long to wait for another process's transaction on one SQLite file.
+SQLITE_SECONDS: Final = 60
+MAX_RETRIES: Final = 3
+LEASE: Final = "lease"
+WORKER: Final = "worker"
+
+
+def worker_name() -> str:
+    """Host, process and a random part, so that no two workers ever share it."""
+    return f"{os.uname().nodename}:{os.getpid()}:{uuid.uuid4().hex[:6]}"
+
+
+def open_storage(spec: Any, *, heartbeat: int = HEARTBEAT_SECONDS) -> Any:
+    """An Optuna storage.
+
+    Args:
+        spec: A path or ``sqlite:///PATH`` (SQLite), a path ending in ``.journal`` or
+            ``journal:///PATH`` (journal file), ``grpc://HOST:PORT``, any URL SQLAlchemy
+            knows (``postgresql+psycopg://…``), an Optuna storage, or None (memory).
+        heartbeat: Seconds between a database worker's signs of life.
+
+    Raises:
+        StudyError: The storage cannot be reached or is not Optuna's.
+        MissingDependency: The database's driver is not installed.
+    """
+    import optuna
+
+    if spec is None:
+        return optuna.storages.InMemoryStorage()
+    if isinstance(spec, optuna.storages.BaseStorage):
+        return spec
+    if not isinstance(spec, (str, os.PathLike)):
+        raise StudyError(f"storage={spec!r}: expected a path, a URL or an Optuna storage")
+    text = os.fspath(spec)
+    with storage_errors(shown(text)), warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        if text.startswith("journal:///") or ("://" not in text and text.endswith(".journal")):
+            return _journal(text.removeprefix("journal:///"))
+        if text.startswith("grpc://"):
+            return _grpc(text)
+        url = text if "://" in text else f"sqlite:///{text}"
+        if url.startswith("sqlite") and not Path(_sqlite_path(url)).absolute().parent.is_dir():
+            raise StudyError(f"storage {text}: its folder does not exist; create it first")
+        sqlite = url.startswith("sqlite")
+        storage = optuna.storages.RDBStorage(
+            url,
+            engine_kwargs={"connect_args": {"timeout": SQLITE_SECONDS}} if sqlite else {},
+            heartbeat_interval=heartbeat,
+            grace_period=GRACE_HEARTBEATS * heartbeat,
+            heartbeat_stale_trial_callback=retry,
+        )
+        if sqlite:
+            _serialise(storage.engine)
+        return storage
+
+
+def close_storage(storage: Any) -> None:
+    """Give back the connections of a database; nothing for other storages."""
+    backend = getattr(storage, "_backend", storage)  # Optuna wraps databases in a cache
+    if hasattr(backend, "engine"):
+        storage.remove_session()
+        backend.engine.dispose()
+
+
+def shown(spec: Any) -> str:
+    """A storage in words, without its password.
+
+    Example:
+        >>> shown("postgresql://me:secret@host/db")
+        'postgresql://me:***@host/db'
+    """
+    if spec is None:
+        return "in memory"
+    if not isinstance(spec, (str, os.PathLike)):
+        return type(spec).__name__
+    return re.sub(r"(://[^/:@]+):[^@/]*@", r"\1:***@", os.fspath(spec))
+
+
+def _sqlite_path(url: str) -> str:
+    return url.partition(":///")[2]
+
+
+def _journal(path: str) -> Any:
+    from optuna.storages import JournalStorage
+    from optuna.storages.journal import JournalFileBackend
+
+    if not Path(path).absolute().parent.is_dir():
+        raise StudyError(f"storage {path}: its folder does not exist; create it first")
+    return JournalStorage(JournalFileBackend(path))
+
+
+def _grpc(url: str) -> Any:
+    from optuna.storages import GrpcStorageProxy
+
+    host, _, port = url.removeprefix("grpc://").rstrip("/").rpartition(":")
+    if not host or not port.isdigit():
+        raise StudyError(f"storage {url}: expected grpc://HOST:PORT")
+    storage = GrpcStorageProxy(host=host, port=int(port))
+    storage.wait_server_ready(timeout=10)
+    return storage
+
+
+def _serialise(engine: Any) -> None:
+    """One SQLite transaction at a time.
+
+    SQLite has no ``SELECT … FOR UPDATE``: two workers could read that a trial waits, or that
+    its worker died, and both act on it. Taking the write lock at the beginning excludes it.
+    """
+    from sqlalchemy import event
+
+    def connected(connection: Any, record: Any) -> None:
+        connection.isolation_level = None  # the driver would otherwise begin by itself, too late
+        # A write-ahead log spares two disk flushes per write; a killed process loses nothing.
+        connection.execute("PRAGMA journal_mode=WAL")
+        connection.execute("PRAGMA synchronous=NORMAL")
+
+    def begun(connection: Any) -> None:
+        connection.exec_driver_sql("BEGIN IMMEDIATE")
+
+    event.listen(engine, "connect", connected)
+    event.listen(engine, "begin", begun)
+    engine.dispose()  # connections made before
+
+
+@contextlib.contextmanager
+def storage_errors(where: str) -> Iterator[None]:
+    """Turn what storages raise into a sentence; nothing finished is lost by any of them."""
+    import optuna
+
+    try:
+        yield
+    except (ImportError, ModuleNotFoundError) as error:
+        raise MissingDependency(
+            f"storage {where}: {error}; install the driver, such as `rankopt[postgresql]` "
+            "for postgresql+psycopg:// or `rankopt[grpc]` for grpc://"
+        ) from error
+    except (StudyError, optuna.exceptions.UpdateFinishedTrialError):
+        raise
+    except Exception as error:
+        if not _of_storage(error):
+            raise
+        cause = error.__cause__ or error
+        text = str(getattr(cause, "orig", None) or cause).strip().splitlines()
+        reason = text[0] if text else f"no answer ({type(cause).__name__})"
+        raise StudyError(
+            f"storage {where} fails: {reason}; trials that "
+            "finished are kept: put it right (reachable, writable, space left) and run again"
+        ) from error
+
+
+def _of_storage(error: BaseException) -> bool:
+    """Whether an exception comes from a database, a file or a connection."""
+    import optuna
+    from sqlalchemy.exc import SQLAlchemyError
+
+    kinds = (SQLAlchemyError, optuna.exceptions.StorageInternalError, OSError)
+    return isinstance(error, kinds) or type(error).__module__.startswith("grpc")
+
+
+def retry(study: optuna.Study, trial: optuna.trial.FrozenTrial) -> None:
+    """Queue the configuration of a trial whose worker died or was interrupted once more.
+
+    The trial that was given up stays in the study as failed and names no error of its
+    own; it is not counted. After `MAX_RETRIES` losses a configuration is left alone:
+    it may be what kills the workers.
+    """
+    import optuna
+
+    history = [*trial.user_attrs.get("lost", []), trial.number]
+    if len(history) > MAX_RETRIES:
+        return
+    kept = {k: v for k, v in trial.user_attrs.items() if k in ("plan", "warm")}
+    study.add_trial(
+        optuna.create_trial(
+            state=optuna.trial.TrialState.WAITING,
+            params=trial.params,
+            distributions=trial.distributions,
+            user_attrs={**kept, "lost": history},
+            system_attrs={k: v for k, v in trial.system_attrs.items() if k == "fixed_params"},
+        )
+    )
+
+
+class Leases:
+    """Signs of life for storages without heartbeats, and what both leave open.
+
+    A worker writes its name and the time into the trial it runs; any worker gives up
+    trials whose lease has run out. Trials that were claimed but whose worker died
+    before its first sign of life are given up likewise, in databases too.
+
+    Args:
+        study: The Optuna study.
+        heartbeat: Seconds between renewals; a lease lasts three of them.
+    """
+
+    def __init__(self, study: optuna.Study, heartbeat: int) -> None:
+        import optuna
+
+        self.study, self.heartbeat = study, heartbeat
+        storage = study._storage
+        self._memory = isinstance(storage, optuna.storages.InMemoryStorage)
+        self._beats = optuna.storages._heartbeat.is_heartbeat_enabled(storage)
+
+    @contextlib.contextmanager
+    def held(self, trial: optuna.Trial, worker: str) -> Iterator[None]:
+        """Hold the lease of a running trial until the block ends."""
+        if self._memory:
+            yield
+            return
+        trial.set_user_attr(WORKER, worker)
+        if self._beats:  # Optuna keeps the database's own heartbeat
+            yield
+            return
+        stop = threading.Event()
+        trial.set_user_attr(LEASE, time.time())
+
+        def renew() -> None:
+            while not stop.wait(self.heartbeat):
+                try:
+                    trial.set_user_attr(LEASE, time.time())
+                except Exception:  # given up by another worker, or the storage is gone
+                    return
+
+        thread = threading.Thread(target=renew, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            stop.set()
+            thread.join()
+
+    def reap(self) -> int:
+        """Give up the trials of dead workers and queue them again; how many."""
+        import optuna
+
+        if self._memory:
+            return 0
+        if self._beats:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+                optuna.storages.fail_stale_trials(self.study)
+        states = (optuna.trial.TrialState.RUNNING,)
+        return sum(
+            self._give_up(trial)
+            for trial in self.study.get_trials(deepcopy=False, states=states)
+            if self._expired(trial)
+        )
+
+    def _expired(self, trial: optuna.trial.FrozenTrial) -> bool:
+        patience = GRACE_HEARTBEATS * self.heartbeat
+        if self._beats and WORKER in trial.user_attrs:
+            return False  # the database's heartbeat decides
+        lease = trial.user_attrs.get(LEASE)
+        if lease is not None:
+            return time.time() - float(lease) > patience
+        started = trial.datetime_start
+        return started is not None and (datetime.now() - started).total_seconds() > patience
+
+    def _give_up(self, trial: optuna.trial.FrozenTrial) -> bool:
+        import optuna
+
+        try:
+            self.study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
+        except (ValueError, optuna.exceptions.UpdateFinishedTrialError):
+            return False  # another worker was faster, or it finished after all
+        retry(self.study, trial)
+        return True

@@ -1,0 +1,108 @@
+"""Looking at a study: a table, plans and figures."""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+from rankopt._files import atomic_path, write_text
+from rankopt._study.study import Study, quiet
+from rankopt.errors import MissingDependency, RankoptError, StudyError
+from rankopt.report.tables import table
+
+__all__ = ["export", "figures", "status_view"]
+
+
+def status_view(status: dict[str, Any]) -> list[Any]:
+    """A study's front as a table, below it how the trials stand."""
+    from rich.text import Text
+
+    trials = ", ".join(f"{count} {name}" for name, count in sorted(status["trials"].items()))
+    dense = status["dense_metric"]
+    made = table(f"study {status['study']}", "trial", status["objective"], "metric", "from")
+    for point in status["front"]:
+        made.add_row(
+            str(point["trial"]), f"{point['share']:.1%}", f"{point['metric']:.6g}",
+            point["warm"] or "the sampler",
+        )  # fmt: skip
+    lines = [
+        f"to {status['direction']} the metric, dense "
+        + ("not evaluated yet" if dense is None else f"{dense:.6g}")
+        + f"; space {status['space']}",
+        f"{status['counted']} trials counted ({trials or 'none'}); {status['duplicates']} answered "
+        f"from the study; {len(status['workers'])} workers so far",
+        *(f"failed: {text}" for text in status["errors"][:3]),
+    ]
+    return [made, *(Text(line) for line in lines)]
+
+
+def figures(study: Study) -> dict[str, Any]:
+    """Plotly figures by name: ``pareto``, ``history`` and ``importances`` (of the metric).
+
+    Raises:
+        MissingDependency: plotly is not installed.
+        StudyError: Too few trials for a figure.
+    """
+    import optuna
+
+    try:
+        import plotly  # noqa: F401
+    except ImportError as error:
+        raise MissingDependency("figures need plotly: pip install 'rankopt[report]'") from error
+    if len(study.points) < 2:
+        raise StudyError("no figures yet: they need two completed trials; run more")
+    draw = optuna.visualization
+    names = ["metric", study.objective]
+    with quiet(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Optuna's remarks on trials it leaves out
+        try:
+            return {
+                "pareto": draw.plot_pareto_front(study.optuna, target_names=names),
+                "history": draw.plot_optimization_history(
+                    study.optuna, target=lambda trial: trial.values[0], target_name="metric"
+                ),
+                "importances": draw.plot_param_importances(
+                    study.optuna, target=lambda trial: trial.values[0], target_name="metric"
+                ),
+            }
+        except (ValueError, RuntimeError) as error:
+            raise StudyError(f"no figures yet: {error}; run more trials") from error
+
+
+def export(
+    study: Study, folder: str | os.PathLike[str], *, figures: bool = False
+) -> tuple[Path, ...]:
+    """Write every Pareto plan, the status, and on request the figures, into a folder.
+
+    Args:
+        study: With completed trials.
+        folder: Made if it is not there.
+        figures: Whether to draw HTML figures.
+
+    Returns:
+        The files: ``plan-<trial>.json``, ``status.json`` and ``<figure>.html``.
+    """
+    front = study.front
+    drawn = _draw(study) if figures else {}
+    target = Path(folder)
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RankoptError(f"cannot make {target}: {error.strerror or error}") from error
+    written = []
+    for point in front:
+        written.append(target / f"plan-{point.trial}.json")
+        point.plan.save(written[-1])
+    written.append(target / "status.json")
+    write_text(written[-1], json.dumps(study.status(), indent=2) + "\n")
+    for name, figure in drawn.items():
+        written.append(target / f"{name}.html")
+        with atomic_path(written[-1]) as temporary:
+            figure.write_html(temporary, include_plotlyjs=True)
+    return tuple(written)
+
+
+_draw = figures

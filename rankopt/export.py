@@ -1,0 +1,261 @@
+"""Compressed models for other runtimes: torch.export and ONNX, with BatchNorm merged."""
+
+from __future__ import annotations
+
+import os
+import random
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Final
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from rankopt import measure, surgery
+from rankopt._files import atomic_path
+from rankopt.calibration import tensors_in
+from rankopt.errors import ExportError, MissingDependency, RankoptError
+
+__all__ = ["merge_norms", "to_onnx", "to_program"]
+
+BATCH: Final[Mapping[int, str]] = {0: "batch"}
+# Largest difference to torch, as a share of the largest output: runtimes sum in other orders.
+TOLERANCE: Final = 1e-4
+# Sets of sizes on which a written file is run.
+CHECKS: Final = 3
+_CONVS: Final = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_NORMS: Final = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+
+
+def to_program(
+    model: nn.Module,
+    example_inputs: Any,
+    *,
+    dynamic: Mapping[int, str] = BATCH,
+    merge: bool = True,
+) -> torch.export.ExportedProgram:
+    """The model as a `torch.export` program, in eval mode.
+
+    Args:
+        model: Any model; not changed.
+        example_inputs: A tensor, a tuple (positional) or a mapping (keywords).
+        dynamic: Dimensions of the input tensors whose size may vary, and what they are.
+        merge: Whether to merge BatchNorm into the convolutions before it, see `merge_norms`.
+
+    Raises:
+        ExportError: torch.export cannot capture the model, with its reason.
+
+    Example:
+        >>> program = to_program(nn.Sequential(nn.Linear(4, 2)), torch.zeros(1, 4))
+        >>> tuple(program.module()(torch.zeros(7, 4)).shape)
+        (7, 2)
+    """
+    measure.check_inputs(example_inputs)
+    plain = merge_norms(model, example_inputs) if merge else surgery.unwrap(model)
+    with measure.evaluation(plain):
+        return _captured(plain, example_inputs, dynamic)
+
+
+def to_onnx(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    example_inputs: Any,
+    *,
+    dynamic: Mapping[int, str] = BATCH,
+    merge: bool = True,
+    check: bool | None = None,
+) -> None:
+    """Write the model as an ONNX file, and run that against torch.
+
+    Args:
+        model: Any model; not changed.
+        path: The file; appears only when complete, and checked.
+        example_inputs: See `to_program`.
+        dynamic: See `to_program`.
+        merge: See `to_program`.
+        check: Whether to compare with torch in onnxruntime, on random inputs of several
+            sizes; None does where onnxruntime is installed.
+
+    Raises:
+        MissingDependency: onnx or onnxscript is not installed, or onnxruntime for `check`.
+        ExportError: The model cannot be exported, or the file computes something else.
+    """
+    try:
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise MissingDependency("to_onnx needs onnx; pip install 'rankopt[export]'") from error
+    runtime = _runtime(check)
+    program = to_program(model, example_inputs, dynamic=dynamic, merge=merge)
+    try:
+        with _torch_warns_less():
+            converted = torch.onnx.export(program, dynamo=True, verbose=False)
+    except Exception as error:
+        raise ExportError(f"{type(model).__name__} cannot be written as ONNX: {error}") from error
+    assert converted is not None
+    with atomic_path(path) as temporary:
+        converted.save(str(temporary))
+        if runtime is not None:
+            _check(runtime, temporary, model, _widened(example_inputs, dynamic), dynamic)
+
+
+def merge_norms(model: nn.Module, example_inputs: Any) -> nn.Module:
+    """A copy in which BatchNorm is part of the convolution before it, for inference.
+
+    Only where a convolution's output goes to that norm and nowhere else, and both are used
+    once; which those are is read off the graph torch.export sees.
+
+    Args:
+        model: Any model; not changed.
+        example_inputs: See `to_program`.
+
+    Returns:
+        A new model in eval mode; merged norms are `nn.Identity`.
+
+    Raises:
+        ExportError: torch.export cannot capture the model.
+
+    Example:
+        >>> block = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
+        >>> merge_norms(block, torch.zeros(2, 3, 5, 5))[1]
+        Identity()
+    """
+    measure.check_inputs(example_inputs)
+    result = surgery.clone(surgery.unwrap(model)).eval()
+    modules: dict[str, Any] = dict(surgery.named_modules(result))
+    program = _captured(result, example_inputs, {})
+    for conv_name, norm_name in _pairs(program):
+        if conv_name not in modules or norm_name not in modules:
+            continue
+        conv, norm = modules[conv_name], modules[norm_name]
+        if type(conv) not in _CONVS or type(norm) not in _NORMS or norm.running_mean is None:
+            continue
+        merged: nn.Module = nn.utils.fuse_conv_bn_eval(conv, norm)
+        surgery.replace(result, {conv: merged, norm: nn.Identity()})
+    return result
+
+
+def _captured(
+    model: nn.Module, inputs: Any, dynamic: Mapping[int, str]
+) -> torch.export.ExportedProgram:
+    inputs = measure.to_device(_widened(inputs, dynamic), surgery.device_of(model))
+    shapes = _dynamic_shapes(inputs, dynamic)
+    keywords = isinstance(inputs, Mapping)
+    if not keywords and not isinstance(inputs, (tuple, list)):
+        inputs, shapes = (inputs,), (shapes,)
+    try:
+        with torch.no_grad(), measure.preserve_rng(), _torch_warns_less():
+            return torch.export.export(
+                model,
+                () if keywords else tuple(inputs),
+                dict(inputs) if keywords else None,
+                dynamic_shapes=shapes,
+            )
+    except Exception as error:
+        text = str(error).strip().splitlines()
+        raise ExportError(
+            f"torch.export cannot capture {type(model).__name__}: {text[0] if text else error!r}"
+        ) from error
+
+
+def _dynamic_shapes(inputs: Any, dynamic: Mapping[int, str]) -> Any:
+    if isinstance(inputs, Tensor):
+        return {dim: torch.export.Dim.DYNAMIC for dim in dynamic if dim < inputs.dim()}
+    if isinstance(inputs, Mapping):
+        return {key: _dynamic_shapes(value, dynamic) for key, value in inputs.items()}
+    if isinstance(inputs, (tuple, list)):
+        return tuple(_dynamic_shapes(value, dynamic) for value in inputs)
+    return None
+
+
+def _widened(inputs: Any, dynamic: Mapping[int, str]) -> Any:
+    """Sizes of 1 in dynamic dimensions become 2: torch.export takes a 1 for a constant."""
+    if isinstance(inputs, Tensor):
+        for dim in dynamic:
+            if dim < inputs.dim() and inputs.shape[dim] == 1:
+                inputs = torch.cat([inputs, inputs], dim=dim)
+        return inputs
+    if isinstance(inputs, Mapping):
+        return {key: _widened(value, dynamic) for key, value in inputs.items()}
+    if isinstance(inputs, (tuple, list)):
+        return type(inputs)(_widened(value, dynamic) for value in inputs)
+    return inputs
+
+
+def _pairs(program: torch.export.ExportedProgram) -> Iterator[tuple[str, str]]:
+    """(convolution, norm) names where the norm alone reads the convolution's output."""
+    signature = program.graph_signature
+    names = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+    for node in program.graph.nodes:
+        if not str(node.target).startswith("aten.batch_norm"):
+            continue
+        source = node.args[0]
+        if not str(source.target).startswith("aten.conv") or len(source.users) > 1:
+            continue
+        weights = (source.args[1], node.args[3])  # of the norm the running mean
+        if all(len(weight.users) == 1 and weight.name in names for weight in weights):
+            conv, norm = (surgery.normalised(names[w.name]).rpartition(".")[0] for w in weights)
+            yield conv, norm
+
+
+def _runtime(check: bool | None) -> Any:
+    if check is False:
+        return None
+    try:
+        import onnxruntime
+    except ImportError as error:
+        if check is None:
+            return None
+        raise MissingDependency(
+            "check=True needs onnxruntime; pip install 'rankopt[export]'"
+        ) from error
+    return onnxruntime
+
+
+def _check(
+    runtime: Any, path: Any, model: nn.Module, inputs: Any, dynamic: Mapping[int, str]
+) -> None:
+    """Run the file on random inputs of several sizes and compare with torch."""
+    session = runtime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    names = [entry.name for entry in session.get_inputs()]
+    plain = surgery.unwrap(model)
+    generator, sizes = torch.Generator().manual_seed(0), random.Random(0)
+    for _ in range(CHECKS):
+        grown = {dim: sizes.randint(1, 3) for dim in dynamic}
+        fresh = _random(inputs, grown, generator)
+        with torch.no_grad(), measure.preserve_rng(), measure.evaluation(plain):
+            moved = measure.to_device(fresh, surgery.device_of(plain))
+            wanted = [t.cpu().numpy() for t in tensors_in(measure.call(plain, moved))]
+        fed = {n: t.cpu().numpy() for n, t in zip(names, tensors_in(fresh), strict=True)}
+        for old, new in zip(wanted, session.run(None, fed), strict=True):
+            worst = float(np.abs(old - new).max(initial=0)) if old.shape == new.shape else np.inf
+            if not worst <= TOLERANCE * max(float(np.abs(old).max(initial=0)), 1e-6):
+                shapes = ", ".join(str(list(t.shape)) for t in tensors_in(fresh))
+                raise ExportError(
+                    f"the ONNX file computes something else than {type(plain).__name__}: on inputs "
+                    f"of {shapes} outputs differ by up to {worst:.3g}; nothing was written"
+                )
+
+
+def _random(inputs: Any, grown: Mapping[int, int], generator: torch.Generator) -> Any:
+    if isinstance(inputs, Tensor):
+        shape = [size + grown.get(dim, 0) for dim, size in enumerate(inputs.shape)]
+        if inputs.is_floating_point():
+            return torch.randn(shape, generator=generator).to(inputs.dtype)
+        top = int(inputs.max()) + 1 if inputs.numel() else 1
+        return torch.randint(0, max(top, 1), shape, generator=generator).to(inputs.dtype)
+    if isinstance(inputs, Mapping):
+        return {key: _random(value, grown, generator) for key, value in inputs.items()}
+    if isinstance(inputs, (tuple, list)):
+        return type(inputs)(_random(value, grown, generator) for value in inputs)
+    raise RankoptError(f"inputs of type {type(inputs).__name__} cannot be checked; use check=False")
+
+
+@contextmanager
+def _torch_warns_less() -> Iterator[None]:
+    """Torch's exporter warns of deprecations in itself."""
+    with warnings.catch_warnings():
+        for category in (DeprecationWarning, FutureWarning, UserWarning):
+            warnings.simplefilter("ignore", category)
+        yield

@@ -1,0 +1,205 @@
+"""What a training loader may yield, taken apart and checked."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import islice
+from typing import Any, Final
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from rankopt import calibration, measure
+from rankopt.errors import CalibrationError, ModelError, TrainingError
+
+__all__ = [
+    "Batch",
+    "call",
+    "check_labels",
+    "groups",
+    "logits_of",
+    "prepared",
+    "right",
+    "share",
+    "split",
+    "task_loss",
+]
+
+# Labels of this value are left out, as by torch's cross-entropy.
+IGNORED: Final = -100
+EXPECTED: Final = (
+    "expected (inputs, labels), or a mapping of tensors with 'labels' as Hugging Face's models take"
+)
+Batch = tuple[Any, Any]
+
+
+def split(model: nn.Module, batch: Any, *, labelled: bool, step: int) -> Batch:
+    """(inputs, labels) of one batch; labels are None where none are used.
+
+    Raises:
+        TrainingError: The batch is of a type nothing can be done with.
+    """
+    if not labelled:
+        try:
+            ((inputs, _),) = calibration.batches(model, [batch], max_samples=None)
+        except CalibrationError as error:
+            raise TrainingError(f"step {step}: {error}".replace("calibration", "train")) from error
+        if isinstance(inputs, Mapping):  # labels would only make the model compute a loss
+            inputs = {key: value for key, value in inputs.items() if key != "labels"}
+        return inputs, None
+    if isinstance(batch, Mapping) and "labels" in batch:
+        return dict(batch), batch["labels"]
+    if isinstance(batch, (tuple, list)) and len(batch) >= 2:
+        *inputs, labels = batch
+        first = inputs[0] if len(inputs) == 1 else tuple(inputs)
+        if isinstance(first, (Tensor, tuple, list, Mapping)) and isinstance(labels, Tensor):
+            return first, labels
+        raise TrainingError(
+            f"step {step}: train yielded a pair of {type(first).__name__} and "
+            f"{type(labels).__name__}; {EXPECTED}"
+        )
+    raise TrainingError(
+        f"step {step}: train yielded a {type(batch).__name__} without labels; {EXPECTED}; to train "
+        "without labels give a teacher and Distillation(labels=0, logits=1)"
+    )
+
+
+def call(model: nn.Module, inputs: Any, step: int) -> Any:
+    """Run the model, saying at which step and on what it failed.
+
+    Raises:
+        TrainingError: The model does not take the inputs.
+    """
+    try:
+        return measure.call(model, inputs)
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, TypeError, ValueError, IndexError) as error:
+        shapes = [f"{list(t.shape)} {t.dtype}" for t in calibration.tensors_in(inputs)]
+        raise TrainingError(
+            f"step {step}: the model fails on a batch of {', '.join(shapes)}: {error}"
+        ) from error
+
+
+def logits_of(output: Any) -> Tensor:
+    """The logits of an output, else its first floating-point tensor."""
+    found = calibration.main_output(output)
+    logits: Tensor = found["logits"] if isinstance(found, Mapping) else found
+    return logits
+
+
+def check_labels(labels: Tensor, output: Any, step: int) -> None:
+    """Check class indices before a kernel, which may not name its reason, does.
+
+    Raises:
+        TrainingError: Labels of another number, type or range than the logits call for.
+    """
+    logits = logits_of(output)
+    if labels.is_floating_point() or labels.dtype == torch.bool:
+        raise TrainingError(
+            f"step {step}: labels are {labels.dtype}; the default loss takes class indices of an "
+            "integer type; pass loss= for anything else"
+        )
+    expected = (logits.shape[0], *logits.shape[2:]) if logits.dim() > 1 else ()
+    if tuple(labels.shape) != expected:
+        raise TrainingError(
+            f"step {step}: labels are {list(labels.shape)}, but the logits {list(logits.shape)} "
+            f"call for {list(expected)}; pass loss= for anything but class indices"
+        )
+    classes = logits.shape[1]
+    bad = labels[(labels != IGNORED) & ((labels < 0) | (labels >= classes))]
+    if bad.numel():
+        raise TrainingError(
+            f"step {step}: label {int(bad[0])} is out of range for {classes} classes; labels "
+            f"go from 0 to {classes - 1} ({IGNORED} is left out)"
+        )
+
+
+def task_loss(output: Any, labels: Any) -> Tensor:
+    """The model's own loss where its output holds one, else cross-entropy."""
+    if isinstance(output, Mapping) and output.get("loss") is not None:
+        own: Tensor = output["loss"]
+        return own
+    return F.cross_entropy(logits_of(output), labels.to(torch.int64), ignore_index=IGNORED)
+
+
+def right(output: Any, labels: Any) -> tuple[Tensor, int] | None:
+    """(number of right classes, number of labels); None where labels are no classes."""
+    try:
+        logits = logits_of(output)
+    except CalibrationError:
+        return None
+    if not isinstance(labels, Tensor) or labels.is_floating_point() or logits.dim() < 2:
+        return None
+    if tuple(labels.shape) != (logits.shape[0], *logits.shape[2:]):
+        return None
+    return (logits.detach().argmax(dim=1) == labels).sum(), labels.numel()
+
+
+def prepared(train: Any, accelerator: Any, limit: int | None) -> tuple[Any, int]:
+    """A loader for this process, and how many batches it has in an epoch.
+
+    Args:
+        train: As given by the user.
+        accelerator: Hugging Face's, which splits a DataLoader between processes.
+        limit: Largest number of batches; needed where `train` has no length.
+
+    Raises:
+        ModelError: No length and no limit.
+        TrainingError: Not a batch for each process.
+    """
+    if isinstance(train, DataLoader):
+        loader = accelerator.prepare_data_loader(train, device_placement=False)
+        processes = 1
+    else:
+        loader, processes = train, accelerator.num_processes
+    try:
+        count: int | None = len(loader) // processes
+    except TypeError:
+        count = None
+    if count is None and limit is None:
+        raise ModelError(
+            "train has no length, so the learning rate cannot be scheduled; pass batches_per_epoch="
+        )
+    found = min(n for n in (count, limit) if n is not None)
+    if found < 1:
+        raise TrainingError(f"train is empty: {accelerator.num_processes} process(es) get no batch")
+    return loader, found
+
+
+def share(loader: Any, accelerator: Any) -> Iterator[Any]:
+    """The batches of this process: of a list, every n-th, equally many for each of n."""
+    if isinstance(loader, DataLoader):
+        yield from loader
+        return
+    iterator, processes = iter(loader), accelerator.num_processes
+    while len(turn := list(islice(iterator, processes))) == processes:
+        yield turn[accelerator.process_index]
+
+
+def groups(batches: Iterable[Any], size: int, limit: int) -> Iterator[list[Any]]:
+    """Up to `limit` groups of `size` batches, one optimiser step each; the last may be smaller."""
+    iterator = iter(batches)
+    for _ in range(limit):
+        if not (group := list(islice(iterator, size))):
+            return
+        yield group
+
+
+def check_iterable(train: Any) -> None:
+    """Check what the user gave as `train`.
+
+    Raises:
+        ModelError: It is no iterable of batches that can be read several times.
+    """
+    if isinstance(train, (Tensor, str, bytes, Mapping)) or not isinstance(train, Iterable):
+        raise ModelError(
+            f"train is a {type(train).__name__}; give a DataLoader or a list of batches: {EXPECTED}"
+        )
+    if isinstance(train, Iterator):
+        raise ModelError(
+            "train can be read only once, but every epoch reads it anew; give a DataLoader or a "
+            "list of batches"
+        )

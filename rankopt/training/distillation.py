@@ -1,0 +1,296 @@
+"""Learning from the dense model: its weights, its layers' outputs and its logits.
+
+References: L = L_ce + λ·L_diss is the fine-tuning loss of arXiv 2409.03555, with
+per-element means in place of its sums; logits at a temperature follow 1503.02531.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rankopt import surgery
+from rankopt._apply import plan_of, unpacked_clone
+from rankopt._fold import effective_weight
+from rankopt.calibration import main_output, run
+from rankopt.errors import ModelError
+from rankopt.layers import canonical_weight
+from rankopt.plan import MERGE
+from rankopt.training.freezing import factorised, factors
+from rankopt.unpack import UnpackedAttention
+
+__all__ = [
+    "Distillation",
+    "Distiller",
+    "PairedOutputs",
+    "decomposed",
+    "private_teacher",
+    "train_without_dropout",
+]
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """Weights of the terms of a training loss; the defaults are those of arXiv 2409.03555.
+
+    Args:
+        labels: Of the task's own loss. 0 trains without labels; give `logits` a weight then.
+        weights: λ of mean (W − Ŵ)², summed over the decomposed layers.
+        outputs: λ of mean (O − Ô)² over the outputs of the decomposed layers and of
+            `features`, summed over the layers.
+        logits: Of T²·KL(teacher ‖ model) at temperature T; mean squared error where there
+            is one output column.
+        temperature: T.
+        features: Full names of more modules whose outputs are compared.
+
+    Example:
+        >>> unlabelled = Distillation(labels=0, weights=0, logits=1)
+        >>> unlabelled.temperature
+        4.0
+    """
+
+    labels: float = 1.0
+    weights: float = 0.5
+    outputs: float = 0.5
+    logits: float = 0.0
+    temperature: float = 4.0
+    features: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("labels", "weights", "outputs", "logits", "temperature"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                raise ValueError(f"{name}={value!r}: expected a number")
+            if not (math.isfinite(value) and value >= 0):
+                raise ValueError(f"{name}={value!r}: expected a finite number of at least 0")
+        if not self.temperature > 0:
+            raise ValueError(f"temperature={self.temperature!r}: expected a number above 0")
+        if isinstance(self.features, str):
+            raise ValueError(f"features={self.features!r}: expected a tuple of module names")
+        if not (self.labels or self.weights or self.outputs or self.logits):
+            raise ValueError("every term has weight 0, so there is no loss")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data."""
+        return asdict(self)
+
+
+class Distiller:
+    """The loss of a model beside its teacher, for anyone's training loop.
+
+    The teacher runs once per batch, in eval mode and without gradients, on the very
+    inputs the model gets, augmentation included. A private copy of it runs; the teacher itself
+    is not touched.
+
+    Args:
+        model: From `rankopt.apply` or `rankopt.load`.
+        teacher: The dense model.
+        settings: The terms and their weights.
+
+    Raises:
+        ModelError: The model carries no plan, or a name in `features` is missing.
+
+    Example:
+        >>> dense = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 4))
+        >>> small = rankopt.apply(dense, rankopt.search(dense, "params<=60%"))
+        >>> x, y = torch.randn(8, 16), torch.zeros(8, dtype=torch.long)
+        >>> with Distiller(small, dense, Distillation(logits=1.0)) as distiller:
+        ...     distiller.teach(x)
+        ...     output = small(x)
+        ...     loss, parts = distiller.loss(output, nn.functional.cross_entropy(output, y))
+        >>> sorted(parts)
+        ['labels', 'logits', 'outputs', 'weights']
+    """
+
+    def __init__(
+        self, model: nn.Module, teacher: nn.Module, settings: Distillation | None = None
+    ) -> None:
+        self.settings = settings or Distillation()
+        self.model = surgery.unwrap(model)
+        self.teacher = private_teacher(teacher).to(surgery.device_of(self.model))
+        self._chains = _chains(self.model, self.teacher) if self.settings.weights else []
+        names = _compared(self.model, self.teacher, self.settings)
+        self._layers = PairedOutputs(self.model, self.teacher, names)
+        self._wanted: Any = None
+
+    def __enter__(self) -> Distiller:
+        self._layers.__enter__()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._layers.__exit__(*exception)
+        self._wanted = None
+
+    def teach(self, inputs: Any) -> None:
+        """Run the teacher on what the model is about to see."""
+        if self.settings.logits or self._layers.names:
+            with torch.no_grad():
+                self._wanted = run(self.teacher, inputs)
+
+    def loss(self, output: Any, task: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+        """The weighted sum, and its terms before weighting, detached.
+
+        Args:
+            output: Of the model, on the inputs last given to `teach`.
+            task: The task's own loss; needed unless `labels` is 0.
+
+        Raises:
+            ModelError: Teacher and model differ in the shape of an output.
+        """
+        settings = self.settings
+        parts: dict[str, Tensor] = {}
+        if settings.labels:
+            if task is None:
+                raise ModelError(
+                    "this distillation weighs the task's loss, but there is none: the batch has "
+                    "no labels; train without them by Distillation(labels=0, logits=1)"
+                )
+            parts["labels"] = task
+        if settings.weights and self._chains:
+            errors = [
+                (effective_weight(chain) - weight).square().mean() for chain, weight in self._chains
+            ]
+            parts["weights"] = torch.stack(errors).sum()
+        if settings.outputs:
+            errors = [_mean_squared(*pair) for pair in self._layers.named_pairs()]
+            if errors:
+                parts["outputs"] = torch.stack(errors).sum()
+        if settings.logits:
+            parts["logits"] = _divergence(self._wanted, output, settings.temperature)
+        if not parts:
+            raise ModelError("the plan decomposed no layer, so there is nothing to distil")
+        total = torch.stack([getattr(settings, name) * part for name, part in parts.items()]).sum()
+        return total, {name: part.detach() for name, part in parts.items()}
+
+
+class PairedOutputs:
+    """Outputs of the modules of the same names in a model and in its teacher.
+
+    Args:
+        model: Any module.
+        teacher: Its unpacked dense counterpart.
+        names: Modules to watch; those missing from either are left out.
+    """
+
+    def __init__(self, model: nn.Module, teacher: nn.Module, names: Iterable[str]) -> None:
+        self.model, self.teacher = model, teacher
+        ours = dict(surgery.named_modules(surgery.unwrap(model)))
+        theirs = dict(surgery.named_modules(teacher))
+        self.names = [name for name in names if name in ours and name in theirs]
+        self._seen: tuple[dict[str, Tensor], dict[str, Tensor]] = ({}, {})
+        self._watched = [(ours, self._seen[0]), (theirs, self._seen[1])]
+        self._handles: list[Any] = []
+
+    def __enter__(self) -> PairedOutputs:
+        for modules, seen in self._watched:
+            for name in self.names:
+                self._handles.append(modules[name].register_forward_hook(_store(seen, name)))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        for seen in self._seen:
+            seen.clear()
+
+    def named_pairs(self) -> list[tuple[str, Tensor, Tensor]]:
+        """(name, the teacher's output, the model's) of the latest forward of each."""
+        ours, theirs = self._seen
+        return [(n, theirs[n], ours[n]) for n in self.names if n in ours and n in theirs]
+
+    def pairs(self) -> list[tuple[Tensor, Tensor]]:
+        """As `named_pairs`, without the names."""
+        return [(wanted, found) for _, wanted, found in self.named_pairs()]
+
+
+def decomposed(model: nn.Module) -> list[str]:
+    """The first layer of every site the model's plan factorised; none without a plan.
+
+    Of a merge the last layer: its output is as wide as the dense model's.
+    """
+    plan = plan_of(model)
+    if plan is None:
+        return []
+    merged = [decision.targets[-1] for decision in plan.changes if decision.method == MERGE]
+    return [decision.targets[0] for decision in factorised(plan)] + merged
+
+
+def private_teacher(teacher: nn.Module) -> nn.Module:
+    """A copy in eval mode whose layers have the names a plan uses."""
+    return unpacked_clone(surgery.unwrap(teacher), runs=True).eval()
+
+
+def train_without_dropout(model: nn.Module) -> None:
+    """Train mode with dropout off, which would only blur a teacher's target."""
+    model.train()
+    attention = (nn.MultiheadAttention, UnpackedAttention)  # these drop by their own mode
+    for module in model.modules():
+        if isinstance(module, (nn.modules.dropout._DropoutNd, *attention)):
+            module.training = False
+
+
+def _chains(model: nn.Module, teacher: nn.Module) -> list[tuple[nn.Sequential, Tensor]]:
+    """Every decomposed layer as its chain and the dense weight it stands for."""
+    ours = dict(surgery.named_modules(model))
+    theirs = dict(surgery.named_modules(teacher))
+    found = []
+    for name in dict.fromkeys(factor.layer for factor in factors(model)):
+        chain = ours[name]
+        if isinstance(chain, nn.Sequential) and hasattr(theirs.get(name), "weight"):
+            found.append((chain, canonical_weight(theirs[name])))
+    return found
+
+
+def _compared(model: nn.Module, teacher: nn.Module, settings: Distillation) -> list[str]:
+    """Names of the modules whose outputs the settings compare."""
+    if not settings.outputs:
+        return []
+    both = [dict(surgery.named_modules(module)) for module in (model, teacher)]
+    for name in settings.features:
+        if not all(name in modules for modules in both):
+            raise ModelError(f"features: there is no module {name!r} in both model and teacher")
+    return list(dict.fromkeys([*decomposed(model), *settings.features]))
+
+
+def _store(seen: dict[str, Tensor], name: str) -> Callable[..., None]:
+    def hook(module: nn.Module, args: Any, output: Any) -> None:
+        if isinstance(output, Tensor):
+            seen[name] = output
+
+    return hook
+
+
+def _mean_squared(name: str, wanted: Tensor, found: Tensor) -> Tensor:
+    if wanted.shape != found.shape:
+        raise ModelError(
+            f"layer {name}: the teacher's output is {list(wanted.shape)}, the model's "
+            f"{list(found.shape)}"
+        )
+    return F.mse_loss(found.float(), wanted.float())
+
+
+def _divergence(wanted: Any, found: Any, temperature: float) -> Tensor:
+    """T²·KL per sample or position; mean squared error of a single column."""
+    old, new = (_logits(output).float() for output in (wanted, found))
+    if old.shape != new.shape:
+        raise ModelError(
+            f"the teacher's output is {list(old.shape)}, the model's {list(new.shape)}; distil "
+            "from a model with the same outputs"
+        )
+    if old.shape[-1] == 1:
+        return F.mse_loss(new, old)
+    p, q = ((logits / temperature).log_softmax(dim=-1).flatten(0, -2) for logits in (old, new))
+    return temperature**2 * F.kl_div(q, p, reduction="batchmean", log_target=True)
+
+
+def _logits(output: Any) -> Tensor:
+    found = main_output(output)
+    logits: Tensor = found["logits"] if isinstance(found, Mapping) else found
+    return logits

@@ -1,0 +1,51 @@
+"""Hugging Face accelerate, started for one run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from rankopt import surgery
+from rankopt.errors import MissingDependency
+from rankopt.training.recipe import Recipe
+
+__all__ = ["accelerated"]
+
+
+@contextmanager
+def accelerated(model: nn.Module, recipe: Recipe) -> Iterator[Any]:
+    """An Accelerator on the model's device, or on the launcher's where there are several processes.
+
+    Its process-wide state is removed again, so that the next run may choose otherwise.
+    """
+    try:
+        from accelerate import Accelerator
+        from accelerate.state import AcceleratorState, GradientState, PartialState
+        from accelerate.utils import DataLoaderConfiguration
+    except ImportError as error:
+        raise MissingDependency(
+            "finetune needs accelerate; pip install 'rankopt[train]'"
+        ) from error
+    fresh = not PartialState._shared_state
+    launched = torch.distributed.is_torchelastic_launched() or torch.distributed.is_initialized()
+    accelerator = Accelerator(
+        mixed_precision=recipe.precision,
+        cpu=surgery.device_of(model).type == "cpu" and (not launched or not _accelerators()),
+        dataloader_config=DataLoaderConfiguration(
+            use_seedable_sampler=True, data_seed=recipe.seed, even_batches=True
+        ),
+    )
+    try:
+        yield accelerator
+    finally:
+        if fresh and accelerator.num_processes == 1:
+            AcceleratorState._reset_state(reset_partial_state=True)
+            GradientState._reset_state()
+
+
+def _accelerators() -> bool:
+    return torch.cuda.is_available() or torch.backends.mps.is_available()

@@ -1,0 +1,382 @@
+"""The training loop of `rankopt.finetune`."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack, nullcontext
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from rankopt import measure, surgery
+from rankopt._progress import progress_bar
+from rankopt.calibration import tensors_in
+from rankopt.errors import TrainingError
+from rankopt.training import batches as data
+from rankopt.training import state as files
+from rankopt.training.augmentation import augmentation
+from rankopt.training.distillation import Distillation, Distiller
+from rankopt.training.freezing import Freezer
+from rankopt.training.recipe import Recipe
+from rankopt.training.schedules import NoFreezing
+
+__all__ = ["Loop"]
+
+# Steps between two updates of the figures beside the progress bar: reading them waits
+# for the device.
+NOTE_EVERY: Final = 10
+# Distinct streams for every epoch of every process, from one seed.
+SEED_STRIDE: Final = 1_000_003
+
+
+class Loop:
+    """One run; see `rankopt.finetune` for the arguments."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        train: Iterable[Any],
+        accelerator: Any,
+        recipe: Recipe,
+        *,
+        teacher: nn.Module | None,
+        distillation: Distillation | None,
+        loss: Callable[[Any, Any], Any] | None,
+        evaluate: Callable[[nn.Module], float] | None,
+        augment: Any,
+        batches_per_epoch: int | None,
+        folder: Any,
+        progress: bool | None,
+    ) -> None:
+        self.recipe, self.accelerator = recipe, accelerator
+        self.given, self.plain = model, surgery.unwrap(model)
+        self.loss, self.evaluate = loss, evaluate
+        self.augment = augmentation(augment)
+        self.progress = progress if accelerator.is_main_process else False
+        self.folder: Path | None = None if folder is None else files.make_folder(folder)
+        self.plain.to(accelerator.device)
+        self.loader, self.batches = data.prepared(train, accelerator, batches_per_epoch)
+        self.steps_per_epoch = -(-self.batches // recipe.accumulate)
+        # Optimisers are made before anything is frozen, so that they know every factor.
+        parameters = [p for p in self.plain.parameters() if p.requires_grad]
+        self.optimizer = accelerator.prepare_optimizer(recipe.make_optimizer(parameters))
+        self.peaks = [group["lr"] for group in self.optimizer.param_groups]
+        self.parameters = parameters
+        self.schedule = recipe.freezing_schedule(self.steps_per_epoch)
+        self.freezer = None
+        if not isinstance(self.schedule, NoFreezing):
+            self.freezer = Freezer(self.plain, self.schedule)
+        self.distiller = None
+        if teacher is not None:
+            self.distiller = Distiller(self.plain, teacher, distillation)
+        self.labelled = distillation is None or distillation.labels > 0
+        self.average = self._averaged() if recipe.ema is not None else None
+        self.wrapped: nn.Module | None = None
+        self.history: list[dict[str, Any]] = []
+        self.best_epoch = -1
+        self.best: dict[str, Any] | None = None
+        self.step = 0
+
+    # Set-up
+
+    def _averaged(self) -> torch.optim.swa_utils.AveragedModel:
+        decay = self.recipe.ema
+        assert decay is not None
+
+        def blend(averaged: Any, current: Any, count: Any) -> None:
+            # A young average follows quickly, or it would remember the first weights for ever.
+            rate = 1 - min(decay, (1 + int(count)) / (10 + int(count)))
+            torch._foreach_lerp_(averaged, current, rate)
+
+        return torch.optim.swa_utils.AveragedModel(self.plain, multi_avg_fn=blend)
+
+    def _identity(self) -> dict[str, Any]:
+        """What has to be the same for a run to be gone on with."""
+        recipe = self.recipe
+        return {
+            **files.fingerprint(self.plain),
+            "optimizer": type(self.optimizer.optimizer).__name__,
+            "epochs": recipe.epochs,
+            "learning_rate": self.peaks,
+            "schedule": recipe.schedule,
+            "warmup": recipe.warmup,
+            "freezing": repr(self.schedule),
+            "freezing_steps": recipe.freezing_steps,
+            "distillation": None if self.distiller is None else repr(self.distiller.settings),
+            "accumulate": recipe.accumulate,
+            "ema": recipe.ema,
+            "precision": recipe.precision,
+            "seed": recipe.seed,
+            "batches_per_epoch": self.batches,
+            "processes": self.accelerator.num_processes,
+        }
+
+    # Running
+
+    def run(self) -> str:
+        """All epochs; returns why it ended."""
+        modes = [(module, module.training) for module in self.plain.modules()]
+        stack = ExitStack()
+        stack.enter_context(measure.preserve_rng())
+        stack.enter_context(torch.enable_grad())
+        if self.distiller is not None:
+            stack.enter_context(self.distiller)
+        good: dict[str, Tensor] | None = None
+        try:
+            with stack:
+                self._resume()
+                while len(self.history) < self.recipe.epochs and not self._impatient():
+                    good = _copied(self.plain.state_dict())
+                    self._epoch(len(self.history))
+                    self._finish_epoch()
+                good = self._final()
+        finally:
+            # Complete, or what the last complete epoch left: never half an epoch.
+            if self.freezer is not None:
+                self.freezer.release()
+            if good is not None:
+                self.plain.load_state_dict(good)
+            for module, mode in modes:
+                module.training = mode
+            for parameter in self.plain.parameters():
+                parameter.grad = None
+        return "patience" if len(self.history) < self.recipe.epochs else "done"
+
+    def _epoch(self, epoch: int) -> None:
+        self._seed(epoch)
+        if hasattr(self.loader, "set_epoch"):
+            self.loader.set_epoch(epoch)
+        self.plain.train()
+        generator = torch.Generator().manual_seed(self._stream(epoch))
+        # Sums over the epoch, on the device: loss, right, labels, samples.
+        device = self.accelerator.device
+        precise = torch.float32 if device.type == "mps" else torch.float64
+        totals = torch.zeros(4, device=device, dtype=precise)
+        terms: dict[str, Tensor] = {}
+        started = time.perf_counter()
+        label = f"epoch {epoch + 1}/{self.recipe.epochs}"
+        processes = self.accelerator.num_processes
+        batches = data.share(self.loader, self.accelerator)
+        taken = 0
+        with progress_bar(label, self.steps_per_epoch, enabled=self.progress) as advance:
+            for group in data.groups(batches, self.recipe.accumulate, self.steps_per_epoch):
+                self._freeze(epoch)
+                self._set_rate()
+                self._step(group, generator, totals, terms)
+                taken += 1
+                advance(_note(totals, started) if taken % NOTE_EVERY == 1 else None)
+        if not taken:
+            raise TrainingError(f"train yielded no batch in epoch {epoch + 1}")
+        if processes > 1:  # each has seen other batches; statistics are those of the first
+            for buffer in self.plain.buffers():
+                torch.distributed.broadcast(buffer, 0)
+        seconds = time.perf_counter() - started
+        totals = self.accelerator.reduce(totals, "sum")
+        loss, right, labels, samples = totals.tolist()
+        self.history.append(
+            {
+                "epoch": epoch,
+                "step": self.step,
+                "loss": loss / max(samples, 1),
+                "terms": {name: value.item() / taken for name, value in terms.items()},
+                "accuracy": 100 * right / labels if labels else None,
+                "learning_rate": self.optimizer.param_groups[0]["lr"],
+                "frozen": len(self.freezer.frozen) if self.freezer is not None else 0,
+                "samples_per_second": samples / seconds,
+                "seconds": seconds,
+            }
+        )
+
+    def _freeze(self, epoch: int) -> None:
+        """Bring the freezing, and the wrapper that exchanges gradients, up to date."""
+        changed = False
+        if self.freezer is not None:
+            every = self.recipe.freezing_steps
+            changed = self.freezer.step(epoch if every is None else self.step // every)
+        if self.accelerator.num_processes == 1:
+            self.wrapped = self.given
+        elif changed or self.wrapped is None:
+            device = self.accelerator.device
+            # DDP decides at construction whose gradients it exchanges.
+            self.wrapped = nn.parallel.DistributedDataParallel(
+                self.plain, device_ids=[device.index] if device.type == "cuda" else None
+            )
+
+    def _set_rate(self) -> None:
+        factor = self.recipe.rate(self.step, self.recipe.epochs * self.steps_per_epoch)
+        for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
+            group["lr"] = peak * factor
+
+    def _step(
+        self,
+        group: list[Any],
+        generator: torch.Generator,
+        totals: Tensor,
+        terms: dict[str, Tensor],
+    ) -> None:
+        """One optimiser step over a group of batches."""
+        accelerator, finite = self.accelerator, torch.ones((), device=self.accelerator.device)
+        self.optimizer.zero_grad(set_to_none=True)
+        for index, batch in enumerate(group):
+            last = index == len(group) - 1
+            silent = accelerator.num_processes > 1 and not last
+            with self.wrapped.no_sync() if silent else nullcontext():  # type: ignore[union-attr,operator]
+                loss, parts = self._loss(batch, generator, totals)
+                accelerator.backward(loss / len(group))
+            finite = finite * loss.detach().isfinite()
+            for name, value in parts.items():
+                terms[name] = terms.get(name, 0.0) + value / len(group)
+        norm = accelerator.clip_grad_norm_(self.parameters, self.recipe.clip or float("inf"))
+        if self.recipe.precision != "fp16":  # there the scaler skips steps that overflow
+            finite = finite * norm.isfinite()
+        if not bool(accelerator.reduce(finite, "sum") == accelerator.num_processes):
+            kept = f"those of epoch {len(self.history)}" if self.history else "what they were"
+            where = (
+                "" if self.folder is None else f", and the checkpoint in {self.folder} is intact"
+            )
+            raise TrainingError(
+                f"step {self.step} (epoch {len(self.history) + 1}): the loss or its gradient is "
+                f"not finite; the model's weights are {kept}{where}; try a lower learning_rate, or "
+                "look for NaN in the data"
+            )
+        self.optimizer.step()
+        self.step += 1
+        if self.average is not None:
+            self.average.update_parameters(self.plain)
+
+    def _loss(
+        self, batch: Any, generator: torch.Generator, totals: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        assert self.wrapped is not None
+        device, step = self.accelerator.device, self.step
+        inputs, labels = data.split(self.plain, batch, labelled=self.labelled, step=step)
+        inputs = self.augment(measure.to_device(inputs, device), generator)
+        with self.accelerator.autocast():
+            if self.distiller is not None:
+                self.distiller.teach(inputs)
+            output = data.call(self.wrapped, inputs, step)
+            task: Any = None
+            parts: dict[str, Tensor] = {}
+            if labels is not None:
+                task = self._task(output, labels, device)
+            if self.distiller is not None:
+                task, parts = self.distiller.loss(output, task)
+        assert task is not None
+        if not (isinstance(task, Tensor) and task.dim() == 0 and task.requires_grad):
+            raise TrainingError(f"step {step}: the loss is {task!r}, not a scalar with a gradient")
+        size = next((len(t) for t in tensors_in(inputs) if t.dim()), 1)
+        totals[0] += task.detach() * size
+        totals[3] += size
+        if (counted := data.right(output, measure.to_device(labels, device))) is not None:
+            totals[1] += counted[0]
+            totals[2] += counted[1]
+        return task, parts
+
+    def _task(self, output: Any, labels: Any, device: torch.device) -> Any:
+        if self.loss is not None:
+            return self.loss(output, measure.to_device(labels, device))
+        if not (isinstance(output, dict) and output.get("loss") is not None):
+            data.check_labels(labels, output, self.step)
+        return data.task_loss(output, measure.to_device(labels, device))
+
+    def _seed(self, epoch: int) -> None:
+        stream = self._stream(epoch)
+        torch.manual_seed(stream)
+        random.seed(stream)
+        np.random.seed(stream % 2**32)
+
+    def _stream(self, epoch: int) -> int:
+        process = int(self.accelerator.process_index)
+        return (self.recipe.seed * SEED_STRIDE + epoch) * SEED_STRIDE + process
+
+    # After an epoch
+
+    @property
+    def _current(self) -> nn.Module:
+        """The model to evaluate and keep."""
+        if self.average is None:
+            return self.plain
+        averaged: nn.Module = self.average.module
+        return averaged
+
+    def _finish_epoch(self) -> None:
+        entry = self.history[-1]
+        entry["metric"] = self._evaluated()
+        metric = entry["metric"]
+        before = None if self.best is None else self.history[self.best_epoch]["metric"]
+        if metric is None or before is None or metric > before:
+            self.best_epoch = entry["epoch"]
+            self.best = None if metric is None else _copied(self._current.state_dict())
+        if self.folder is None or not self.accelerator.is_main_process:
+            return
+        scaler = getattr(self.accelerator, "scaler", None)
+        files.save_state(
+            self.folder,
+            self._identity(),
+            {
+                "step": self.step,
+                "history": self.history,
+                "best_epoch": self.best_epoch,
+                "best": self.best,
+                "model": self.plain.state_dict(),
+                "average": None if self.average is None else self.average.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "scaler": None if scaler is None else scaler.state_dict(),
+            },
+        )
+        files.write_record(self.folder, self._identity(), self.history)
+
+    def _evaluated(self) -> float | None:
+        if self.evaluate is None:
+            return None
+        model = self._current
+        with torch.no_grad(), measure.preserve_rng(), measure.evaluation(model):
+            value = float(self.evaluate(model))
+        if self.accelerator.num_processes > 1:  # all must agree on what is best
+            shared = torch.tensor(value, device=self.accelerator.device, dtype=torch.float64)
+            torch.distributed.broadcast(shared, 0)
+            value = float(shared)
+        return value
+
+    def _impatient(self) -> bool:
+        patience = self.recipe.patience
+        return patience is not None and len(self.history) - 1 - self.best_epoch >= patience
+
+    def _final(self) -> dict[str, Any]:
+        """The weights to end with."""
+        return self.best if self.best is not None else _copied(self._current.state_dict())
+
+    def _resume(self) -> None:
+        if self.folder is None:
+            return
+        saved = files.load_state(self.folder, self._identity())
+        if saved is None:
+            return
+        self.plain.load_state_dict(saved["model"])
+        self.optimizer.load_state_dict(saved["optimizer"])
+        if self.average is not None:
+            self.average.load_state_dict(saved["average"])
+        scaler = getattr(self.accelerator, "scaler", None)
+        if scaler is not None and saved["scaler"] is not None:
+            scaler.load_state_dict(saved["scaler"])
+        self.step, self.history = saved["step"], saved["history"]
+        self.best_epoch, self.best = saved["best_epoch"], saved["best"]
+
+
+def _copied(state: dict[str, Any]) -> dict[str, Any]:
+    return {
+        key: value.detach().clone() if isinstance(value, Tensor) else value
+        for key, value in state.items()
+    }
+
+
+def _note(totals: Tensor, started: float) -> str:
+    """Accuracy so far and speed, for the progress bar."""
+    _, right, labels, samples = totals.tolist()
+    accuracy = f"{100 * right / labels:.1f}%, " if labels else ""
+    return f"{accuracy}{samples / (time.perf_counter() - started):.0f}/s"

@@ -1,0 +1,134 @@
+"""Schedules of freezing: which factors of a decomposed layer train in which phase.
+
+References: fixed freezing, arXiv 2407.20266 §2.2; sequential freezing, 2309.03824.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Final, Literal
+
+__all__ = ["FREEZING", "Fixed", "NoFreezing", "Roles", "Schedule", "Sequential"]
+
+Roles = frozenset[str]
+_OUTER: Final = frozenset({"first", "last"})
+
+
+class Schedule(ABC):
+    """Which roles of a decomposed layer are frozen in which phase.
+
+    A phase is a counter: of epochs, or of anything else the caller counts.
+    Biases, norms and layers that were kept always train, and so does a chain of
+    one factor.
+    """
+
+    @abstractmethod
+    def frozen(self, phase: int, roles: Roles) -> Roles:
+        """The roles to freeze.
+
+        Args:
+            phase: From 0.
+            roles: The roles among ``first``, ``core`` and ``last`` the layer has.
+        """
+
+    def every(self, count: int) -> Schedule:
+        """The same schedule with phases `count` times as long.
+
+        Example:
+            >>> slow = Sequential().every(3)
+            >>> [sorted(slow.frozen(t, frozenset({"first", "last"}))) for t in (0, 2, 3)]
+            [['first'], ['first'], ['last']]
+        """
+        return _Every(self, count)
+
+    def until(self, phase: int, then: Schedule | None = None) -> Schedule:
+        """The same schedule before `phase` and another from it on; None trains everything.
+
+        Example:
+            >>> schedule = Fixed().until(8)
+            >>> schedule.frozen(8, frozenset({"first", "last"}))
+            frozenset()
+        """
+        return _Until(self, phase, then or NoFreezing())
+
+
+@dataclass(frozen=True)
+class NoFreezing(Schedule):
+    """Everything trains."""
+
+    def frozen(self, phase: int, roles: Roles) -> Roles:
+        """Nothing."""
+        return frozenset()
+
+
+@dataclass(frozen=True)
+class Fixed(Schedule):
+    """The first factor of a pair and both outer ones around a core never train."""
+
+    def frozen(self, phase: int, roles: Roles) -> Roles:
+        """The same roles in every phase."""
+        if "core" in roles:
+            return roles & _OUTER
+        return frozenset({"first"}) if roles == _OUTER else frozenset()
+
+
+@dataclass(frozen=True)
+class Sequential(Schedule):
+    """Factors take turns: the core and the outer factors, or the last and the first.
+
+    Args:
+        parity: The phases, even (0) or odd (1), in which the core, or the last
+            factor of a pair, trains.
+    """
+
+    parity: Literal[0, 1] = 0
+
+    def __post_init__(self) -> None:
+        if self.parity not in (0, 1):
+            raise ValueError(f"parity={self.parity!r}: expected 0 or 1")
+
+    def frozen(self, phase: int, roles: Roles) -> Roles:
+        """One half in even phases, the other in odd ones."""
+        one = roles & (frozenset({"core"}) if "core" in roles else frozenset({"last"}))
+        other = roles - one
+        if not one or not other:
+            return frozenset()
+        return other if phase % 2 == self.parity else one
+
+
+@dataclass(frozen=True)
+class _Every(Schedule):
+    schedule: Schedule
+    count: int
+
+    def __post_init__(self) -> None:
+        if isinstance(self.count, bool) or not isinstance(self.count, int) or self.count < 1:
+            raise ValueError(f"every({self.count!r}): expected an integer of at least 1")
+
+    def frozen(self, phase: int, roles: Roles) -> Roles:
+        return self.schedule.frozen(phase // self.count, roles)
+
+
+@dataclass(frozen=True)
+class _Until(Schedule):
+    schedule: Schedule
+    phase: int
+    then: Schedule
+
+    def __post_init__(self) -> None:
+        if isinstance(self.phase, bool) or not isinstance(self.phase, int) or self.phase < 0:
+            raise ValueError(f"until({self.phase!r}): expected an integer of at least 0")
+
+    def frozen(self, phase: int, roles: Roles) -> Roles:
+        if phase < self.phase:
+            return self.schedule.frozen(phase, roles)
+        return self.then.frozen(phase - self.phase, roles)
+
+
+FREEZING: Final[Mapping[str, Callable[[], Schedule]]] = {
+    "none": NoFreezing,
+    "fixed": Fixed,
+    "sequential": Sequential,
+}

@@ -1,0 +1,87 @@
+"""What a training run leaves in its folder: a checkpoint to go on from, and a record to read.
+
+Both are replaced atomically after every epoch, so a run that is killed at any time
+goes on from the end of its last complete epoch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from torch import nn
+
+from rankopt import measure
+from rankopt._apply import plan_of
+from rankopt._files import atomic_path, write_text
+from rankopt.errors import CheckpointError, RankoptError
+
+__all__ = ["CHECKPOINT", "RECORD", "fingerprint", "load_state", "save_state", "write_record"]
+
+SCHEMA: Final = "rankopt.training/1"
+CHECKPOINT: Final = "training.pt"
+RECORD: Final = "record.jsonl"
+
+
+def fingerprint(model: nn.Module) -> dict[str, str | None]:
+    """What identifies the model a checkpoint belongs to."""
+    plan = plan_of(model)
+    decisions = None
+    if plan is not None:
+        text = json.dumps([decision.to_dict() for decision in plan], sort_keys=True)
+        decisions = hashlib.sha256(text.encode()).hexdigest()[:32]
+    return {"plan": decisions, "model": measure.structure_digest(model)}
+
+
+def save_state(folder: Path, identity: Mapping[str, Any], state: Mapping[str, Any]) -> None:
+    """Write the checkpoint atomically; tensors and plain values only."""
+    with atomic_path(folder / CHECKPOINT) as temporary:
+        torch.save({"schema": SCHEMA, "identity": dict(identity), **state}, temporary)
+
+
+def load_state(folder: Path, identity: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The checkpoint in `folder`, on the CPU; None if there is none.
+
+    Raises:
+        CheckpointError: The file is damaged, or was made by another run; the
+            message names the first setting that differs.
+    """
+    path = folder / CHECKPOINT
+    if not path.exists():
+        return None
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch's reader of a damaged file may raise anything
+        raise CheckpointError(f"{path} is damaged: {type(error).__name__}: {error}") from error
+    if not isinstance(state, dict) or state.get("schema") != SCHEMA:
+        raise CheckpointError(f"{path} is no training checkpoint of this version of rankopt")
+    made = state["identity"]
+    for key, value in identity.items():
+        if made.get(key) != value:
+            raise CheckpointError(
+                f"{path} was made with {key} {made.get(key)!r}, this run has {value!r}; use the "
+                "same to go on with it, or another folder= to start anew"
+            )
+    return dict(state)
+
+
+def make_folder(folder: Any) -> Path:
+    """The folder, made if need be."""
+    path = Path(folder)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RankoptError(f"cannot make the folder {path}: {error.strerror}") from error
+    return path
+
+
+def write_record(
+    folder: Path, start: Mapping[str, Any], epochs: Sequence[Mapping[str, Any]]
+) -> None:
+    """One JSON object per line: the run's settings, then every epoch."""
+    lines = [{"event": "start", **start}, *({"event": "epoch", **epoch} for epoch in epochs)]
+    write_text(folder / RECORD, "".join(json.dumps(line) + "\n" for line in lines))

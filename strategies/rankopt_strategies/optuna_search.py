@@ -1,0 +1,79 @@
+"""`optuna`: trials on the task's own metric, begun from what the other strategies know."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal
+
+from rankopt._study import open_study
+from rankopt.errors import DeadlineExceeded
+from rankopt.plan import RankPlan
+from rankopt.strategy import Problem, Strategy, Tags
+
+__all__ = ["OptunaSearch"]
+
+
+@dataclass(frozen=True)
+class OptunaSearch(Strategy):
+    """Search plans by trials on `evaluate`, with Optuna; the best within the budget.
+
+    The plans of `knapsack` and others are the first trials, so that the answer is never
+    worse than theirs on the data `evaluate` uses. For a front, several workers or a
+    study that survives a crash use `rankopt.study`.
+
+    Args:
+        n_trials: Trials in all, the queued ones included.
+        space: ``warp``, ``stage`` or ``layer``; see `rankopt.study`.
+        sampler: ``tpe``, ``nsgaii``, ``nsgaiii``, ``gp``, ``random``, ….
+        direction: Whether the metric is better when higher or lower.
+        confidence: Of stopping a trial early where `evaluate` yields batches.
+        storage: Path or URL to keep the study in; None for memory.
+        study: The study's name in the storage.
+    """
+
+    name: ClassVar[str] = "optuna"
+    tags: ClassVar[Tags] = Tags(
+        monotone=False, unbudgeted=False, metric_drop=True, needs=frozenset({"evaluate"})
+    )
+    n_trials: int = 60
+    space: Literal["warp", "stage", "layer"] = "warp"
+    sampler: str = "tpe"
+    direction: Literal["maximize", "minimize"] = "maximize"
+    confidence: float = 0.99
+    storage: str | None = None
+    study: str = "rankopt"
+
+    def __post_init__(self) -> None:
+        if isinstance(self.n_trials, bool) or not isinstance(self.n_trials, int):
+            raise ValueError(f"n_trials={self.n_trials!r}: expected an integer")
+        if self.n_trials < 1:
+            raise ValueError(f"n_trials={self.n_trials!r}: expected at least 1")
+        if not 0.5 < self.confidence < 1:
+            raise ValueError(f"confidence={self.confidence!r}: expected above 0.5 and below 1")
+
+    def search(self, problem: Problem) -> RankPlan:
+        """Run the study and take its best; see `Strategy.search`."""
+        assert problem.budget is not None
+        problem.check_deadline()
+        objective = problem.budget.minimize or problem.budget.axes[0]
+        study = open_study(
+            problem,
+            storage=self.storage,
+            where=self.storage or "memory",
+            name=self.study,
+            objective=objective,
+            direction=self.direction,
+            space=self.space,
+            sampler=self.sampler,
+            confidence=self.confidence,
+            seed=problem.seed,
+        )
+        # A trial under way when the time runs out is given up; what finished counts.
+        with contextlib.suppress(DeadlineExceeded):
+            left = None if problem.deadline is None else problem.deadline - time.monotonic()
+            study.run(self.n_trials, timeout=left, progress=problem.progress)
+        if not study.points:
+            problem.check_deadline()
+        return replace(study.best(problem.budget), strategy=self.describe(problem.seed))

@@ -1,0 +1,104 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+import rankopt
+from rankopt._search import open_problem
+from rankopt._study.records import key_of, options_in, options_of, rows_of
+from rankopt._study.space import SPACES, make_space, stages
+from rankopt.allocation import GOOD_GAP, damage
+from rankopt.budget import Budget
+from rankopt.errors import StudyError
+from rankopt.strategy import Strategy
+from rankopt.testing import planted_inputs, planted_model
+
+
+@pytest.fixture(autouse=True)
+def _no_grad():
+    with torch.no_grad():
+        yield
+
+
+def problem(budget=None, calibration=None):
+    with torch.no_grad():
+        return open_problem(
+            planted_model(), Budget.parse(budget), example_inputs=planted_inputs(),
+            calibration=calibration, methods=Strategy.methods,
+        ).problem  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", sorted(SPACES))
+def test_every_point_is_a_plan(kind):
+    found = problem("macs<=60%")
+    space = make_space(kind, found, "macs")
+    draw = np.random.default_rng(0)
+    seen = set()
+    for _ in range(20):
+        params = {name: draw.uniform(low, high) for name, (low, high) in space.bounds.items()}
+        options = space.options(params)
+        assert len(options) == len(found.sites)
+        seen.add(key_of(rows_of(options)))
+        if kind == "warp":  # within the budget by construction
+            assert found.figures(options)["macs"] <= 0.6 * found.totals["macs"]
+        again = space.options(space.encode(options))
+        if kind == "layer":
+            assert key_of(rows_of(again)) == key_of(rows_of(options))
+    assert len(seen) > 10
+
+
+def test_the_middle_of_the_warp_is_the_knapsack():
+    data = [torch.randn(64, 3, 12, 12)]
+    found = problem("macs<=50%", data)
+    space = make_space("warp", found, "macs")
+    plan = rankopt.search(
+        planted_model(), "macs<=50%", example_inputs=planted_inputs(), calibration=data,
+        methods=Strategy.methods,
+    )  # fmt: skip
+    theirs = options_in(found, plan)
+    params = space.encode(theirs)
+    assert params["power"] == 0.5
+    assert {params[name] for name in ("depth", "bend", "cost", "kernel")} == {0.0}
+    mine = space.options({**params, "size": 0.5})
+
+    def total(options):
+        weights = np.sqrt(space.sensitivities)
+        return sum(w * damage(o) for w, o in zip(weights, options, strict=True))
+
+    # The warp relaxes; the strategy also closes the last gap.
+    assert total(theirs) * (1 - GOOD_GAP) <= total(mine) <= 1.1 * total(theirs)
+
+
+def test_a_described_space_is_the_same_space():
+    data = [torch.randn(64, 3, 12, 12)]
+    first = make_space("warp", problem(calibration=data), "macs")
+    spec = first.describe()
+    second = make_space("warp", problem(), "macs", spec)  # needs no calibration any more
+    assert second.describe() == spec
+    assert second.bounds == first.bounds
+    with pytest.raises(StudyError, match="searches other layers"):
+        make_space("warp", problem(), "macs", {**spec, "sites": ["a", "b"]})
+    with pytest.raises(StudyError, match="space='grid': expected one of warp"):
+        make_space("grid", problem(), "macs")
+
+
+def test_options_survive_the_storage():
+    found = problem("macs<=60%")
+    plan = rankopt.search(
+        planted_model(), "macs<=60%", example_inputs=planted_inputs(), methods=Strategy.methods
+    )
+    options = options_in(found, plan)
+    back = options_of(found, rows_of(options), "r")
+    assert [(o.method, o.args, o.cost, o.error) for o in back] == [
+        (o.method, o.args, o.cost, o.error) for o in options
+    ]
+
+
+def test_stages():
+    names = [f"encoder.layers.{i}.{part}" for i in range(6) for part in ("attn", "mlp")]
+    found = stages(["stem", *names, "head"])
+    assert found[0] == "stem"
+    assert found[1] == found[2] == "encoder.layers.0"
+    assert stages(["a", "b"]) == ["a", "b"]
+    assert stages(["x"]) == ["x"]

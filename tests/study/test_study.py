@@ -1,0 +1,461 @@
+from __future__ import annotations
+
+import json
+import socket
+from concurrent.futures import ThreadPoolExecutor
+
+import optuna
+import pytest
+import torch
+from torch import nn
+
+import rankopt
+from rankopt import measure
+from rankopt.errors import (
+    BudgetError,
+    BudgetInfeasible,
+    EvaluationError,
+    MissingDependency,
+    ModelError,
+    StudyError,
+)
+from rankopt.testing import check_strategy, planted_inputs, planted_model
+from rankopt_strategies.optuna_search import OptunaSearch
+
+INPUTS = torch.randn(64, 3, 12, 12, generator=torch.Generator().manual_seed(2))
+WARM = ("knapsack", "parameter_ratio")
+
+
+with torch.no_grad():
+    WANT = planted_model()(INPUTS)
+
+
+def closeness(model):
+    """The share of the outputs' energy that is kept; 1 for the dense model."""
+    with torch.no_grad():
+        return 1 - float((model(INPUTS) - WANT).square().sum() / WANT.square().sum())
+
+
+def open_study(storage=None, **more):
+    arguments = {"evaluate": closeness, "example_inputs": planted_inputs(), "warm_starts": WARM}
+    return rankopt.study(planted_model(), storage=storage, **{**arguments, **more})
+
+
+def test_front_and_best():
+    model = planted_model()
+    digest, state = measure.weights_digest(model), torch.get_rng_state()
+    study = open_study().run(n_trials=14)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert measure.weights_digest(model) == digest
+    front = study.front
+    sizes = [point.figures["macs"] for point in front]
+    metrics = [point.metric for point in front]
+    assert sizes == sorted(sizes)
+    assert metrics == sorted(metrics)
+    assert study.dense_metric == 1
+    points = study.points
+    for point in front:  # nobody dominates a point of the front
+        assert not any(
+            other.metric >= point.metric and other.figures["macs"] < point.figures["macs"]
+            for other in points
+        )
+    plan = study.best("macs<=50%")
+    share = plan.totals["macs"]["measured"] / plan.totals["macs"]["before"]
+    assert share <= 0.5
+    small = rankopt.apply(model, plan)
+    found = plan.extensions["study"]
+    # What was applied is what the trial measured.
+    assert closeness(small) == pytest.approx(found["metric"], abs=1e-5)
+    warm = [
+        p.metric for p in points if p.warm and p.figures["macs"] <= 0.5 * front[-1].figures["macs"]
+    ]
+    assert found["metric"] >= max(warm)
+    assert rankopt.RankPlan.from_json(plan.to_json()) == plan
+    tight = study.best("metric_drop<=0.01, minimize=macs")
+    assert tight.extensions["study"]["metric"] >= 0.99
+    with pytest.raises(BudgetInfeasible, match=r"none of \d+ trials meets it \(smallest: macs"):
+        study.best("macs<=1%")
+    with pytest.raises(StudyError, match="knows params, memory, macs of its plans, not latency"):
+        study.best("latency<=50%")
+
+
+def test_warm_starts_come_first_and_are_the_strategies_plans():
+    study = open_study(budget="macs<=50%").run(n_trials=5)
+    warm = [point.warm for point in study.points]
+    assert warm[:3] == ["dense", "knapsack at 50%", "knapsack at 40%"]
+    plan = rankopt.search(
+        planted_model(), "macs<=50%", example_inputs=planted_inputs(),
+        methods=rankopt.Strategy.methods,
+    )  # fmt: skip
+    ours = study.points[1].plan
+    assert [d.args for d in ours] == [d.args for d in plan]
+    assert [d.cost for d in ours] == [d.cost for d in plan]
+    assert ours.totals["macs"]["predicted"] == plan.totals["macs"]["predicted"]
+
+
+def test_calibration_refreshes_norms_as_apply_does():
+    data = [torch.randn(64, 3, 12, 12) for _ in range(2)]
+    study = open_study(calibration=data, budget="macs<=50%").run(n_trials=8)
+    plan = study.best()
+    assert {decision.factors.kind for decision in plan.changes} != {"weights"}
+    small = rankopt.apply(planted_model(), plan, calibration=data)
+    assert closeness(small) == pytest.approx(plan.extensions["study"]["metric"], abs=1e-4)
+
+
+def test_resumes_and_answers_duplicates(tmp_path):
+    path = tmp_path / "s.db"
+    first = open_study(path).run(n_trials=6)
+    again = open_study(path)
+    assert len(again.points) == 6
+    again.run(n_trials=6)  # there are six already
+    assert len(again.points) == 6
+    calls = []
+
+    def counted(model):
+        calls.append(1)
+        return closeness(model)
+
+    more = open_study(path, evaluate=counted)
+    known = first.points[1]
+    attributes = first.optuna.trials[1].user_attrs
+    more.optuna.enqueue_trial(
+        dict(first.optuna.trials[1].params), {"plan": attributes["plan"], "warm": "again"}
+    )
+    more.run(n_trials=7)
+    assert not calls  # the same configuration, answered from the study
+    assert more.points[-1].metric == known.metric
+    assert more.status()["duplicates"] == 1
+    read = rankopt.Study.load(path)
+    assert [p.metric for p in read.front] == [p.metric for p in more.front]
+    assert read.best("macs<=60%").decisions == more.best("macs<=60%").decisions
+    with pytest.raises(StudyError, match="opened to be read"):
+        read.run(8)
+
+
+def raising(model):
+    if raising.calls % 3 == 2:
+        raising.calls += 1
+        raise RuntimeError("the GPU is on fire")
+    raising.calls += 1
+    return closeness(model)
+
+
+def test_failed_trials_are_recorded_and_the_study_goes_on():
+    raising.calls = 0
+    study = open_study(evaluate=raising).run(n_trials=9)
+    status = study.status()
+    assert status["trials"] == {"complete": 6, "fail": 3}
+    assert status["errors"] == ["evaluate raised RuntimeError: the GPU is on fire"]
+    assert status["counted"] == 9
+    assert study.front
+
+
+@pytest.mark.parametrize(
+    ("evaluate", "match"),
+    [
+        (lambda model: float("nan"), "3 failed, the last with: evaluate gave nan"),
+        (lambda model: next(model.parameters()).zero_().sum(), "evaluate changed the model"),
+    ],
+)
+def test_nothing_but_failures(evaluate, match):
+    study = open_study(evaluate=evaluate).run(n_trials=3)
+    with pytest.raises(StudyError, match=match):
+        _ = study.front
+
+
+def test_a_changed_model_does_not_spoil_the_next_trial():
+    calls = []
+
+    def vandal(model):
+        calls.append(1)
+        found = closeness(model)
+        if len(calls) == 2:
+            for parameter in model.parameters():
+                parameter.zero_()
+        return found
+
+    study = open_study(evaluate=vandal).run(n_trials=6)
+    clean = open_study().run(n_trials=6)
+    assert study.status()["trials"]["fail"] == 1
+    assert [p.metric for p in study.points[1:3]] == [p.metric for p in clean.points[2:4]]
+
+
+SIZE = 4
+BATCHES = list(enumerate(torch.split(INPUTS, SIZE)))
+
+
+def by_batch(model, batch):
+    index, inputs = batch
+    with torch.no_grad():
+        want = WANT[index * SIZE : (index + 1) * SIZE]
+        return -float((model(inputs) - want).square().mean())
+
+
+def test_racing_stops_hopeless_trials_and_no_others():
+    arguments = {"evaluate": by_batch, "batches": BATCHES, "budget": "macs<=60%"}
+    raced = open_study(sampler="random", **arguments).run(n_trials=20)
+    full = open_study(sampler="random", confidence=None, **arguments).run(n_trials=20)
+    stopped = [t for t in raced.optuna.trials if t.state.name == "PRUNED"]
+    looked = [t for t in stopped if "duplicate" not in t.user_attrs["rankopt"]]
+    assert looked
+    for trial in looked:
+        record = trial.user_attrs["rankopt"]
+        assert 3 <= len(record["batches"]) < len(BATCHES)
+        assert "dominated" in record["stopped"]
+        # What was stopped would not have been on the front.
+        whole = full.optuna.trials[trial.number]
+        assert whole.user_attrs["rankopt"]["key"] == record["key"]
+        assert trial.number not in {point.trial for point in full.front}
+    assert {p.trial for p in raced.front} == {p.trial for p in full.front}
+
+
+def test_a_generator_yields_batches():
+    def evaluate(model):
+        yield by_batch(model, BATCHES[0]), 1
+        yield by_batch(model, BATCHES[1]), 3
+
+    study = open_study(evaluate=evaluate).run(n_trials=2)
+    point = study.points[1]
+    small = rankopt.apply(planted_model(), point.plan)
+    parts = [by_batch(small, batch) for batch in BATCHES[:2]]
+    assert point.metric == pytest.approx((parts[0] + 3 * parts[1]) / 4, rel=1e-3)
+
+
+def test_over_the_budget_is_not_evaluated():
+    calls = []
+
+    def counted(model):
+        calls.append(1)
+        return closeness(model)
+
+    study = open_study(evaluate=counted, budget="macs<=40%", space="layer", sampler="random").run(
+        n_trials=20
+    )
+    over = [t for t in study.optuna.trials if t.state.name == "PRUNED"]
+    assert over
+    assert all("over the budget: macs" in t.user_attrs["rankopt"]["stopped"] for t in over)
+    assert all(t.constraints["macs"] > 0 for t in over)
+    assert len(calls) == len(study.points) - study.status()["duplicates"]
+    plan = study.best()
+    assert plan.totals["macs"]["measured"] <= 0.4 * plan.totals["macs"]["before"]
+
+
+@pytest.mark.parametrize(
+    ("more", "match"),
+    [
+        ({"budget": "macs<=70%"}, "has budget None, the request"),
+        ({"objective": "params"}, "has objective 'macs', the request 'params'"),
+        ({"direction": "minimize"}, "has direction 'maximize', the request 'minimize'"),
+        ({"space": "layer"}, "searches the space 'warp', the request 'layer'"),
+        ({"round_to": 4}, "has round_to 1, the request 4"),
+        ({"ignore": ["hidden"]}, "searches other layers"),
+        ({"calibration": [torch.zeros(8, 3, 12, 12)]}, "has calibration None"),
+    ],
+)
+def test_another_request_is_refused(tmp_path, more, match):
+    path = tmp_path / "s.db"
+    open_study(path)
+    before = len(rankopt.Study.load(path).optuna.trials)
+    with pytest.raises(StudyError, match=match):
+        open_study(path, **more)
+    assert len(rankopt.Study.load(path).optuna.trials) == before
+
+
+def test_another_model_or_version_is_refused(tmp_path, monkeypatch):
+    path = tmp_path / "s.db"
+    open_study(path).run(n_trials=2)
+    arguments = {"evaluate": closeness, "storage": path, "example_inputs": planted_inputs()}
+    with pytest.raises(StudyError, match="was made for other weights"):
+        rankopt.study(planted_model(seed=1), **arguments)
+    with pytest.raises(StudyError, match="model of another class"):
+        rankopt.study(nn.Sequential(nn.Conv2d(3, 32, 3), nn.Conv2d(32, 32, 3)), **arguments)
+    monkeypatch.setattr("rankopt._study.records.__version__", "9.9")
+    with pytest.raises(StudyError, match=r"begun with rankopt 0\.\S+, this is 9.9"):
+        open_study(path)
+    assert rankopt.Study.load(path).front  # reading is for every version
+    foreign = optuna.storages.InMemoryStorage()
+    optuna.create_study(storage=foreign, study_name="rankopt").add_trial(
+        optuna.create_trial(value=1.0)
+    )
+    with pytest.raises(StudyError, match="was not made by rankopt"):
+        open_study(foreign)
+
+
+@pytest.mark.parametrize(
+    ("more", "error", "match"),
+    [
+        ({"storage": "/no/such/folder/s.db"}, StudyError, "its folder does not exist"),
+        ({"storage": "/no/such/folder/s.journal"}, StudyError, "its folder does not exist"),
+        ({"storage": 3}, StudyError, "storage=3: expected a path"),
+        ({"storage": "grpc://here"}, StudyError, "expected grpc://HOST:PORT"),
+        ({"storage": "mysql://u:pw@h/d"}, MissingDependency, r"mysql://u:\*\*\*@h/d: .*install"),
+        ({"evaluate": 3}, ModelError, "evaluate=3: expected a function"),
+        ({"objective": "speed"}, StudyError, "objective='speed': expected one of params"),
+        ({"direction": "up"}, StudyError, "direction='up'"),
+        ({"sampler": "magic"}, StudyError, "sampler='magic': expected one of tpe"),
+        ({"space": "magic"}, StudyError, "space='magic'"),
+        ({"confidence": 2}, StudyError, "confidence=2"),
+        ({"example_inputs": None, "budget": "macs<=50%"}, BudgetError, "need example_inputs"),
+        ({"budget": "latency<=50%"}, BudgetError, "cannot keep to a budget on latency"),
+        ({"budget": "macs<=1%"}, BudgetInfeasible, "smallest reachable is macs"),
+        ({"create": False}, StudyError, "there is no study 'rankopt'; it has none"),
+        (
+            {"budget": rankopt.Budget(metric_drop=1, minimize="macs", direction="minimize")},
+            BudgetError,
+            "give both the same direction",
+        ),
+    ],
+)
+def test_bad_requests(more, error, match):
+    with pytest.raises(error, match=match):
+        open_study(**more)
+
+
+def test_bad_runs(tmp_path):
+    study = open_study()
+    with pytest.raises(StudyError, match="give at least one"):
+        study.run()
+    with pytest.raises(StudyError, match="n_trials=0"):
+        study.run(0)
+    with pytest.raises(StudyError, match="has no completed trial; run some"):
+        study.best("macs<=50%")
+    path = tmp_path / "other.db"
+    path.write_text("not a database, but long enough to look at" * 40)
+    with pytest.raises(StudyError, match="file is not a database"):
+        open_study(path)
+
+
+def test_grpc_proxy():
+    """Served from this process, as `optuna.storages.run_grpc_proxy_server` does it."""
+    pytest.importorskip("grpc")
+    from optuna.storages._grpc.server import make_server
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    url = f"grpc://127.0.0.1:{port}"
+    with ThreadPoolExecutor(4) as threads:
+        server = make_server(optuna.storages.InMemoryStorage(), "127.0.0.1", port, threads)
+        server.start()
+        try:
+            study = open_study(url, heartbeat=1).run(n_trials=5)
+            assert len(rankopt.Study.load(url).points) == 5
+            assert all("lease" in trial.user_attrs for trial in study.optuna.trials[:5])
+        finally:
+            server.stop(None)
+
+
+def test_unreachable_server():
+    pytest.importorskip("psycopg")
+    url = "postgresql+psycopg://me:secret@127.0.0.1:9/none"
+    with pytest.raises(StudyError, match=r"me:\*\*\*@127.0.0.1:9/none fails: ") as found:
+        open_study(url)
+    assert "secret" not in str(found.value)
+
+
+def test_disk_full(tmp_path):
+    """A real SQLITE_FULL, from a file that must not grow."""
+    from sqlalchemy import event
+
+    study = open_study(tmp_path / "s.db").run(n_trials=2)
+    engine = study.optuna._storage._backend.engine
+
+    def small(connection, record):
+        pages = connection.execute("PRAGMA page_count").fetchone()[0]
+        connection.execute(f"PRAGMA max_page_count={pages}")
+
+    event.listen(engine, "connect", small)
+    engine.dispose()
+    with pytest.raises(StudyError, match="database or disk is full; trials that finished are kept"):
+        study.run(n_trials=30)
+    again = open_study(tmp_path / "s.db", heartbeat=1)
+    done = len(again.points)
+    assert done >= 2
+    again.run(n_trials=done + 2)
+    assert len(again.points) == done + 2
+
+
+def test_interrupt_is_resumable(tmp_path):
+    calls = []
+
+    def interrupted(model):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return closeness(model)
+
+    study = open_study(tmp_path / "s.db", evaluate=interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        study.run(n_trials=8)
+    status = study.status()
+    assert status["trials"]["complete"] == 2
+    assert status["trials"]["lost"] == 1
+    again = open_study(tmp_path / "s.db").run(n_trials=8)
+    plain = open_study().run(n_trials=8)
+    assert again.status()["counted"] == 8
+    # The interrupted plan was run after all: every queued plan is there once.
+    names = sorted(p.warm for p in again.points if p.warm)
+    assert names == sorted(p.warm for p in plain.points if p.warm)
+
+
+def test_strategy_contract():
+    check_strategy(OptunaSearch(n_trials=6), evaluate=closeness)
+
+
+def test_strategy():
+    plan = rankopt.search(
+        planted_model(), "macs<=50%, params<=60%", strategy=OptunaSearch(n_trials=12),
+        example_inputs=planted_inputs(), evaluate=closeness,
+    )  # fmt: skip
+    assert plan.strategy["settings"]["n_trials"] == 12
+    drop = rankopt.search(
+        planted_model(), "metric_drop<=0.02, minimize=macs", strategy=OptunaSearch(n_trials=12),
+        example_inputs=planted_inputs(), evaluate=closeness,
+    )  # fmt: skip
+    assert closeness(rankopt.apply(planted_model(), drop)) >= 0.98 - 1e-5
+    assert drop.totals["macs"]["measured"] < drop.totals["macs"]["before"]
+    with pytest.raises(ModelError, match="'optuna' needs evaluate="):
+        rankopt.search(
+            planted_model(), "macs<=50%", strategy="optuna", example_inputs=planted_inputs()
+        )
+    for bad in ({"n_trials": 0}, {"n_trials": "x"}, {"confidence": 1.0}):
+        with pytest.raises(ValueError, match=next(iter(bad))):
+            OptunaSearch(**bad)
+
+
+def test_every_sampler_runs():
+    for sampler in ("nsgaii", "nsgaiii", "qmc", "tpe_independent"):
+        assert len(open_study(sampler=sampler).run(n_trials=7).points) >= 5
+    theirs = optuna.samplers.RandomSampler(seed=1)
+    assert open_study(sampler=theirs).request["sampler"] == "RandomSampler"
+
+
+def test_figures_and_export(tmp_path):
+    pytest.importorskip("plotly")
+    study = open_study().run(n_trials=12)
+    files = study.export(tmp_path / "out", figures=True)
+    names = {path.name for path in files}
+    assert {"status.json", "pareto.html", "history.html", "importances.html"} <= names
+    assert "Plotly" in (tmp_path / "out" / "pareto.html").read_text()[:20000]
+    status = json.loads((tmp_path / "out" / "status.json").read_text())
+    for point in status["front"]:
+        plan = rankopt.RankPlan.load(tmp_path / "out" / f"plan-{point['trial']}.json")
+        rankopt.apply(planted_model(), plan)
+    with pytest.raises(StudyError, match="no figures yet"):
+        open_study().figures()
+
+
+def test_missing_plotly(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "plotly", None)
+    with pytest.raises(MissingDependency, match=r"pip install 'rankopt\[report\]'"):
+        open_study().figures()
+
+
+def test_evaluation_error_reaches_search():
+    def broken(model):
+        raise ValueError("no data")
+
+    with pytest.raises((StudyError, EvaluationError), match="no data"):
+        rankopt.search(
+            planted_model(), "params<=50%", strategy=OptunaSearch(n_trials=3), evaluate=broken
+        )

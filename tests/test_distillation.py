@@ -1,0 +1,158 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import rankopt
+from rankopt.errors import ModelError
+from rankopt.testing import planted_inputs, planted_model
+from rankopt.training import Distillation, Distiller
+
+
+@pytest.fixture
+def pair():
+    teacher = planted_model(noise=0.5)
+    plan = rankopt.search(teacher, "params<=40%", methods=["svd", "tucker2"])
+    return teacher, rankopt.apply(teacher, plan).train(), planted_inputs(8)
+
+
+def snapshot(model):
+    return {key: value.clone() for key, value in model.state_dict().items()}
+
+
+def test_every_term_is_what_it_says(pair):
+    teacher, small, x = pair
+    calls = []
+    settings = Distillation(labels=2.0, weights=0.3, outputs=0.7, logits=0.4, temperature=2.0)
+    before = snapshot(teacher)
+    with Distiller(small, teacher, settings) as distiller:
+        distiller.teacher.register_forward_hook(lambda *_: calls.append(torch.is_grad_enabled()))
+        distiller.teach(x)
+        output = small(x)
+        loss, parts = distiller.loss(output, output.square().mean())
+    assert calls == [False]  # once, and without gradients
+    assert parts["labels"] == pytest.approx(output.square().mean().item())
+    expected = sum(getattr(settings, name) * value.item() for name, value in parts.items())
+    assert loss.item() == pytest.approx(expected)
+    # The terms again, by hand: run the chain and the dense layer on their own.
+    seen = {}
+    names = [d.targets[0] for d in small.rankopt_plan.changes]
+    for which, model in (("old", teacher), ("new", small)):
+        for name in names:
+            model.get_submodule(name).register_forward_hook(
+                lambda m, i, o, key=(which, name): seen.update({key: o})
+            )
+    with torch.no_grad():
+        old, new = teacher(x), small(x)
+    outputs = sum(F.mse_loss(seen["new", n], seen["old", n]).item() for n in names)
+    assert parts["outputs"].item() == pytest.approx(outputs, rel=1e-4)
+    p, q = (o.div(2.0).softmax(dim=-1) for o in (old, new))
+    divergence = 4.0 * (p * (p / q).log()).sum(dim=-1).mean().item()
+    assert parts["logits"].item() == pytest.approx(divergence, rel=1e-3)
+    plan = small.rankopt_plan
+    weights = sum(
+        d.error**2 * teacher.get_submodule(d.targets[0]).weight.square().mean().item()
+        for d in plan.changes
+    )
+    assert parts["weights"].item() == pytest.approx(weights, rel=1e-2)
+    assert all(torch.equal(before[k], v) for k, v in teacher.state_dict().items())
+    assert all(p.grad is None for p in teacher.parameters())
+
+
+def test_the_weights_term_pulls_factors_to_the_dense_weight(pair):
+    teacher, small, _ = pair
+    distiller = Distiller(small, teacher, Distillation(labels=0, weights=1, outputs=0))
+    optimiser = torch.optim.Adam(small.parameters(), lr=1e-3)
+    with torch.no_grad():
+        for parameter in small.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    losses = []
+    for _ in range(60):
+        loss, _ = distiller.loss(None)
+        losses.append(loss.item())
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    assert losses[-1] < 0.7 * losses[0]
+
+
+def test_a_model_equal_to_its_teacher_has_nothing_to_learn():
+    teacher = planted_model()
+    plan = rankopt.search(teacher, "params<=99%", methods=["svd"], only=["head"])
+    (decision,) = plan.changes
+    full = replace(decision, args={"ranks": [min(decision.shapes[0])]})
+    same = rankopt.apply(teacher, replace(plan, decisions=(full,)))
+    settings = Distillation(labels=0, logits=1, features=("head",))
+    x = planted_inputs(4)
+    with Distiller(same, teacher, settings) as distiller:
+        distiller.teach(x)
+        loss, parts = distiller.loss(same(x))
+    assert loss.item() < 1e-6  # T² times the rounding of float32 log-probabilities
+    assert "labels" not in parts
+
+
+def test_hooks_are_gone_afterwards(pair):
+    teacher, small, x = pair
+    with Distiller(small, teacher) as distiller:
+        assert any(m._forward_hooks for m in small.modules())
+        distiller.teach(x)
+    assert not any(m._forward_hooks for m in small.modules())
+
+
+def test_language_models_and_regression():
+    class Net(nn.Module):
+        def __init__(self, columns):
+            super().__init__()
+            self.layer, self.head = nn.Linear(32, 32), nn.Linear(32, columns)
+
+        def forward(self, x):
+            return {"logits": self.head(self.layer(x).relu())}
+
+    for columns in (7, 1):
+        teacher = Net(columns)
+        small = rankopt.apply(teacher, rankopt.search(teacher, "params<=70%", ignore=["head"]))
+        x = torch.randn(2, 5, 32)
+        with Distiller(small, teacher, Distillation(0, 0, 0, 1.0)) as distiller:
+            distiller.teach(x)
+            loss, _ = distiller.loss(small(x))
+        old, new = teacher(x)["logits"], small(x)["logits"]
+        if columns == 1:
+            expected = F.mse_loss(new, old)
+        else:
+            p, q = (v.div(4).log_softmax(-1) for v in (old, new))
+            expected = 16 * (p.exp() * (p - q)).sum(-1).mean()
+        assert loss.item() == pytest.approx(expected.item(), rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"temperature": 0}, "temperature=0"),
+        ({"outputs": -1}, "outputs=-1"),
+        ({"logits": float("nan")}, "logits=nan"),
+        ({"labels": True}, "labels=True"),
+        ({"features": "head"}, "tuple of module names"),
+        ({"labels": 0, "weights": 0, "outputs": 0}, "every term has weight 0"),
+    ],
+)
+def test_bad_settings(settings, message):
+    with pytest.raises(ValueError, match=message):
+        Distillation(**settings)
+
+
+def test_bad_pairs(pair):
+    teacher, small, x = pair
+    with pytest.raises(ModelError, match="no module 'neck'"):
+        Distiller(small, teacher, Distillation(features=("neck",)))
+    with pytest.raises(ModelError, match="the batch has no labels"):
+        Distiller(small, teacher).loss(small(x))
+    other = planted_model()
+    other.head = nn.Linear(other.head.in_features, 3)
+    with Distiller(small, other, Distillation(weights=0, outputs=0, logits=1)) as distiller:
+        distiller.teach(x)
+        with pytest.raises(ModelError, match=r"teacher's output is \[8, 3\]"):
+            distiller.loss(small(x), small(x).sum())

@@ -1,0 +1,165 @@
+from __future__ import annotations
+
+import copy
+import sys
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import rankopt
+from rankopt import export
+from rankopt.errors import ExportError, MissingDependency
+from rankopt.testing import planted_inputs, planted_model
+
+# Sums in another order.
+TOLERANCE = 1e-5
+
+
+@pytest.fixture(scope="module")
+def small():
+    dense = planted_model()
+    return rankopt.apply(dense, rankopt.search(dense, "macs<=50%", example_inputs=planted_inputs()))
+
+
+class Residual(nn.Module):
+    """A norm that can be merged and two that cannot."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.norm_a = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8)
+        self.b, self.norm_b = nn.Conv2d(8, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
+        self.c, self.norm_c = nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8)
+
+    def forward(self, x):
+        x = self.norm_a(self.a(x)).relu()
+        y = self.b(x)
+        x = x + y + self.norm_b(y)  # the convolution is read twice
+        return self.norm_c(self.c(self.norm_c(self.c(x))))  # used twice
+
+
+def settled(model):
+    """Norms with statistics and scales of their own."""
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_()
+            module.running_var.uniform_(0.5, 2)
+            nn.init.normal_(module.weight)
+    return model.eval()
+
+
+def test_norms_are_merged_where_that_is_right():
+    model = settled(Residual())
+    merged = export.merge_norms(model.train(), torch.randn(1, 3, 6, 6))
+    x = torch.randn(5, 3, 6, 6)
+    assert torch.allclose(merged(x), model.eval()(x), atol=TOLERANCE)
+    kinds = [type(getattr(merged, f"norm_{name}")) for name in "abc"]
+    assert kinds == [nn.Identity, nn.BatchNorm2d, nn.BatchNorm2d]
+    assert isinstance(model.norm_a, nn.BatchNorm2d)
+
+
+def test_merged_into_the_last_factor():
+    model = settled(nn.Sequential(nn.Conv2d(16, 32, 3), nn.BatchNorm2d(32), nn.ReLU()))
+    plan = rankopt.search(model, "params<=50%")
+    compressed = rankopt.apply(model, plan)
+    x = torch.randn(2, 16, 7, 7)
+    merged = export.merge_norms(compressed, x)
+    assert torch.allclose(merged(x), compressed(x), atol=TOLERANCE)
+    assert isinstance(merged[1], nn.Identity)
+    assert merged[0].last.bias is not None
+
+
+def test_programs_take_any_batch(small):
+    program = export.to_program(small, planted_inputs(1))
+    x = planted_inputs(5)
+    assert torch.allclose(program.module()(x), small(x), atol=TOLERANCE)
+
+
+def test_keywords(tmp_path):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table, self.head = nn.Embedding(20, 32), nn.Linear(32, 32)
+
+        def forward(self, *, ids, scale):
+            return {"out": self.head(self.table(ids)) * scale}
+
+    dense = Net()
+    inputs = {"ids": torch.randint(0, 20, (2, 5)), "scale": torch.randn(2, 1, 1)}
+    plan = rankopt.search(dense, "params<=90%", example_inputs=inputs)
+    compressed = rankopt.apply(dense, plan)
+    program = export.to_program(compressed, inputs)
+    assert torch.allclose(
+        program.module()(**inputs)["out"], compressed(**inputs)["out"], atol=TOLERANCE
+    )
+
+
+@pytest.mark.slow
+def test_onnx_computes_the_same(small, tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    path = tmp_path / "small.onnx"
+    export.to_onnx(small, path, planted_inputs(1), check=True)
+    session = onnxruntime.InferenceSession(path)
+    (entry,) = session.get_inputs()
+    assert not isinstance(entry.shape[0], int)
+    x = planted_inputs(9)
+    (found,) = session.run(None, {entry.name: x.numpy()})
+    assert np.allclose(found, small(x).detach().numpy(), atol=1e-4)
+
+
+@pytest.mark.slow
+def test_an_onnx_file_that_computes_something_else_is_not_written(small, tmp_path, monkeypatch):
+    pytest.importorskip("onnxruntime")
+    other = copy.deepcopy(small)
+    with torch.no_grad():
+        other.head.bias.add_(1.0)
+    monkeypatch.setattr(export, "to_program", _of(other, export.to_program))
+    with pytest.raises(ExportError, match=r"differ by up to 1.*nothing was written"):
+        export.to_onnx(small, tmp_path / "s.onnx", planted_inputs(), check=True)
+    assert not list(tmp_path.iterdir())
+
+
+def _of(other, real):
+    return lambda model, inputs, **settings: real(other, inputs, **settings)
+
+
+def test_what_cannot_be_exported(small, tmp_path, monkeypatch):
+    class Branching(nn.Module):
+        def forward(self, x):
+            return x if float(x.sum()) > 0 else -x
+
+    with pytest.raises(ExportError, match="cannot capture Branching"):
+        export.to_program(Branching(), torch.randn(2, 3))
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    with pytest.raises(MissingDependency, match=r"rankopt\[export\]"):
+        export.to_onnx(small, tmp_path / "s.onnx", planted_inputs())
+
+
+def test_int8_weight_only():
+    dense = planted_model()
+    small = rankopt.apply(dense, rankopt.search(dense, "params<=40%"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        quantization = pytest.importorskip("torchao.quantization")
+        quantised = copy.deepcopy(small)
+        quantization.quantize_(quantised, quantization.Int8WeightOnlyConfig())
+        x = planted_inputs()
+        difference = (quantised(x) - small(x)).norm() / small(x).norm()
+    assert type(quantised.hidden.first.weight).__name__ != "Parameter"
+    assert 0 < difference < 0.03
+
+
+@pytest.mark.slow
+def test_torch_compile():
+    dense = nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 8))
+    compressed = rankopt.apply(dense, rankopt.search(dense, "params<=60%"))
+    x = torch.randn(4, 32)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            found = torch.compile(compressed)(x)
+        except torch._dynamo.exc.BackendCompilerFailed as error:
+            pytest.skip(f"no compiler: {str(error).splitlines()[0]}")
+    assert torch.allclose(found, compressed(x), atol=TOLERANCE)

@@ -1,0 +1,215 @@
+from __future__ import annotations
+
+import contextlib
+from collections import deque
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import rankopt
+from rankopt.errors import BudgetError, BudgetInfeasible, DeadlineExceeded, RankoptWarning
+from rankopt.testing import ModelledClock, Operations, planted_inputs, planted_model
+
+
+def table(**settings):
+    return rankopt.ProfileTable(clock=ModelledClock(**settings), rounds=3)
+
+
+SHARED = table()  # layer times are the same for every test that does not change the clock
+
+
+def searched(budget, strategy="knapsack", model=None, clock=None, **more):
+    return rankopt.search(
+        model or planted_model(),
+        budget,
+        strategy=strategy,
+        example_inputs=planted_inputs(),
+        profile=clock or SHARED,
+        **more,
+    )
+
+
+@pytest.mark.parametrize("strategy", ["knapsack", "energy", "parameter_ratio", "vbmf", "profiled"])
+@pytest.mark.parametrize("budget", ["latency<=80%", "latency<=75%, params<=60%"])
+def test_the_measured_model_meets_the_budget(strategy, budget):
+    plan = searched(budget, strategy)
+    assert plan.budget == rankopt.Budget.parse(budget)
+    assert plan.changes
+    facts = plan.extensions["latency"]
+    assert facts["high"] <= plan.budget.latency
+    entry = plan.totals["latency"]
+    assert entry["measured"] == pytest.approx(facts["ratio"] * entry["before"], abs=1e-3)
+    small = rankopt.apply(planted_model(), plan)
+    clock = ModelledClock()
+    times = [clock(lambda m=m: m(planted_inputs())) for m in (small, planted_model())]
+    assert times[0] <= plan.budget.latency * times[1]
+    for decision in plan.changes if plan.budget.axes == ("latency",) else ():
+        before, after = decision.cost["latency"]
+        assert after < before
+    assert rankopt.RankPlan.from_json(plan.to_json()) == plan
+
+
+def test_milliseconds_are_absolute():
+    model, x = planted_model(), planted_inputs()
+    dense = ModelledClock()(lambda: model(x))
+    plan = searched(f"latency_ms<={0.7 * dense:.3f}")
+    assert plan.budget.latency_ms == pytest.approx(0.7 * dense, abs=1e-3)
+    assert plan.totals["latency"]["measured"] <= 0.7 * dense
+    small = rankopt.apply(model, plan)
+    assert ModelledClock()(lambda: small(x)) <= 0.7 * dense
+    assert not searched(f"latency_ms<={2 * dense:.3f}").changes
+
+
+class Optimistic(ModelledClock):
+    """Layers as ever, but a model takes `tax` longer for every operation beyond the dense seven."""
+
+    def __init__(self, tax):
+        super().__init__()
+        self.tax = tax
+
+    def __call__(self, function):
+        with Operations() as seen, torch.no_grad():
+            function()
+        return super().__call__(function) + self.tax * max(0, len(seen.found) - 7)
+
+
+def test_a_prediction_that_was_too_good_is_corrected():
+    clock = rankopt.ProfileTable(clock=Optimistic(0.05), rounds=3)
+    plan = searched("latency<=80%", clock=clock)
+    facts = plan.extensions["latency"]
+    first = facts["rounds"][0]
+    assert first["measured"] > first["predicted"] + 0.05
+    assert first["high"] > 0.8
+    assert facts["high"] <= 0.8
+    assert len(facts["rounds"]) > 1
+
+
+def test_slack_is_used_up():
+    """Where the first plan turns out faster than it had to be, a milder one is tried."""
+    clock = rankopt.ProfileTable(clock=Optimistic(-0.04), rounds=3)
+    plan = searched("latency<=75%", clock=clock)
+    rounds = plan.extensions["latency"]["rounds"]
+    assert rounds[0]["high"] < 0.71
+    assert plan.extensions["latency"]["high"] > rounds[0]["high"]
+    assert plan.extensions["latency"]["high"] <= 0.75
+
+
+def test_infeasible_says_what_was_reached():
+    with pytest.raises(BudgetInfeasible, match="layer times foresee no less than") as found:
+        searched("latency<=2%")
+    assert 0.02 < found.value.smallest["latency"] < 1
+
+
+def test_where_dense_wins_the_answer_is_dense():
+    slow = table(overhead_ms=5.0)  # a chain of two or three costs two or three overheads
+    with pytest.raises(BudgetInfeasible, match="dense is the right answer") as found:
+        searched("latency<=70%", clock=slow)
+    assert found.value.smallest["latency"] >= 0.97
+    plan = searched("latency<=100%", clock=slow)
+    assert not plan.changes
+    assert plan.totals["latency"]["measured"] == plan.totals["latency"]["before"]
+
+
+def test_what_predicts_well_but_measures_badly_is_infeasible():
+    clock = rankopt.ProfileTable(clock=Optimistic(10.0), rounds=3)
+    with pytest.raises(BudgetInfeasible, match=r"fastest plan that was built took [\d.]+"):
+        searched("latency<=60%", clock=clock)
+
+
+def test_missing_inputs():
+    for budget in ("latency<=70%", "latency_ms<=8"):
+        with pytest.raises(BudgetError, match="needs example_inputs: time depends"):
+            rankopt.search(planted_model(), budget)
+
+
+def test_ranks_are_those_that_were_timed_and_rounded():
+    plan = searched("latency<=85%", round_to=8)
+    full = {16, 32, 48, 64, 10}
+    ranks = [rank for decision in plan.changes for rank in decision.ranks]
+    assert ranks
+    assert all(rank % 8 == 0 or rank in full for rank in ranks)
+
+
+def test_a_layer_that_is_never_reached_is_kept():
+    class Idle(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.used, self.idle = nn.Linear(64, 64), nn.Linear(64, 64)
+
+        def forward(self, x):
+            return self.used(x)
+
+    plan = rankopt.search(
+        Idle(),
+        "latency<=80%",
+        example_inputs=torch.zeros(64, 64),
+        profile=table(overhead_ms=0.001),
+    )
+    assert plan["idle"].reason == "keep: example_inputs never reach it"
+    assert plan["used"].method == "svd"
+
+
+def test_a_shared_layer_counts_once_for_each_call():
+    class Twice(nn.Module):
+        def __init__(self, calls):
+            super().__init__()
+            self.calls, self.fc, self.head = calls, nn.Linear(64, 64), nn.Linear(64, 64)
+
+        def forward(self, x):
+            for _ in range(self.calls):
+                x = self.fc(x)
+            return self.head(x)
+
+    costs = [
+        rankopt.search(
+            Twice(calls),
+            "latency<=90%",
+            example_inputs=torch.zeros(64, 64),
+            profile=table(overhead_ms=0.001),
+        )["fc"].cost["latency"][0]
+        for calls in (1, 3)
+    ]
+    assert costs[1] == pytest.approx(3 * costs[0], rel=1e-3)
+
+
+def test_the_deadline_holds_while_layers_are_timed():
+    with pytest.raises(DeadlineExceeded):
+        searched("latency<=80%", timeout=0.0)
+
+
+def test_training_time_is_another_budget():
+    clock = rankopt.ProfileTable(clock=ModelledClock(), mode="training", rounds=3)
+    model = planted_model()
+    before = [parameter.grad for parameter in model.parameters()]
+    plan = searched("latency<=85%", model=model, clock=clock)
+    assert plan.extensions["latency"]["high"] <= 0.85
+    assert [parameter.grad for parameter in model.parameters()] == before
+
+
+def test_a_noisy_machine_is_named():
+    noise = deque(np.random.default_rng(0).uniform(0.5, 1.5, 997))
+
+    class Noisy(ModelledClock):
+        """Layers take the same time each time, models do not."""
+
+        def __call__(self, function):
+            with Operations() as seen, torch.no_grad():
+                function()
+            noise.rotate(1)
+            return super().__call__(function) * (noise[0] if len(seen.found) > 5 else 1)
+
+    clock = rankopt.ProfileTable(clock=Noisy(), rounds=3)
+    with (
+        pytest.warns(RankoptWarning, match=r"varies too much to decide.*busy, throttled"),
+        contextlib.suppress(BudgetInfeasible),
+    ):
+        searched("latency<=90%", clock=clock)
+
+
+def test_the_environment_says_what_times_depend_on():
+    plan = searched("latency<=90%")
+    assert plan.environment["memory_format"] == "contiguous"
+    assert plan.environment["input"] == [2, 3, 12, 12]
+    assert plan.environment["threads"] == torch.get_num_threads()
