@@ -4,6 +4,7 @@ from rankopt import export, training
 from rankopt._apply import apply, apply_
 from rankopt._compare import Comparison, compare
 from rankopt._fold import fold
+from rankopt._merge import merge, merge_plan
 from rankopt._profile import profile
 from rankopt._recover import Recovery, recover
 from rankopt._search import search
@@ -50,6 +51,8 @@ __all__ = [
     "fold",
     "load",
     "load_plan",
+    "merge",
+    "merge_plan",
     "profile",
     "recalibrate",
     "recover",

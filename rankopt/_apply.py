@@ -10,7 +10,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
-from rankopt import measure, surgery
+from rankopt import measure, merge_fit, merge_linear, merging, surgery
 from rankopt._parallel import for_each, largest_first
 from rankopt._progress import progress_bar
 from rankopt._settle import settle_norms
@@ -30,8 +30,9 @@ from rankopt.layers import (
     check_weight,
     find_layers,
 )
+from rankopt.merging import Merge
 from rankopt.moments import Moments, pool
-from rankopt.plan import Decision, RankPlan
+from rankopt.plan import MERGE, Decision, RankPlan
 from rankopt.registry import decompositions
 from rankopt.unpack import unpack
 
@@ -105,8 +106,8 @@ def apply(
     _check_sources(plan, calibration, factors)
     source = surgery.unwrap(model)
     held = _held(source, calibration, calibration_samples)
-    view, chains = _computed_chains(source, plan, held, progress)
-    result = _swap(view, chains)
+    view, chains, merges = _computed_chains(source, plan, held, progress)
+    result = _placed(view, chains, merges)
     surgery.copy_parameters(result, source.parameters())
     if held is not None:
         settle_norms(result, source, held)
@@ -135,14 +136,16 @@ def apply_(
     _check_sources(plan, calibration, factors)
     source = surgery.unwrap(model)
     held = _held(source, calibration, calibration_samples)
-    view, chains = _computed_chains(source, plan, held, progress)
-    if "" in chains or (chains and type(view) is not type(source)):
+    view, chains, merges = _computed_chains(source, plan, held, progress)
+    trial = surgery.clone(view, share=[*view.parameters(), *view.buffers()])
+    rewritten = _placed(trial, {}, merges) is not trial
+    if "" in chains or rewritten or (chains and type(view) is not type(source)):
         raise PlanError(
             f"the plan replaces the root module {type(source).__name__} itself; "
             "use rankopt.apply, which returns a new model"
         )
     teacher = surgery.clone(source, share=source.parameters())
-    _swap(_unpack_for(source, plan), chains)
+    _placed(_unpack_for(source, plan), chains, merges)
     if held is not None:
         settle_norms(source, teacher, held)
     remember_plan(source, plan)
@@ -162,14 +165,20 @@ def _computed_chains(
     plan: RankPlan,
     held: list[Any] | None,
     progress: bool | None,
-) -> tuple[nn.Module, dict[str, nn.Module]]:
-    """The unpacked view and, for every layer the plan changes, its finished chain."""
+) -> tuple[nn.Module, dict[str, nn.Module], list[Merge]]:
+    """The unpacked view, finished modules for all that the plan changes, and its merges."""
     view = _unpacked_view(source, plan)
     steps = _checked_steps(view, source, plan)
+    merges = merging.planned(view, plan)
     moments: dict[str, Moments] = {}
+    watched = view
     if held is not None:
-        moments = _moments_for(surgery.clone(view), plan, held, progress)
-    return view, _build_chains(view, steps, _factoriser(moments), progress)
+        watched = surgery.clone(view)  # a forward may write into its parameters
+        moments = _moments_for(watched, plan, held, progress)
+    chains = _build_chains(view, steps, _factoriser(moments), progress)
+    with torch.no_grad():
+        chains.update(merge_fit.fit(watched, merges, held, progress=progress))
+    return view, chains, merges
 
 
 def fill_skeleton(view: nn.Module, plan: RankPlan) -> nn.Module:
@@ -177,7 +186,7 @@ def fill_skeleton(view: nn.Module, plan: RankPlan) -> nn.Module:
 
     Sizes and MACs are those of the real result, which is what a search must check.
     """
-    return _swap(view, _build_chains(view, _steps(view, plan), _made_by(torch.zeros), False))
+    return _emptied(view, plan, _made_by(torch.zeros))
 
 
 def build_random(model: nn.Module, plan: RankPlan) -> nn.Module:
@@ -187,7 +196,7 @@ def build_random(model: nn.Module, plan: RankPlan) -> nn.Module:
         return RANDOM_SCALE * torch.randn(shape)
 
     view = _unpack_for(surgery.clone(surgery.unwrap(model)), plan)
-    return _swap(view, _build_chains(view, _steps(view, plan), _made_by(noise), False))
+    return _emptied(view, plan, _made_by(noise))
 
 
 def _made_by(make: Callable[[torch.Size], Tensor]) -> Fill:
@@ -203,6 +212,15 @@ def _made_by(make: Callable[[torch.Size], Tensor]) -> Fill:
     return fill
 
 
+def _emptied(view: nn.Module, plan: RankPlan, fill: Fill) -> nn.Module:
+    """`view` with every change of the plan in place, merges without values of their own."""
+    modules, merges = dict(surgery.named_modules(view)), merging.planned(view, plan)
+    made = _build_chains(view, _steps(view, plan), fill, False)
+    for merge in merges:
+        made |= merging.build(modules, merge)
+    return _placed(view, made, merges)
+
+
 def build_empty(model: nn.Module, plan: RankPlan) -> nn.Module:
     """The structure `apply` would build, every parameter on the meta device."""
     source = surgery.unwrap(model)
@@ -212,8 +230,7 @@ def build_empty(model: nn.Module, plan: RankPlan) -> nn.Module:
 
     view = _unpack_for(surgery.clone(source, substitute=empty), plan)
     _check_structure(source, plan)
-    chains = _build_chains(view, _steps(view, plan), lambda step, chain, weight: {}, False)
-    result = _swap(view, chains)
+    result = _emptied(view, plan, lambda step, chain, weight: {})
     remember_plan(result, plan)
     return result
 
@@ -289,6 +306,7 @@ def _moments_for(
             stacklevel=4,
         )
     layers = {name: layer for layer in find_layers(view) for name in layer.names}
+    aware = [decision for decision in aware if decision.method != MERGE]
     groups = [[layers[name] for name in d.targets if name in layers] for d in aware]
     return collect_for(view, groups, held, progress=progress)
 
@@ -354,6 +372,8 @@ def _steps(view: nn.Module, plan: RankPlan) -> list[_Step]:
     modules = dict(surgery.named_modules(view))
     steps = []
     for decision in plan.changes:
+        if decision.method == MERGE:
+            continue
         found = []
         for name, shape in zip(decision.targets, decision.shapes, strict=True):
             layer = layers.get(name) or aliases.get(name)
@@ -477,18 +497,9 @@ def _parameters(
                 f"layer {layer.name}: factor {name} overflows {layer.dtype}; "
                 "compress in float32 and convert afterwards"
             )
-        cast = cast.contiguous(memory_format=_memory_format(weight, cast))
+        cast = cast.contiguous(memory_format=surgery.memory_format_of(weight, cast))
         parameters[name] = nn.Parameter(cast, requires_grad=weight.requires_grad)
     return parameters
-
-
-def _memory_format(weight: Tensor, factor: Tensor) -> torch.memory_format:
-    """Channels-last if the dense weight is, else contiguous."""
-    if factor.dim() == weight.dim() and not weight.is_contiguous():
-        for dims, layout in ((4, torch.channels_last), (5, torch.channels_last_3d)):
-            if weight.dim() == dims and weight.is_contiguous(memory_format=layout):
-                return layout
-    return torch.contiguous_format
 
 
 def _install(chain: nn.Sequential, module: Any, factors: dict[str, nn.Parameter]) -> None:
@@ -510,3 +521,9 @@ def _install(chain: nn.Sequential, module: Any, factors: dict[str, nn.Parameter]
 def _swap(root: nn.Module, chains: dict[str, nn.Module]) -> nn.Module:
     modules = dict(surgery.named_modules(root))
     return surgery.replace(root, {modules[name]: chain for name, chain in chains.items()})
+
+
+def _placed(root: nn.Module, chains: dict[str, nn.Module], merges: Sequence[Merge]) -> nn.Module:
+    """`root` with the modules in their places, and without the activations that merges drop."""
+    dropping = [merge.bottleneck for merge in merges if merge.between == "drop"]
+    return merge_linear.drop_activations(_swap(root, chains), dropping)

@@ -52,6 +52,7 @@ __all__ = [
     "environment",
     "open_problem",
     "search",
+    "verify",
 ]
 
 DEFAULT_STRATEGY: Final = "knapsack"
@@ -202,7 +203,7 @@ class Opened:
         """
         skeleton = surgery.clone(self.view, share=self.view.parameters())
         return replace(
-            _verify(plan, skeleton, self.seen, self.inputs),
+            verify(plan, skeleton, self.seen, self.inputs),
             model=self.problem.model,
             environment=environment(self.source, self.inputs),
             seconds=round(seconds, 3),
@@ -420,7 +421,7 @@ def _sites(
     return listed, sites
 
 
-def _verify(plan: RankPlan, view: nn.Module, seen: Probe | None, inputs: Any) -> RankPlan:
+def verify(plan: RankPlan, view: nn.Module, seen: Probe | None, inputs: Any) -> RankPlan:
     """Build the result's skeleton inside `view`, run it, and hold it to the budget."""
     built = fill_skeleton(view, plan)
     measured: dict[str, float] = {

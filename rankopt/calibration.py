@@ -24,6 +24,7 @@ from rankopt.moments import Moments
 __all__ = [
     "MAX_SAMPLES",
     "batches",
+    "channel_rows",
     "collect",
     "digest",
     "divergence",
@@ -32,8 +33,10 @@ __all__ = [
     "hold",
     "main_output",
     "norm_statistics",
+    "patches",
     "recalibrate",
     "shortened",
+    "split_batch",
     "tensors_in",
 ]
 
@@ -264,7 +267,7 @@ def collect(
 
     def watch(layer: Layer) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-            for part in _chunks(layer, next(iter((*args, *kwargs.values())))):
+            for part in split_batch(layer, next(iter((*args, *kwargs.values())))):
                 rows = layer_inputs(layer, part)
                 # Products in the model's own precision, summed in float64.
                 product = (rows.mT @ rows).to(torch.float64)
@@ -306,7 +309,7 @@ def collect(
     return found
 
 
-def _chunks(layer: Layer, x: Tensor) -> Iterable[Tensor]:
+def split_batch(layer: Layer, x: Tensor) -> Sequence[Tensor]:
     """`x` in parts whose patches fit into `CHUNK_ELEMENTS`."""
     pixels = math.prod(layer.kernel)
     if not layer.is_conv or x.dim() != len(layer.kernel) + 2 or not len(x):
@@ -330,8 +333,27 @@ def layer_inputs(layer: Layer, x: Tensor) -> Tensor:
     x = x if x.dim() == dims + 2 else x.unsqueeze(0)
     per_group, pixels = layer.group_shape[0], math.prod(layer.kernel)
     if pixels > 1 and per_group * pixels > MAX_PATCH:
-        rows: Tensor = x.unflatten(1, (layer.groups, per_group)).movedim(2, -1)
-        return rows.movedim(1, 0).reshape(layer.groups, -1, per_group)
+        return channel_rows(x, layer.groups)
+    return patches(layer, x)
+
+
+def channel_rows(x: Tensor, groups: int = 1) -> Tensor:
+    """Activations [batch, channels, *positions] as rows [groups, positions, channels / groups]."""
+    rows: Tensor = x.unflatten(1, (groups, -1)).movedim(2, -1)
+    return rows.movedim(1, 0).flatten(1, -2)
+
+
+def patches(layer: Layer, x: Tensor) -> Tensor:
+    """What the kernel of a convolution meets: rows [groups, positions, channels * pixels].
+
+    Positions are in the order of `channel_rows` of the layer's output.
+
+    Args:
+        layer: A convolution.
+        x: Its input [batch, channels, *positions].
+    """
+    dims = len(layer.kernel)
+    per_group, pixels = layer.group_shape[0], math.prod(layer.kernel)
     x = _padded(layer, x)
     for dim, (size, step, spread) in enumerate(
         zip(layer.kernel, layer.stride, layer.dilation, strict=True), start=2
@@ -411,7 +433,7 @@ def recalibrate(
     changed = 0
     for name, (mean, variance) in found.items():
         norm = norms[name]
-        if name in targets and reference[name].running_mean is not None:
+        if name in targets and targets[name][0].shape == mean.shape:
             theirs = reference[name]
             their_mean, their_variance = targets[name]
             # The teacher's channel leaves with mean (m - running_mean) / σ and

@@ -18,10 +18,12 @@ from rankopt._files import write_text
 from rankopt.budget import Budget
 from rankopt.errors import BudgetError, PlanError
 
-__all__ = ["KEEP", "SCHEMA", "Decision", "Factors", "RankPlan"]
+__all__ = ["KEEP", "MERGE", "SCHEMA", "Decision", "Factors", "RankPlan"]
 
 SCHEMA: Final = "rankopt.plan/1"
 KEEP: Final = "keep"
+# Three convolutions become three narrower ones; see `rankopt.merge`.
+MERGE: Final = "merge"
 FACTOR_KINDS: Final = ("weights", "whitened", "whitened+output", "asymmetric", "learned")
 LINE_WIDTH: Final = 110
 
@@ -61,7 +63,7 @@ class Decision:
     Args:
         targets: Full module names of the site's layers.
         shapes: Shape of each target's weight as stored in the original model.
-        method: ``keep`` or the name of a decomposition.
+        method: ``keep``, ``merge`` or the name of a decomposition.
         args: Settings of the method, ranks first: ``{"ranks": [r1, r2]}``,
             in the order (input, output).
         reason: Why, in words.

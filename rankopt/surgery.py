@@ -16,6 +16,7 @@ __all__ = [
     "clone",
     "copy_parameters",
     "device_of",
+    "memory_format_of",
     "named_modules",
     "normalised",
     "replace",
@@ -137,3 +138,12 @@ def device_of(model: nn.Module) -> torch.device:
     for tensor in (*model.parameters(), *model.buffers()):
         return tensor.device
     return torch.device("cpu")
+
+
+def memory_format_of(weight: Tensor, like: Tensor) -> torch.memory_format:
+    """The layout in which `like` is stored as `weight` is: channels-last or contiguous."""
+    if like.dim() == weight.dim() and not weight.is_contiguous():
+        for dims, layout in ((4, torch.channels_last), (5, torch.channels_last_3d)):
+            if weight.dim() == dims and weight.is_contiguous(memory_format=layout):
+                return layout
+    return torch.contiguous_format

@@ -191,7 +191,7 @@ def test_a_plan_for_other_weights_warns():
         (Decision(("6",), ((10, 32),), "svd", {"ranks": [11]}), "rank 11 is outside 1 to 10"),
         (Decision(("6",), ((10, 32),), "svd", {"ranks": [2, 2]}), r"takes 1 rank\(s\)"),
         (Decision(("6",), ((10, 32),), "tucker2", {"ranks": [2, 2]}), "tucker2 cannot treat it"),
-        (Decision(("6",), ((10, 32),), "merge", {"ranks": [2]}), "unknown decomposition 'merge'"),
+        (Decision(("6",), ((10, 32),), "fuse", {"ranks": [2]}), "unknown decomposition 'fuse'"),
         (Decision(("6",), ((10, 32),), "svd", {"ranks": [2], "x": 1}), "has no setting x"),
         (
             Decision(("6",), ((10, 32),), "svd", {"ranks": [2], "stride_on": "?"}),

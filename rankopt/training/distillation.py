@@ -21,6 +21,7 @@ from rankopt._fold import effective_weight
 from rankopt.calibration import main_output, run
 from rankopt.errors import ModelError
 from rankopt.layers import canonical_weight
+from rankopt.plan import MERGE
 from rankopt.training.freezing import factorised, factors
 from rankopt.unpack import UnpackedAttention
 
@@ -210,9 +211,15 @@ class PairedOutputs:
 
 
 def decomposed(model: nn.Module) -> list[str]:
-    """The first layer of every site the model's plan factorised; none without a plan."""
+    """The first layer of every site the model's plan factorised; none without a plan.
+
+    Of a merge the last layer: its output is as wide as the dense model's.
+    """
     plan = plan_of(model)
-    return [] if plan is None else [decision.targets[0] for decision in factorised(plan)]
+    if plan is None:
+        return []
+    merged = [decision.targets[-1] for decision in plan.changes if decision.method == MERGE]
+    return [decision.targets[0] for decision in factorised(plan)] + merged
 
 
 def private_teacher(teacher: nn.Module) -> nn.Module:
