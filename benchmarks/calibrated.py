@@ -22,6 +22,7 @@ from rankopt_strategies import Knapsack
 
 HALF, THIRD = "macs<=50%, params<=50%", "macs<=30%, params<=30%"
 TWO = ("svd", "tucker2")
+CLOSED = (*TWO, "spatial_svd")
 
 
 def percent(right: torch.Tensor) -> str:
@@ -57,7 +58,7 @@ def row(
     return [*cells, percent(correct(repaired, *test))]
 
 
-def allocation_row(name: str) -> list[str]:
+def allocation_row(name: str, methods: tuple[str, ...]) -> list[str]:
     """Search time and gap of the knapsack without data."""
     model = make(name, "trained-like")
     started = time.perf_counter()
@@ -66,10 +67,11 @@ def allocation_row(name: str) -> list[str]:
         "macs<=50%",
         strategy=Knapsack(),
         example_inputs=torch.randn(1, 3, 224, 224),
+        methods=methods,
     )
     seconds = time.perf_counter() - started
     gap = plan.extensions["knapsack"]["gap"]
-    return [name, f"{seconds:.1f} s", f"{100 * gap:.4f}%"]
+    return [name, ", ".join(methods), f"{seconds:.1f} s", f"{100 * gap:.4f}%"]
 
 
 def main() -> None:
@@ -94,14 +96,18 @@ def main() -> None:
             strategy=Knapsack("equal"), methods=TWO),
         row("knapsack, equal", model, HALF, data, test, 0, strategy=Knapsack("equal")),
         row("knapsack, measured", model, HALF, data, test, 0, strategy=Knapsack("measured")),
+        row("knapsack, closed forms", model, HALF, data, test, 0, methods=CLOSED),
         row("knapsack (default)", model, HALF, data, test, arguments.recover),
         row("knapsack (default), 30%", model, THIRD, data, test, arguments.recover),
     ):  # fmt: skip
         made.add_row(*cells)
         print(*cells, sep=" | ", flush=True)
     print(to_text(made))
-    made = table("knapsack, macs<=50%, no data", "network", "search", "gap to the bound")
-    made.add_row(*allocation_row("resnet50" if arguments.quick else "resnet152"))
+    made = table(
+        "knapsack, macs<=50%, no data", "network", "decompositions", "search", "gap to the bound"
+    )
+    for methods in (CLOSED, (*CLOSED, "cp"), (*CLOSED, "cp", "branched_tucker")):
+        made.add_row(*allocation_row("resnet50" if arguments.quick else "resnet152", methods))
     print(to_text(made))
 
 
