@@ -18,6 +18,7 @@ from rankopt.pipeline import Compression, compress
 from rankopt.plan import Decision, RankPlan
 from rankopt.profile_table import ProfileTable
 from rankopt.registry import decompositions, strategies
+from rankopt.soft import SoftModel, soften
 from rankopt.strategy import Option, Problem, Site, Strategy, Tags
 from rankopt.training.finetune import Training, finetune
 
@@ -34,6 +35,7 @@ __all__ = [
     "RankPlan",
     "Recovery",
     "Site",
+    "SoftModel",
     "Strategy",
     "Study",
     "Tags",
@@ -56,6 +58,7 @@ __all__ = [
     "recover",
     "save",
     "search",
+    "soften",
     "strategies",
     "study",
     "training",

@@ -47,6 +47,7 @@ from rankopt.strategy import LATENCY, Option, Problem, Site, Strategy, decide
 __all__ = [
     "DEFAULT_STRATEGY",
     "Opened",
+    "check_request",
     "describe",
     "environment",
     "open_problem",
@@ -139,7 +140,7 @@ def search(
         raise ValueError(f"rounding={rounding!r}: expected 'down', 'nearest' or 'up'")
     deadline = None if timeout is None else time.monotonic() + timeout
     chosen = strategies.create(strategy)
-    allowed = _check_request(Budget.parse(budget), chosen, example_inputs, calibration, evaluate)
+    allowed = check_request(Budget.parse(budget), chosen, example_inputs, calibration, evaluate)
     with torch.no_grad(), measure.preserve_rng():
         opened = open_problem(
             model,
@@ -177,7 +178,7 @@ def search(
 
 @dataclass(frozen=True)
 class Opened:
-    """A described model: what `search` and `study` both start from.
+    """A described model: what searches, studies and soft models start from.
 
     Args:
         problem: For strategies.
@@ -218,7 +219,7 @@ def open_problem(
     calibration_samples: int | None = MAX_SAMPLES,
     evaluate: Any = None,
     batches: Sequence[Any] | None = None,
-    methods: Sequence[str | Decomposition],
+    methods: Sequence[str | Decomposition] = Strategy.methods,
     only: Patterns = (),
     ignore: Patterns = (),
     progress: bool | None = None,
@@ -235,6 +236,7 @@ def open_problem(
         "structure": measure.structure_digest(source),
         "weights": measure.weights_digest(source),
     }
+    problem.copy = (lambda: surgery.clone(view)) if runs else None
     held = None
     if calibration is not None:
         held = hold(view, calibration, max_samples=calibration_samples)
@@ -245,7 +247,7 @@ def open_problem(
     return Opened(problem, source, view, seen, example_inputs)
 
 
-def _check_request(
+def check_request(
     budget: Budget | None, strategy: Strategy, inputs: Any, calibration: Any, evaluate: Any
 ) -> Budget | None:
     bounded = () if budget is None else (*budget.axes, *filter(None, [budget.minimize]))
@@ -290,6 +292,7 @@ def _calibrate(problem: Problem, view: nn.Module, held: Sequence[Any]) -> None:
         view, [site.layers for site in problem.sites], held, progress=problem.progress
     )
     problem.calibration = digest(held)
+    problem.inputs = held
     probes = hold(view, held, max_samples=DIVERGENCE_SAMPLES)
     with measure.evaluation(view):
         outputs = [main_output(run(view, inputs)) for inputs in probes]

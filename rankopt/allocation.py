@@ -6,6 +6,7 @@ import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -14,7 +15,7 @@ from rankopt.decompositions.base import Decomposition
 from rankopt.errors import CalibrationError, RankoptWarning
 from rankopt.strategy import LATENCY, Frontier, Option, Problem, Site
 
-__all__ = ["Allocation", "allocate", "choose", "damage", "menu", "sensitivities"]
+__all__ = ["Allocation", "allocate", "choose", "damage", "damage_of", "menu", "sensitivities"]
 
 Array = npt.NDArray[np.float64]
 # Options per site after thinning; neighbours differ by little beyond this.
@@ -228,16 +229,23 @@ def _integer_program(
 
 
 def damage(option: Option) -> float:
+    """`damage_of` the error of an option."""
+    return float(damage_of(option.error or 0.0, aware=option.factors.kind != "weights"))
+
+
+def damage_of(error: Any, *, aware: bool) -> Any:
     """Squared relative error; of a weight, minus the log of the energy it retains.
 
     The two agree where little is lost. Errors of outputs say what a layer loses;
     those of weights only guess it, and −log(1 − e²) keeps a guess from giving up
     whole layers, whose error² is never above 1.
+
+    Args:
+        error: Relative errors, a number or an array.
+        aware: Whether they are errors of the output.
     """
-    squared = (option.error or 0.0) ** 2
-    if option.factors.kind != "weights":
-        return squared
-    return -math.log(max(1.0 - squared, 1e-12))
+    squared = np.square(error)
+    return squared if aware else -np.log(np.maximum(1.0 - squared, 1e-12))
 
 
 def menu(problem: Problem, site: Site) -> list[Option]:
@@ -298,7 +306,7 @@ def sensitivities(problem: Problem, menus: Sequence[Sequence[Option]]) -> list[f
     return found
 
 
-def _probe(problem: Problem, site: Site, menu: Sequence[Option]) -> Option | None:
+def _probe(problem: Problem, site: Site, options: Sequence[Option]) -> Option | None:
     """The option to measure a site by: half its dense load, of a closed-form method if any.
 
     What matters is how far outputs move for a known error, whatever caused it.
@@ -310,6 +318,6 @@ def _probe(problem: Problem, site: Site, menu: Sequence[Option]) -> Option | Non
         for frontier in [problem.frontier(site, method)]
         for i in _thinned(frontier)
     ]
-    options = [option for option in found or menu if not option.keeps and option.error]
+    usable = [option for option in found or options if not option.keeps and option.error]
     target = PROBE_LOAD * problem.load(site.cost)
-    return min(options, key=lambda o: abs(problem.load(o.cost) - target), default=None)
+    return min(usable, key=lambda o: abs(problem.load(o.cost) - target), default=None)

@@ -28,6 +28,7 @@ __all__ = [
     "collect",
     "digest",
     "divergence",
+    "divergence_loss",
     "has_norms",
     "hold",
     "main_output",
@@ -194,6 +195,11 @@ def divergence(before: Any, after: Any) -> float:
 
     Logits are 2-d outputs or what an output calls ``logits``.
     """
+    return float(divergence_loss(before, after).detach())
+
+
+def divergence_loss(before: Any, after: Any) -> Tensor:
+    """`divergence` as a float64 scalar with a gradient to `after`."""
     old, new = _compared(before), _compared(after)
     if old.shape != new.shape:
         raise CalibrationError(f"outputs changed from {list(old.shape)} to {list(new.shape)}")
@@ -201,8 +207,8 @@ def divergence(before: Any, after: Any) -> float:
     named = isinstance(before, Mapping) and "logits" in before
     if (named or old.dim() == 2) and old.shape[-1] > 1:
         p, q = old.log_softmax(dim=-1), new.log_softmax(dim=-1)
-        return float((p.exp() * (p - q)).sum(dim=-1).mean())
-    return float((old - new).square().sum() / old.square().sum().clamp_min(1e-300))
+        return (p.exp() * (p - q)).sum(dim=-1).mean()
+    return (old - new).square().sum() / old.square().sum().clamp_min(1e-300)
 
 
 def main_output(output: Any) -> Any:

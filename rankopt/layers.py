@@ -28,6 +28,7 @@ __all__ = [
     "check_weight",
     "find_layers",
     "select",
+    "stored_weight",
 ]
 
 # Below this many channels per group on either side no chain is worth its two extra layers.
@@ -150,6 +151,12 @@ def canonical_weight(module: Any) -> Tensor:
     groups = int(getattr(module, "groups", 1))
     grouped: Tensor = weight.unflatten(0, (groups, -1))
     return grouped
+
+
+def stored_weight(layer: Layer, weight: Tensor) -> Tensor:
+    """A canonical weight as the module stores it, differentiable."""
+    flat = weight.flatten(0, 1)
+    return flat.T if layer.transposed else flat
 
 
 def check_weight(layer: Layer, weight: Tensor) -> None:

@@ -17,7 +17,7 @@ from typing import Any, ClassVar, Final
 
 import numpy as np
 import numpy.typing as npt
-from torch import Tensor
+from torch import Tensor, nn
 
 from rankopt._parallel import for_each, largest_first
 from rankopt._progress import progress_bar
@@ -164,6 +164,9 @@ class Problem:
             dense model; None where `times` is.
         divergence: How far the outputs on calibration inputs move when some sites
             take options (by index) and the others stay dense; None without calibration.
+        inputs: Calibration batches, without labels; empty without calibration.
+        copy: Makes an unpacked dense model to run and differentiate, its parameters its
+            own; None if the model was never run.
         round_to: Ranks are multiples of this, or an axis's maximum; 1 for any rank.
         rounding: Which multiple a strategy's rank becomes: ``down``, ``nearest``, ``up``.
         cache: Where bases are held.
@@ -186,6 +189,8 @@ class Problem:
     times: SiteTimes | None = None
     measure: Callable[[Sequence[Option]], Measured] | None = None
     divergence: Callable[[Mapping[int, Option]], float] | None = None
+    inputs: Sequence[Any] = ()
+    copy: Callable[[], nn.Module] | None = None
     round_to: int = 1
     rounding: str = "down"
     cache: BasisCache = field(default_factory=lambda: shared)

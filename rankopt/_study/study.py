@@ -148,7 +148,7 @@ class Study:
                 self._leases.reap()
                 finished, running = self._counts()
                 for _ in range(finished - done):
-                    advance(f"{label}, {self._summary()}")
+                    advance(self._summary())
                 done = finished
                 if n_trials is not None and finished + running >= n_trials:
                     if not running:
@@ -158,7 +158,7 @@ class Study:
                 self._run_one()
             finished, _ = self._counts()
             for _ in range(finished - done):
-                advance(f"{label}, {self._summary()}")
+                advance(self._summary())
         return self
 
     def _run_one(self) -> None:

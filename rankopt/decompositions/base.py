@@ -13,6 +13,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from rankopt.decompositions.projection import Projection
 from rankopt.errors import LayerError
 from rankopt.layers import Layer
 from rankopt.moments import Moments
@@ -80,6 +81,10 @@ class Basis(ABC):
     def nbytes(self) -> int:
         """Bytes held, the weight itself not counted."""
 
+    def projection(self) -> Projection:
+        """The truncation to any mixture of ranks, for decompositions that are `soft`."""
+        raise NotImplementedError
+
 
 @dataclass(frozen=True)
 class Decomposition(ABC):
@@ -94,7 +99,7 @@ class Decomposition(ABC):
         nested: Whether the factors of a smaller rank are a slice of a larger one's.
         exact_error: Whether `Basis.error` is exact without fitting; otherwise it is
             an estimate and `Basis.fitted_error` the truth.
-        soft: Whether the basis can mix ranks differentiably.
+        soft: Whether the basis can mix ranks differentiably, by `Basis.projection`.
     """
 
     name: ClassVar[str]

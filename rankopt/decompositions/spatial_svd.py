@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from rankopt.decompositions import base
+from rankopt.decompositions.projection import Projection
 from rankopt.layers import Layer
 from rankopt.moments import Moments
 
@@ -144,6 +145,44 @@ class _Basis(base.Basis):
             "first.weight": rows.flatten(0, 1)[..., None],
             "last.weight": last.flatten(0, 1)[..., None, :],
         }
+
+    def projection(self) -> Projection:
+        _, outputs, inputs, high, wide = self._tensor.shape
+        if self._fits_patches:
+            assert self._moments is not None
+            assert self.weight is not None
+            rows, root, _ = self._regression()
+            second = self._moments.damped.double()
+            blocks = second.reshape(len(second), inputs, high, wide, -1)
+            half = torch.einsum("grci,gcijm->grjm", rows, blocks).flatten(1, 2)
+            raw = torch.linalg.solve_triangular(root.mT, half.mT, upper=True, left=False)
+            eye = torch.eye(wide, dtype=rows.dtype, device=rows.device)
+            features = torch.einsum("grci,jk->grjcik", rows, eye).flatten(3).flatten(1, 2)
+            back = torch.linalg.solve_triangular(root, features, upper=False)
+            return Projection(
+                lambda weight: weight.flatten(2)[..., None],
+                lambda x: x[..., 0].unflatten(2, (inputs, high, wide)),
+                None,
+                (raw, back),
+                repeat=wide,
+                dtype=self.weight.dtype,
+            )
+        assert self.weight is not None
+        raw = vectors = self._vectors
+        if self._moments is not None:
+            root = self._moments.channel_root.to(vectors.dtype)
+            grouped = vectors.unflatten(1, (inputs, high))
+            raw = torch.einsum("gcd,gdin->gcin", root, grouped).flatten(1, 2)
+        return Projection(
+            # Columns are (C, kh), rows (S, kw).
+            lambda weight: weight.permute(0, 1, 4, 2, 3).flatten(3).flatten(1, 2)[..., None],
+            lambda x: (
+                x[..., 0].unflatten(2, (inputs, high)).unflatten(1, (outputs, wide))
+            ).permute(0, 1, 3, 4, 2),
+            None,
+            (raw, self._rows(vectors).flatten(2)),
+            dtype=self.weight.dtype,
+        )
 
     @property
     def nbytes(self) -> int:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from rankopt.decompositions import base
+from rankopt.decompositions.projection import Projection
 from rankopt.layers import Layer
 from rankopt.moments import Moments
 
@@ -88,6 +89,25 @@ class _Basis(base.Basis):
             "first.weight": (first * scale).flatten(0, 1)[ones],
             "last.weight": (last / scale.mT).flatten(0, 1)[ones],
         }
+
+    def projection(self) -> Projection:
+        assert self.weight is not None
+        vectors, root, kernel = self._vectors, self._root, self.weight.shape[3:]
+        rows = columns = None
+        if self._on_input:
+            back = vectors.mT
+            if root is not None:
+                back = torch.linalg.solve_triangular(root, back, upper=False, left=False)
+            columns = (vectors if root is None else root @ vectors, back)
+        else:
+            rows = (vectors.mT, vectors)
+        return Projection(
+            lambda weight: weight.flatten(3) if kernel else weight[..., None],
+            lambda x: x.unflatten(-1, kernel) if kernel else x[..., 0],
+            rows,
+            columns,
+            dtype=self.weight.dtype,
+        )
 
     @property
     def nbytes(self) -> int:

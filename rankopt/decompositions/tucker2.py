@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Final
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from rankopt.decompositions import base
+from rankopt.decompositions.projection import Projection
 from rankopt.layers import Layer
 from rankopt.moments import Moments
 
@@ -133,6 +135,30 @@ class _Basis(base.Basis):
             named["last.weight"] = outputs.flatten(0, 1)[ones]
         return named
 
+    def projection(self) -> Projection:
+        """Truncations of the HOSVD's core: those whose error `error` states."""
+        assert self.weight is not None
+        kernel = self.weight.shape[3:]
+        outputs, inputs = self._leading("output"), self._leading("input")
+        raw = inputs
+        if self._moments is not None:
+            raw = self._moments.channel_root.to(inputs.dtype) @ inputs
+        return Projection(
+            lambda weight: weight.flatten(3),
+            lambda x: x.unflatten(-1, kernel),
+            (outputs.mT, outputs),
+            (raw, self._unwhitened(inputs)),
+            dtype=self.weight.dtype,
+        )
+
+    def _leading(self, side: str) -> Tensor:
+        """The vectors of a mode that a rank can reach: [groups, n, largest useful rank]."""
+        assert self.weight is not None
+        outputs, inputs = self.weight.shape[1:3]
+        pixels = math.prod(self.weight.shape[3:])
+        reach = inputs * pixels if side == "output" else outputs * pixels
+        return self._vectors(side)[..., :reach]
+
     @property
     def nbytes(self) -> int:
         if self._moments is None:
@@ -181,6 +207,33 @@ class _PatchBasis(_Basis):
         kept = np.stack(retained)  # [C, S]
         table: base.FloatArray = np.sqrt(np.clip(1 - kept / kept[-1, -1], 0.0, None))
         return table
+
+    def projection(self) -> Projection:
+        """Truncations along fixed output directions, those of the full input rank.
+
+        `factors` turns them anew for every input rank, and so loses a little less.
+        """
+        assert self.weight is not None
+        assert self._moments is not None
+        rows, root, predictions = self._regression()
+        pixels, shape = self._moments.pixels, self.weight.shape
+        turned = base.principal_vectors(predictions @ predictions.mT)
+        outputs = turned[..., : shape[2] * pixels]
+        half = _apply_channels(rows, self._moments.damped.double(), pixels)
+        reach = min(shape[2], shape[1] * pixels)
+        width = reach * pixels
+        raw = torch.linalg.solve_triangular(root.mT, half.mT, upper=True, left=False)
+        eye = torch.eye(rows.shape[-1] * pixels, dtype=rows.dtype, device=rows.device)
+        features = _apply_channels(rows, eye.expand(len(rows), -1, -1), pixels)
+        back = torch.linalg.solve_triangular(root, features, upper=False)
+        return Projection(
+            lambda weight: weight.flatten(2)[..., None],
+            lambda x: x[..., 0].unflatten(2, (shape[2], *shape[3:])),
+            (outputs.mT, outputs),
+            (raw[..., :width], back[:, :width]),
+            repeat=pixels,
+            dtype=self.weight.dtype,
+        )
 
     def factors(self, ranks: Sequence[int]) -> dict[str, Tensor]:
         first, second = ranks

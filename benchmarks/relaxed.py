@@ -1,0 +1,187 @@
+"""Figures of the relaxed search: time, memory, budgets, damage, accuracy, convergence.
+
+Run: python -m benchmarks.relaxed [PART ...], the parts being `shapes` (torchvision shapes,
+no data), `paper` (against the published mode on ResNet-20), `accuracy` (against the knapsack
+on ResNet-20) and `seeds`. All but `shapes` need the development data (see
+`benchmarks.cifar.data_folder`). Every part prints as it goes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+from typing import Any
+
+import torch
+
+import rankopt
+from benchmarks.cifar import correct, images, resnet20
+from benchmarks.foundation import make
+from rankopt_strategies import Knapsack, Relaxed
+
+IMAGE = torch.zeros(1, 3, 224, 224)
+# Those that mix ranks differentiably: the same choice for both strategies.
+METHODS = ("svd", "tucker2", "spatial_svd")
+
+
+def shares(plan: rankopt.RankPlan) -> dict[str, float]:
+    """Measured shares of the original."""
+    return {a: float(e["measured"] or 0) / float(e["before"] or 1) for a, e in plan.totals.items()}
+
+
+def show(part: str, **facts: Any) -> None:
+    """One line of results."""
+    print(part, json.dumps(facts), flush=True)
+
+
+PEAK = """
+import json, time, torch, rankopt
+from benchmarks.foundation import make, import_torchvision
+from benchmarks.relaxed import IMAGE
+def peak():
+    lines = open("/proc/self/status").read().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+import_torchvision().models.resnet18()
+base = peak()
+model = make({name!r}, {spectra!r})
+made = peak()
+size = sum(p.numel() * p.element_size() for p in model.parameters())
+started = time.perf_counter()
+rankopt.search(model, {budget!r}, strategy="relaxed", example_inputs={inputs})
+print(json.dumps([time.perf_counter() - started, (peak() - base) / size, (made - base) / size]))
+"""
+
+
+def alone(name: str, budget: str, spectra: str) -> tuple[float, float, float]:
+    """Seconds and peak memory in a process of its own, in models; also that of making it."""
+    inputs = "IMAGE" if "macs" in budget else "None"
+    code = PEAK.format(name=name, budget=budget, spectra=spectra, inputs=inputs)
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    seconds, memory, made = json.loads(out.stdout.splitlines()[-1])
+    return seconds, memory, made
+
+
+def shapes(names: list[str]) -> None:
+    """No data: time, memory, how full the budget is, distance from the knapsack."""
+    for name in names:
+        seconds, memory, made = alone(name, "params<=50%", "random")
+        show("cost", model=name, seconds=round(seconds, 1), peak_in_models=round(memory, 2),
+             made_in_models=round(made, 2))  # fmt: skip
+        model = make(name, "trained-like")
+        for budget in ("params<=50%", "macs<=50%"):
+            ours = rankopt.search(model, budget, strategy="relaxed", example_inputs=IMAGE)
+            axis = budget.split("<")[0]
+            facts = {"model": name, "budget": budget, "share": shares(ours)[axis]}
+            theirs = rankopt.search(
+                model, budget, strategy=Knapsack("equal"), example_inputs=IMAGE, methods=METHODS
+            )
+            found = ours.extensions["relaxed"]
+            show(
+                "damage",
+                **facts,
+                seconds=ours.seconds,
+                knapsack_seconds=theirs.seconds,
+                against_knapsack=found["damage"] / theirs.extensions["knapsack"]["damage"] - 1,
+                above_bound=found["damage"] / found["bound"] - 1,
+            )
+
+
+def against_paper(updates: int) -> None:
+    """ResNet-20, half of the MACs: the nested search and the published one."""
+    code = """
+import json, sys, time, torch, rankopt
+from benchmarks.cifar import resnet20
+from benchmarks.relaxed import shares
+from rankopt.decompositions.cache import shared
+from rankopt_strategies import Relaxed, RelaxedSettings
+def peak():
+    lines = open("/proc/self/status").read().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+model, x = resnet20(), torch.zeros(1, 3, 32, 32)
+methods = ["svd", "tucker2"]
+rankopt.search(model, "macs<=90%", strategy="energy", example_inputs=x, methods=methods)
+updates = int(sys.argv[2])
+settings = RelaxedSettings(updates=updates, warmup=min(updates, 20))
+strategy = Relaxed(mode=sys.argv[1], paper=settings)
+shared.clear()
+base = peak()
+started = time.perf_counter()
+plan = rankopt.search(model, "macs<=50%", strategy=strategy, example_inputs=x, methods=methods)
+seconds = time.perf_counter() - started
+damage = sum((decision.error or 0) ** 2 for decision in plan)
+print(json.dumps([seconds, (peak() - base) / 2**20, shares(plan)["macs"], damage]))
+"""
+    for mode in ("nested", "paper"):
+        out = subprocess.run(
+            [sys.executable, "-c", code, mode, str(updates)],
+            capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        seconds, memory, macs, damage = json.loads(out.stdout.splitlines()[-1])
+        show("paper", mode=mode, seconds=round(seconds, 2), added_mib=round(memory, 1), macs=macs,
+             damage=damage, updates=updates)  # fmt: skip
+
+
+def accuracy(rounds: int) -> None:
+    """ResNet-20, 1,024 unlabelled images: distillation against the knapsack, applied."""
+    model = resnet20()
+    data = list(torch.split(images("train", 0, 103)[0][:1024], 128))
+    x, y = images("val", 0, 500)
+    show("accuracy", plan="dense", right=100 * correct(model, x, y).double().mean().item())
+    for budget in ("macs<=50%", "macs<=30%"):
+        right = {}
+        for name, strategy in (("knapsack", Knapsack()), ("relaxed", Relaxed(rounds=rounds))):
+            plan = rankopt.search(
+                model,
+                budget,
+                strategy=strategy,
+                example_inputs=data[0][:64],
+                calibration=data,
+                methods=METHODS,
+            )
+            small = rankopt.apply(model, plan, calibration=data)
+            right[name] = correct(small, x, y).double()
+            facts = plan.extensions[name]
+            losses = {k: facts[k] for k in ("first_loss", "loss", "soft_loss") if k in facts}
+            show("accuracy", budget=budget, plan=name, right=100 * right[name].mean().item(),
+                 seconds=plan.seconds, **shares(plan), **losses)  # fmt: skip
+        gain = right["relaxed"] - right["knapsack"]
+        error = gain.std().item() / len(gain) ** 0.5
+        show("accuracy", budget=budget, gain=100 * gain.mean().item(), standard_error=100 * error)
+
+
+def seeds() -> None:
+    """Five seeds without data, and with data from two starts."""
+    model, x = resnet20(), torch.zeros(1, 3, 32, 32)
+    plans = [
+        rankopt.search(model, "macs<=50%", strategy="relaxed", example_inputs=x, seed=seed)
+        for seed in range(5)
+    ]
+    same = [sum(a == b for a, b in zip(plans[0], plan, strict=True)) for plan in plans]
+    show("seeds", layers=len(plans[0].decisions), same_as_first=same,
+         seconds=statistics.median(plan.seconds for plan in plans))  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parts = ("shapes", "paper", "accuracy", "seeds")
+    parser.add_argument("parts", nargs="*", help=f"of {', '.join(parts)}; all by default")
+    parser.add_argument("--models", default="resnet18,vgg16_bn,mobilenet_v2,resnet50")
+    parser.add_argument("--rounds", type=int, default=24, help="of the distillation")
+    parser.add_argument("--updates", type=int, default=100, help="of the published mode")
+    arguments = parser.parse_args()
+    chosen = arguments.parts or list(parts)
+    if "shapes" in chosen:
+        shapes(arguments.models.split(","))
+    if "paper" in chosen:
+        against_paper(arguments.updates)
+    if "seeds" in chosen:
+        seeds()
+    if "accuracy" in chosen:
+        accuracy(arguments.rounds)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,137 @@
+"""What the ranks are to keep small on data: distance from the dense model, or the task's loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+
+from rankopt import measure
+from rankopt.calibration import divergence_loss, main_output, run, tensors_in
+from rankopt.errors import CalibrationError, ModelError
+from rankopt.layers import stored_weight
+from rankopt.strategy import Problem
+
+__all__ = ["Criterion", "Objective", "distillation", "task"]
+
+Criterion = Callable[[Any, Any], Tensor]
+# Distillation stops reading here: the teacher's outputs are held.
+MAX_BATCHES: Final = 64
+_NORMS: Final = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+
+
+class Objective:
+    """A loss over batches that are gone through again and again, in order.
+
+    BatchNorm layers use the statistics of the batch, as after the recalibration that
+    `rankopt.apply` does; everything else is in eval mode.
+
+    Args:
+        model: A dense model of its own; its mode is changed.
+        batches: (inputs, target) pairs.
+        criterion: A scalar tensor from (output, target).
+    """
+
+    def __init__(
+        self, model: nn.Module, batches: Sequence[tuple[Any, Any]], criterion: Criterion
+    ) -> None:
+        self.model, self.batches, self.criterion = model.eval(), batches, criterion
+        self._position = 0
+        for module in model.modules():
+            if isinstance(module, _NORMS):
+                module.train()
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __call__(self, forward: Callable[[Any], Any], index: int | None = None) -> Tensor:
+        """The loss of `forward` on one batch: the given one, else the next.
+
+        Raises:
+            ModelError: The criterion gives no finite scalar for the dense model either.
+        """
+        if index is None:
+            index, self._position = self._position, (self._position + 1) % len(self.batches)
+        inputs, target = self.batches[index]
+        loss = self.criterion(forward(inputs), target)
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            kind = f"shape {list(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+            raise ModelError(f"the criterion gave {kind}; expected a scalar tensor")
+        return loss.reshape(())
+
+    def check(self) -> None:
+        """Raise `ModelError` unless the loss of the dense model is finite."""
+        with torch.no_grad():
+            loss = float(self(lambda inputs: measure.call(self.model, inputs), 0))
+        if not torch.isfinite(torch.tensor(loss)):
+            raise ModelError(
+                f"the criterion gives {loss} for the dense model on the first batch; it has to be "
+                "finite: check the data, its labels and the criterion"
+            )
+
+    def with_weights(self, problem: Problem, weights: Mapping[str, Tensor]) -> Tensor:
+        """The loss on the next batch with other weights: site name to canonical weight."""
+        named = {}
+        for site in problem.sites:
+            for layer in site.layers:
+                key = f"{layer.name}.weight" if layer.name else "weight"
+                named[key] = stored_weight(layer, weights[site.name])
+
+        def forward(inputs: Any) -> Any:
+            args = inputs if isinstance(inputs, (tuple, list)) else (inputs,)
+            if isinstance(inputs, Mapping):
+                return torch.func.functional_call(self.model, named, (), dict(inputs))
+            return torch.func.functional_call(self.model, named, tuple(args))
+
+        return self(forward)
+
+
+def distillation(problem: Problem, batch_size: int) -> Objective:
+    """Distance of the outputs from the dense model's, on the calibration inputs."""
+    assert problem.copy is not None
+    model = problem.copy()
+    inputs = [part for batch in problem.inputs for part in _split(batch, batch_size)][:MAX_BATCHES]
+    with torch.no_grad(), measure.evaluation(model):
+        targets = [main_output(run(model, batch)) for batch in inputs]
+    pairs = list(zip(inputs, targets, strict=True))
+    return Objective(model, pairs, lambda output, target: divergence_loss(target, output))
+
+
+def task(problem: Problem, data: Iterable[Any], criterion: Criterion) -> Objective:
+    """The user's criterion on labelled batches (inputs, targets)."""
+    if problem.copy is None:
+        raise ModelError("objective='task' runs the model: pass example_inputs=")
+    model = problem.copy()
+    device = next(iter((*model.parameters(), *model.buffers()))).device
+    batches = []
+    for batch in data:
+        if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+            raise CalibrationError(
+                f"data= yielded a {type(batch).__name__}; expected pairs (inputs, targets)"
+            )
+        batches.append(tuple(measure.to_device(part, device) for part in batch))
+    if not batches:
+        raise CalibrationError("data= is empty: it yielded no batch of (inputs, targets)")
+    return Objective(model, batches, criterion)
+
+
+def _split(inputs: Any, size: int) -> list[Any]:
+    """A batch in parts of `size` samples, where everything in it has its size."""
+    tensors = list(tensors_in(inputs))
+    count = len(tensors[0])
+    if count <= size or any(not t.dim() or len(t) != count for t in tensors):
+        return [inputs]
+
+    def cut(value: Any, start: int) -> Any:
+        if isinstance(value, Tensor):
+            return value[start : start + size]
+        if isinstance(value, Mapping):
+            return {key: cut(entry, start) for key, entry in value.items()}
+        if isinstance(value, (tuple, list)):
+            return tuple(cut(entry, start) for entry in value)
+        return value
+
+    # A last part of a few samples has poor batch statistics.
+    return [cut(inputs, s) for s in range(0, count, size) if s == 0 or count - s >= size // 2]

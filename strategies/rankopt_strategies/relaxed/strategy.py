@@ -1,0 +1,214 @@
+"""The strategy and its settings."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from rankopt.allocation import TIE_BREAK, damage_of, menu, sensitivities
+from rankopt.errors import ModelError
+from rankopt.plan import RankPlan
+from rankopt.relaxation import Relaxation
+from rankopt.soft import SoftModel
+from rankopt.strategy import Problem, Strategy, Tags, check_share
+from rankopt_strategies.relaxed.annealing import Record, anneal
+from rankopt_strategies.relaxed.objective import Criterion, Objective, distillation, task
+from rankopt_strategies.relaxed.paper import RelaxedSettings, search_candidates
+from rankopt_strategies.relaxed.refining import refine
+
+__all__ = ["Relaxed"]
+
+Array = npt.NDArray[np.float64]
+# How much a site's own divergence foretells of its effect among others (see `Knapsack`).
+TEMPER = 0.5
+
+
+@dataclass(frozen=True)
+class Relaxed(Strategy):
+    """Ranks as probabilities over every option of a layer, annealed under the budget.
+
+    Each layer has one distribution over *dense* and all undominated ranks of its
+    decompositions. The loss that is minimised is the expected one: that of the mixture
+    would reward fractional ranks. Multipliers hold the expected cost at the budget, in
+    the budget's own unit, while the entropy falls; rounding then fills the budget.
+
+    Args:
+        mode: ``nested``, or ``paper`` for the published search (arXiv 2409.03555):
+            independent candidates, multiplicative losses, tied ranks. It has no budget of
+            its own; under one, its ranks are scaled by a common factor.
+        objective: ``reconstruction`` sums the layers' own damages and needs no data.
+            ``distillation`` keeps the outputs on the calibration inputs close to the dense
+            model's. ``task`` minimises `criterion` on `data`. ``auto`` is ``distillation``
+            given calibration inputs, else ``reconstruction``.
+        entropy: Where annealing ends: mean entropy of the layers' distributions, as a
+            share of the uniform one's, in (0, 1].
+        rounds: Gradients of a loss on data that are followed, at most.
+        batch_size: Samples per batch of a distillation.
+        data: For ``task``: an iterable of (inputs, targets); gone through once, then held.
+        criterion: For ``task``: a scalar tensor from (output, targets).
+        paper: Settings of the published search, such as `RelaxedSettings.imagenet`.
+        log: A file that takes one line of JSON per step, while it runs.
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU())
+        >>> plan = rankopt.search(model, "params<=50%", strategy=Relaxed())
+        >>> plan["0"].ranks
+        (15,)
+    """
+
+    name: ClassVar[str] = "relaxed"
+    tags: ClassVar[Tags] = Tags(monotone=False, unbudgeted=False)
+    mode: Literal["nested", "paper"] = "nested"
+    objective: Literal["auto", "reconstruction", "distillation", "task"] = "auto"
+    entropy: float = 0.02
+    rounds: int = 24
+    batch_size: int = 128
+    data: Iterable[Any] | None = field(default=None, repr=False)
+    criterion: Criterion | None = field(default=None, repr=False)
+    paper: RelaxedSettings = field(default_factory=RelaxedSettings)
+    log: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.mode not in ("nested", "paper"):
+            raise ValueError(f"mode={self.mode!r}: expected 'nested' or 'paper'")
+        known = ("auto", "reconstruction", "distillation", "task")
+        if self.objective not in known:
+            raise ValueError(f"objective={self.objective!r}: expected one of {', '.join(known)}")
+        check_share("entropy", self.entropy)
+        if self.entropy == 0:
+            raise ValueError("entropy=0: annealing never gets there; expected a share above 0")
+        for name in ("rounds", "batch_size"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name}={value!r}: expected an integer of at least 1")
+        given = (self.data is not None, self.criterion is not None)
+        if given != (self.objective == "task",) * 2:
+            raise ValueError(
+                "objective='task' goes with data=, an iterable of (inputs, targets), and "
+                "criterion=, such as torch.nn.functional.cross_entropy"
+            )
+        if isinstance(self.paper, Mapping):  # as it stands in a plan
+            object.__setattr__(self, "paper", RelaxedSettings(**self.paper))
+        if self.mode == "paper":
+            tags = Tags(monotone=False, unbudgeted=True)
+            object.__setattr__(self, "tags", tags)
+
+    def describe(self, seed: int) -> dict[str, Any]:
+        """Name, settings and seed; data and criterion are no settings."""
+        values = {
+            key: getattr(self, key)
+            for key in ("mode", "objective", "entropy", "rounds", "batch_size", "log")
+        }
+        return {
+            "name": self.name,
+            "settings": {**values, "paper": asdict(self.paper)},
+            "seed": seed,
+        }
+
+    def search(self, problem: Problem) -> RankPlan:
+        """Anneal, refine on data if there is any, round; see `Strategy.search`."""
+        objective = self._objective(problem)
+        problem.prepare()
+        with _Log(self.log) as log:
+            if self.mode == "paper":
+                return self._published(problem, objective, log)
+            return self._nested(problem, objective, log)
+
+    def _nested(self, problem: Problem, objective: Objective | None, log: _Log) -> RankPlan:
+        relaxation = Relaxation(problem, soft=objective is not None)
+        record = Record([site.name for site in problem.sites], listen=log.add)
+        damage = reconstruction(relaxation)
+        facts: dict[str, Any]
+        if objective is None:
+            logs, prices, _ = anneal(relaxation, damage, self.entropy, record)
+            chosen = relaxation.round(logs, damage, prices, exact=True)
+            facts = {
+                "damage": float(damage[chosen].sum()),
+                "bound": relaxation.bound(damage, prices),
+            }
+        else:
+            soft = SoftModel(objective.model, relaxation)
+            found = refine(
+                soft,
+                objective,
+                damage,
+                _first_weights(problem),
+                entropy=self.entropy,
+                rounds=self.rounds,
+                record=record,
+            )
+            chosen = found.chosen
+            facts = {
+                "soft_loss": found.soft_loss,
+                "loss": found.loss,
+                "first_loss": found.first_loss,
+            }
+        plan = problem.plan(self, relaxation.options(chosen))
+        return problem.annotate(plan, {self.name: {**facts, **record.summary()}})
+
+    def _published(self, problem: Problem, objective: Objective | None, log: _Log) -> RankPlan:
+        record = Record([site.name for site in problem.sites], listen=log.add)
+        with torch.enable_grad():
+            options = search_candidates(problem, self.paper, objective, record)
+        plan = problem.plan(self, options)
+        return problem.annotate(plan, {self.name: record.summary()})
+
+    def _objective(self, problem: Problem) -> Objective | None:
+        if self.objective == "task":
+            assert self.data is not None
+            assert self.criterion is not None
+            objective = task(problem, self.data, self.criterion)
+        elif self.objective == "reconstruction" or not problem.inputs:
+            if self.objective == "distillation":
+                raise ModelError("objective='distillation' needs calibration=")
+            return None
+        else:
+            objective = distillation(problem, self.batch_size)
+        objective.check()
+        return objective
+
+
+def reconstruction(relaxation: Relaxation) -> Array:
+    """[options] what each loses of its own layer, `rankopt.allocation.damage_of`."""
+    scores = [
+        damage_of(menu.error, aware=menu.site.name in relaxation.problem.moments)
+        + TIE_BREAK * menu.shares.mean(axis=1)
+        for menu in relaxation.menus
+    ]
+    return np.concatenate(scores)
+
+
+def _first_weights(problem: Problem) -> Array:
+    """[sites] tempered sensitivities where they can be measured."""
+    found = sensitivities(problem, [menu(problem, site) for site in problem.sites])
+    return np.ones(len(problem.sites)) if found is None else np.array(found) ** TEMPER
+
+
+class _Log:
+    """A file of JSON lines, one per step; nothing without a path."""
+
+    def __init__(self, path: str | None) -> None:
+        self.path = path
+        self._file: Any = None
+
+    def __enter__(self) -> _Log:
+        if self.path is not None:
+            self._file = Path(self.path).open("w", encoding="utf-8")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._file is not None:
+            self._file.close()
+
+    def add(self, step: Mapping[str, Any]) -> None:
+        """Write one step."""
+        if self._file is not None:
+            self._file.write(json.dumps(step) + "\n")
+            self._file.flush()

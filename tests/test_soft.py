@@ -1,0 +1,165 @@
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import rankopt
+from rankopt.errors import BudgetError, BudgetInfeasible, ModelError
+from rankopt.testing import planted_inputs, planted_model
+
+
+def train(soft, model, steps=60):
+    x = torch.randn(128, 3, 12, 12)
+    with torch.no_grad():
+        target = model(x)
+    optimiser = torch.optim.Adam(
+        [{"params": soft.weights(), "lr": 1e-3}, {"params": soft.logits(), "lr": 0.1}]
+    )
+    soft.train()
+    losses = []
+    for step in range(steps):
+        part = slice(32 * (step % 4), 32 * (step % 4 + 1))
+        loss = F.mse_loss(soft(x[part]), target[part]) / target.var()
+        losses.append(float(loss.detach()))
+        optimiser.zero_grad()
+        (loss + soft.penalty(step / (steps - 1))).backward()
+        optimiser.step()
+    soft.eval()
+    return x, losses
+
+
+def mean_entropy(soft):
+    with torch.no_grad():
+        return float(soft.entropy(soft.probabilities()))
+
+
+def test_ranks_are_learned_and_the_built_model_computes_the_same():
+    model = planted_model()
+    before = [p.clone() for p in model.parameters()]
+    soft = rankopt.soften(model, "macs<=50%", example_inputs=planted_inputs())
+    entropy = mean_entropy(soft)
+    x, losses = train(soft, model)
+    assert losses[-1] < losses[0]
+    assert mean_entropy(soft) < 0.5 * entropy
+    plan = soft.discretise()
+    assert 0.45 < plan.totals["macs"]["measured"] / plan.totals["macs"]["before"] <= 0.5
+    assert soft.expected_cost()["macs"] <= 1.05
+    assert rankopt.RankPlan.from_json(plan.to_json()) == plan
+    small = soft.build(plan)
+    with torch.no_grad(), soft.using(soft._certain(plan)):
+        torch.testing.assert_close(small(x), soft(x), rtol=1e-4, atol=1e-5)
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+def test_a_built_model_can_be_saved(tmp_path):
+    model = planted_model()
+    soft = rankopt.soften(model, "params<=60%", example_inputs=planted_inputs())
+    small = soft.build(soft.discretise()).eval()
+    rankopt.save(small, tmp_path / "small.safetensors")
+    same = rankopt.load(planted_model(), tmp_path / "small.safetensors")
+    with torch.no_grad():
+        assert torch.equal(same(planted_inputs()), small(planted_inputs()))
+
+
+def test_untrained_it_is_a_plan_for_the_model_itself():
+    model = planted_model()
+    inputs = [planted_inputs(32)]
+    soft = rankopt.soften(model, "macs<=60%", example_inputs=planted_inputs(), calibration=inputs)
+    plan = soft.discretise()
+    small = rankopt.apply(model, plan, calibration=inputs)
+    assert small(planted_inputs()).isfinite().all()
+    assert soft.discretise().decisions == plan.decisions
+
+
+def test_every_kind_of_layer_trains():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.two = nn.Linear(16, 16), nn.Linear(16, 16)
+            self.two.weight = self.one.weight  # tied: one site
+
+        def forward(self, x):
+            return self.two(torch.relu(self.one(x)))
+
+    soft = rankopt.soften(Net(), "params<=60%", example_inputs=torch.randn(2, 16))
+    loss = soft(torch.randn(4, 16)).square().mean() + soft.penalty(0.5)
+    loss.backward()
+    assert soft.model.one.weight.grad.abs().sum() > 0
+    assert soft.logits()[0].grad.abs().sum() > 0
+    small = soft.build(soft.discretise())
+    assert small.one[0].weight is small.two[0].weight
+
+
+def test_attention_is_unpacked():
+    model = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True).eval()
+    x = torch.randn(2, 5, 16)
+    soft = rankopt.soften(model, "params<=70%", example_inputs=x)
+    assert soft.eval()(x).shape == x.shape
+    assert soft.build(soft.discretise()).eval()(x).isfinite().all()
+
+
+def test_mixed_precision_keeps_the_projections_exact():
+    model = planted_model()
+    soft = rankopt.soften(model, "params<=60%", example_inputs=planted_inputs()).eval()
+    exact = soft.soft_weights()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert soft(planted_inputs()).dtype == torch.bfloat16
+        mixed = soft.soft_weights()
+    assert all(torch.equal(exact[name], mixed[name]) for name in exact)
+
+
+def test_compiles():
+    soft = rankopt.soften(nn.Sequential(nn.Linear(16, 16)), "params<=60%").eval()
+    x = torch.randn(4, 16)
+    compiled = torch.compile(soft, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), soft(x))
+
+
+def test_state_survives_a_checkpoint():
+    model = planted_model()
+    arguments = {"budget": "params<=60%", "example_inputs": planted_inputs()}
+    soft = rankopt.soften(model, **arguments)
+    train(soft, model, steps=5)
+    other = rankopt.soften(model, **arguments)
+    other.load_state_dict(soft.state_dict())
+    assert torch.equal(other.multipliers, soft.multipliers)
+    assert other.discretise().decisions == soft.discretise().decisions
+
+
+def test_frozen_models_are_refused():
+    model = planted_model().requires_grad_(False)
+    with pytest.raises(ModelError, match="every parameter of the model is frozen"):
+        rankopt.soften(model, "params<=60%")
+
+
+def test_integer_weights_are_refused():
+    layer = nn.Linear(8, 8)
+    layer.weight = nn.Parameter(torch.ones(8, 8, dtype=torch.int8), requires_grad=False)
+    with pytest.raises(ModelError, match="int8, not floating point"):
+        rankopt.soften(nn.Sequential(layer), "params<=60%")
+
+
+def test_bad_requests():
+    model = planted_model()
+    with pytest.raises(BudgetError, match="needs a budget"):
+        rankopt.soften(model, None)
+    with pytest.raises(BudgetInfeasible, match="smallest reachable is params"):
+        rankopt.soften(model, "params<=1%")
+    soft = rankopt.soften(model, "params<=60%")
+    with pytest.raises(ValueError, match=r"progress=1.5: expected a share"):
+        soft.penalty(1.5)
+    full = rankopt.Decision(("hidden",), ((64, 48),), "svd", {"ranks": [48]})
+    decisions = [full if d.targets == ("hidden",) else d for d in soft.discretise()]
+    plan = rankopt.RankPlan(model={}, decisions=tuple(decisions))
+    with pytest.raises(ModelError, match=r"hidden: svd at ranks \[48\] is no option"):
+        soft.build(plan)
+
+
+def test_divergence_is_no_plan():
+    soft = rankopt.soften(planted_model(), "params<=60%")
+    with torch.no_grad():
+        soft.logits()[0][3] = torch.nan
+    with pytest.raises(ModelError, match="layer conv: its rank logits are not finite"):
+        soft.discretise()
