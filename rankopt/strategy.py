@@ -231,6 +231,12 @@ class Problem:
             self._bases[key] = self.cache.get(method, self.weight(site.layer), moments)
         return self._bases[key]
 
+    def with_budget(self, budget: Budget | None) -> Problem:
+        """The same problem under another budget; what was computed is kept."""
+        other = replace(self, budget=budget)
+        other._bases = self._bases
+        return other
+
     def prepare(self) -> None:
         """Compute every basis now, under a progress bar."""
         pairs = largest_first(
