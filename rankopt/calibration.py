@@ -45,6 +45,10 @@ MAX_SAMPLES: Final = 4096
 # Up to this many entries of a patch its full moment matrix is kept (21 MB in
 # float64); larger kernels get the moments of their channels.
 MAX_PATCH: Final = 1664
+# Positions of a feature map that its moments are taken from, per sample: neighbours
+# tell almost the same. More where a batch would give fewer than so many rows per column.
+POSITIONS: Final = 64
+ROWS_PER_COLUMN: Final = 8
 # Layers with more inputs than this get factors from weights alone: the moments
 # would take more than half a gigabyte.
 MAX_FEATURES: Final = 8192
@@ -268,7 +272,7 @@ def collect(
     def watch(layer: Layer) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
             for part in split_batch(layer, next(iter((*args, *kwargs.values())))):
-                rows = layer_inputs(layer, part)
+                rows = layer_inputs(layer, part, seed=counts.get(layer.name, 0))
                 # Products in the model's own precision, summed in float64.
                 product = (rows.mT @ rows).to(torch.float64)
                 if layer.name in sums:
@@ -320,10 +324,11 @@ def split_batch(layer: Layer, x: Tensor) -> Sequence[Tensor]:
     return parts
 
 
-def layer_inputs(layer: Layer, x: Tensor) -> Tensor:
+def layer_inputs(layer: Layer, x: Tensor, *, seed: int = 0) -> Tensor:
     """What the weight of `layer` is multiplied with: rows [groups, positions, n].
 
-    For kernels whose patches are larger than `MAX_PATCH` the rows are pixels.
+    For kernels whose patches are larger than `MAX_PATCH` the rows are pixels. Of large
+    feature maps a random part of the positions is taken, see `POSITIONS`.
     """
     dtype = torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else x.dtype
     x = x.detach().to(dtype)
@@ -334,7 +339,8 @@ def layer_inputs(layer: Layer, x: Tensor) -> Tensor:
     per_group, pixels = layer.group_shape[0], math.prod(layer.kernel)
     if pixels > 1 and per_group * pixels > MAX_PATCH:
         return channel_rows(x, layer.groups)
-    return patches(layer, x)
+    wanted = max(POSITIONS, ROWS_PER_COLUMN * per_group * pixels // max(len(x), 1))
+    return patches(layer, x, most=wanted, seed=seed)
 
 
 def channel_rows(x: Tensor, groups: int = 1) -> Tensor:
@@ -343,7 +349,7 @@ def channel_rows(x: Tensor, groups: int = 1) -> Tensor:
     return rows.movedim(1, 0).flatten(1, -2)
 
 
-def patches(layer: Layer, x: Tensor) -> Tensor:
+def patches(layer: Layer, x: Tensor, *, most: int | None = None, seed: int = 0) -> Tensor:
     """What the kernel of a convolution meets: rows [groups, positions, channels * pixels].
 
     Positions are in the order of `channel_rows` of the layer's output.
@@ -351,6 +357,8 @@ def patches(layer: Layer, x: Tensor) -> Tensor:
     Args:
         layer: A convolution.
         x: Its input [batch, channels, *positions].
+        most: Positions to draw, the same for every sample; None for all.
+        seed: Of the draw.
     """
     dims = len(layer.kernel)
     per_group, pixels = layer.group_shape[0], math.prod(layer.kernel)
@@ -359,6 +367,14 @@ def patches(layer: Layer, x: Tensor) -> Tensor:
         zip(layer.kernel, layer.stride, layer.dilation, strict=True), start=2
     ):
         x = x.unfold(dim, (size - 1) * spread + 1, step)[..., ::spread]
+    sides = x.shape[2 : dims + 2]
+    if most is not None and most < math.prod(sides):
+        # On the CPU: the draw is the same on every device.
+        order = torch.randperm(math.prod(sides), generator=torch.Generator().manual_seed(seed))
+        drawn = torch.unravel_index(order[:most].sort().values.to(x.device), sides)
+        chosen: Any = (slice(None), slice(None), *drawn)
+        x = x[chosen]
+        dims = 1
     # [batch, channels, *positions, *kernel] to rows of (channel, pixel).
     split: Tensor = x.flatten(dims + 2).unflatten(1, (layer.groups, per_group)).movedim(2, -2)
     return split.movedim(1, 0).reshape(layer.groups, -1, per_group * pixels)
