@@ -9,12 +9,14 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import rankopt
 from rankopt.calibration import (
+    POSITIONS,
     batches,
     collect,
     digest,
     divergence,
     hold,
     layer_inputs,
+    patches,
     recalibrate,
 )
 from rankopt.errors import CalibrationError, PlanError, RankoptWarning
@@ -336,3 +338,18 @@ def test_batches_move_to_the_device_of_the_model():
 
 def test_moments_are_plain_values():
     assert Moments(torch.eye(2)[None], 1, 3).key == Moments(torch.eye(2)[None], 1, 9).key
+
+
+def test_positions_are_drawn_the_same_each_time():
+    module = nn.Conv2d(3, 4, 3, padding=1)
+    (layer,) = find_layers(nn.Sequential(module))
+    x = torch.randn(8, 3, 40, 40)
+    rows = layer_inputs(layer, x)
+    assert rows.shape == (1, 8 * POSITIONS, 27)
+    assert torch.equal(rows, layer_inputs(layer, x))
+    assert not torch.equal(rows, layer_inputs(layer, x, seed=1))
+    every = patches(layer, x)[0]
+    # Each row is one of the patches, and their moments are near those of all.
+    assert all((every == row).all(dim=1).any() for row in rows[0, ::97])
+    near, exact = rows[0].square().mean(), every.square().mean()
+    assert abs(near - exact) < 0.1 * exact
