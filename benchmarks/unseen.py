@@ -120,6 +120,9 @@ def rows(name: str, model: nn.Module, held: Any, test: Any, seconds: float) -> l
     if any(isinstance(module, nn.BatchNorm2d) for module in model.modules()):
         rankopt.recalibrate(small, loader)
         made.append(line("uniform, BatchNorm recalibrated", small, uniform))
+    every = ("svd", "tucker2", "spatial_svd", "cp")
+    plan = rankopt.search(model, BUDGET, example_inputs=example, calibration=loader, methods=every)
+    made.append(line("default, with cp", rankopt.apply(model, plan, calibration=loader), plan))
     plan = rankopt.search(model, BUDGET, example_inputs=example, calibration=loader)
     small = rankopt.apply(model, plan, calibration=loader)
     made.append(line("default", small, plan))

@@ -11,9 +11,9 @@ from rankopt._search import search
 from rankopt._study import Point, Study, study
 from rankopt._version import __version__
 from rankopt.budget import Budget
-from rankopt.calibration import recalibrate
 from rankopt.checkpoint import load, load_plan, save
 from rankopt.layer_profile import LayerProfile
+from rankopt.norms import recalibrate
 from rankopt.pipeline import Compression, compress
 from rankopt.plan import Decision, RankPlan
 from rankopt.profile_table import ProfileTable

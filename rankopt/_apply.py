@@ -14,15 +14,11 @@ from rankopt import measure, merge_fit, merge_linear, merging, surgery
 from rankopt._parallel import for_each, largest_first
 from rankopt._progress import progress_bar
 from rankopt._settle import settle_norms
-from rankopt.calibration import (
-    MAX_SAMPLES,
-    collect,
-    digest,
-    hold,
-)
+from rankopt.calibration import collect
 from rankopt.decompositions.base import Decomposition
 from rankopt.decompositions.cache import shared
 from rankopt.errors import LayerError, NotYetSupported, PlanError, RankoptWarning, RegistryError
+from rankopt.inputs import MAX_SAMPLES, digest, hold
 from rankopt.layers import (
     Layer,
     canonical_weight,

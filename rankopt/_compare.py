@@ -12,8 +12,8 @@ from torch import nn
 from rankopt import measure, surgery
 from rankopt._apply import unpacked_clone
 from rankopt._conditions import conditions
-from rankopt.calibration import tensors_in
 from rankopt.errors import ModelError
+from rankopt.inputs import tensors_in
 from rankopt.latency import Interval, Mode, runner, time_interleaved
 from rankopt.probe import Call
 

@@ -16,8 +16,8 @@ from rankopt._merge_widths import Choice, Widths
 from rankopt._search import environment, verify
 from rankopt.bottlenecks import Bottleneck, find_bottlenecks
 from rankopt.budget import Budget
-from rankopt.calibration import MAX_SAMPLES, hold
 from rankopt.errors import BudgetError, ModelError
+from rankopt.inputs import MAX_SAMPLES, hold
 from rankopt.layers import Layer, Patterns, check_materialised, find_layers, select
 from rankopt.merging import BETWEEN
 from rankopt.plan import KEEP, MERGE, Decision, RankPlan

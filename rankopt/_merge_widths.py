@@ -16,9 +16,9 @@ from rankopt import measure, merge_fit, surgery
 from rankopt.allocation import allocate
 from rankopt.bottlenecks import Bottleneck
 from rankopt.budget import Budget
-from rankopt.calibration import digest, divergence, hold, main_output, run
 from rankopt.channels import MergeBasis, prepare
 from rankopt.errors import BudgetInfeasible, CalibrationError
+from rankopt.inputs import digest, divergence, hold, main_output, run
 from rankopt.plan import Factors
 from rankopt.probe import Probe
 

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from rankopt import measure
 from rankopt._apply import settle_norms
 from rankopt._progress import progress_bar
-from rankopt.calibration import MAX_SAMPLES, divergence, hold, main_output, run, tensors_in
 from rankopt.errors import CalibrationError, ModelError
+from rankopt.inputs import MAX_SAMPLES, divergence, hold, main_output, run, tensors_in
 from rankopt.training.augmentation import augmentation
 from rankopt.training.distillation import (
     PairedOutputs,
@@ -39,7 +39,7 @@ class Recovery:
 
     Args:
         before: Divergence from the teacher on held-out inputs (see
-            `rankopt.calibration.divergence`): KL for logits, else relative error².
+            `rankopt.inputs.divergence`): KL for logits, else relative error².
         after: The same afterwards.
         steps: Optimiser steps taken.
         seconds: Wall-clock time.

@@ -18,17 +18,9 @@ from rankopt._metric_drop import within_drop
 from rankopt._trial import TrialModel
 from rankopt._version import __version__
 from rankopt.budget import Budget
-from rankopt.calibration import (
-    MAX_SAMPLES,
-    digest,
-    divergence,
-    hold,
-    main_output,
-    run,
-    tensors_in,
-)
 from rankopt.decompositions.base import Decomposition
 from rankopt.errors import BudgetError, ModelError, NotYetSupported, RankoptError
+from rankopt.inputs import MAX_SAMPLES, digest, divergence, hold, main_output, run, tensors_in
 from rankopt.layers import (
     Layer,
     Patterns,

@@ -10,14 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from rankopt import measure, surgery
-from rankopt.calibration import (
-    divergence,
-    has_norms,
-    norm_statistics,
-    recalibrate,
-    run,
-    shortened,
-)
+from rankopt.inputs import divergence, run, shortened
+from rankopt.norms import has_norms, norm_statistics, recalibrate
 
 __all__ = ["NormSettler", "settle_norms"]
 
@@ -33,7 +27,7 @@ class NormSettler:
 
     Args:
         teacher: The dense model; not changed.
-        held: Calibration batches (see `rankopt.calibration.hold`).
+        held: Calibration batches (see `rankopt.inputs.hold`).
     """
 
     def __init__(self, teacher: nn.Module, held: Sequence[Any]) -> None:

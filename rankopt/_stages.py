@@ -18,8 +18,8 @@ from rankopt._compare import Comparison, compare
 from rankopt._files import write_text
 from rankopt._fold import fold
 from rankopt.budget import Budget
-from rankopt.calibration import hold, tensors_in
 from rankopt.errors import CheckpointError, ModelError, RankoptError
+from rankopt.inputs import hold, tensors_in
 from rankopt.plan import RankPlan
 from rankopt.training.finetune import finetune as train_on
 

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from rankopt import measure, surgery
 from rankopt._files import atomic_path
-from rankopt.calibration import tensors_in
 from rankopt.errors import ExportError, MissingDependency, RankoptError
+from rankopt.inputs import tensors_in
 
 __all__ = ["merge_norms", "to_onnx", "to_program"]
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from rankopt import measure
-from rankopt.calibration import tensors_in
+from rankopt.inputs import tensors_in
 
 __all__ = [
     "MODES",

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from rankopt import measure, surgery
 from rankopt._progress import progress_bar
 from rankopt.bottlenecks import Activation, Bottleneck
-from rankopt.calibration import collect, run
+from rankopt.calibration import collect
 from rankopt.channels import MergeBasis, Modules, diagonal_blocks, double_weight, prepare
 from rankopt.errors import LayerError
+from rankopt.inputs import run
 from rankopt.layers import Layer
 from rankopt.merge_linear import Linear, fit_linear
 from rankopt.merging import Merge, of_groups, resize, resize_linear

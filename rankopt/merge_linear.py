@@ -17,9 +17,9 @@ from torch import Tensor, fx, nn
 from rankopt import measure, surgery
 from rankopt._progress import progress_bar
 from rankopt.bottlenecks import Bottleneck
-from rankopt.calibration import run
 from rankopt.channels import Modules
 from rankopt.errors import LayerError
+from rankopt.inputs import run
 from rankopt.layers import Layer
 from rankopt.normal_equations import Sums, batched, paired_rows, put
 

@@ -19,10 +19,10 @@ from rankopt._apply import build_with_moments, remember_plan
 from rankopt._latency_budget import bounds_latency
 from rankopt._search import Opened, check_request, open_problem
 from rankopt.budget import Budget
-from rankopt.calibration import MAX_SAMPLES
 from rankopt.decompositions.base import Decomposition
 from rankopt.decompositions.projection import Projection, survival
 from rankopt.errors import ModelError, NotYetSupported
+from rankopt.inputs import MAX_SAMPLES
 from rankopt.layers import Layer, Patterns, stored_weight
 from rankopt.plan import RankPlan
 from rankopt.relaxation import Menu, Relaxation, softmax

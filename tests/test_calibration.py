@@ -8,20 +8,12 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import rankopt
-from rankopt.calibration import (
-    POSITIONS,
-    batches,
-    collect,
-    digest,
-    divergence,
-    hold,
-    layer_inputs,
-    patches,
-    recalibrate,
-)
+from rankopt.calibration import POSITIONS, collect, layer_inputs, patches
 from rankopt.errors import CalibrationError, PlanError, RankoptWarning
+from rankopt.inputs import batches, digest, divergence, hold
 from rankopt.layers import canonical_weight, find_layers
 from rankopt.moments import Moments, damped_root
+from rankopt.norms import recalibrate
 from rankopt.testing import planted_inputs, planted_model
 
 # Float32 products summed in float64 against float64 throughout.

@@ -309,6 +309,7 @@ import torch
 torch.set_num_threads(1)
 from test_finetune import together
 together({folder!r})
+torch.distributed.destroy_process_group()  # its threads outlive the interpreter otherwise
 """
 
 

@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 import rankopt
-from rankopt.calibration import hold, recalibrate
 from rankopt.errors import CheckpointError, RankoptWarning
+from rankopt.inputs import hold
+from rankopt.norms import recalibrate
 from rankopt.testing import planted_inputs, planted_model
 
 

@@ -33,9 +33,9 @@ from rankopt._study.study import DEFAULT_NAME, Study, load_optuna, quiet
 from rankopt._study.trial import Runner
 from rankopt._version import __version__
 from rankopt.budget import Budget
-from rankopt.calibration import MAX_SAMPLES
 from rankopt.decompositions.base import Decomposition
 from rankopt.errors import BudgetError, ModelError, RankoptError, RankoptWarning, StudyError
+from rankopt.inputs import MAX_SAMPLES
 from rankopt.layers import Patterns
 from rankopt.plan import RankPlan
 from rankopt.registry import strategies

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from rankopt import calibration, measure
+from rankopt import inputs as calibration
+from rankopt import measure
 from rankopt.errors import CalibrationError, ModelError, TrainingError
 
 __all__ = [

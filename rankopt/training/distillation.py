@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from rankopt import surgery
 from rankopt._apply import plan_of, unpacked_clone
 from rankopt._fold import effective_weight
-from rankopt.calibration import main_output, run
 from rankopt.errors import ModelError
+from rankopt.inputs import main_output, run
 from rankopt.layers import canonical_weight
 from rankopt.plan import MERGE
 from rankopt.training.freezing import factorised, factors

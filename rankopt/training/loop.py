@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from rankopt import measure, surgery
 from rankopt._progress import progress_bar
-from rankopt.calibration import tensors_in
 from rankopt.errors import TrainingError
+from rankopt.inputs import tensors_in
 from rankopt.training import batches as data
 from rankopt.training import state as files
 from rankopt.training.augmentation import augmentation

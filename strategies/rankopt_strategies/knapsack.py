@@ -40,7 +40,6 @@ class Knapsack(Strategy):
 
     name: ClassVar[str] = "knapsack"
     tags: ClassVar[Tags] = Tags()
-    methods: ClassVar[tuple[str, ...]] = ("svd", "tucker2", "spatial_svd", "cp")
     sensitivity: Literal["auto", "tempered", "measured", "equal"] = "auto"
     exact: bool = True
     threshold: float = 0.9

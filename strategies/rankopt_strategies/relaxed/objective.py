@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from rankopt import measure
-from rankopt.calibration import divergence_loss, main_output, run, tensors_in
 from rankopt.errors import CalibrationError, ModelError
+from rankopt.inputs import divergence_loss, main_output, run, tensors_in
 from rankopt.layers import stored_weight
 from rankopt.strategy import Problem
 

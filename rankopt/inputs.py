@@ -1,0 +1,217 @@
+"""Calibration inputs: reading them without labels, running them, comparing outputs."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+
+from rankopt import measure, surgery
+from rankopt.errors import CalibrationError
+
+__all__ = [
+    "MAX_SAMPLES",
+    "batches",
+    "digest",
+    "divergence",
+    "divergence_loss",
+    "hold",
+    "main_output",
+    "run",
+    "shortened",
+    "tensors_in",
+]
+
+# Samples read from an iterable that does not end by itself.
+MAX_SAMPLES: Final = 4096
+
+
+def batches(
+    model: nn.Module, data: Any, *, max_samples: int | None = MAX_SAMPLES
+) -> Iterator[tuple[Any, int]]:
+    """Yield (inputs on the model's device, number of samples).
+
+    Args:
+        model: Decides the device, and by its signature whether the second item
+            of a pair is an argument or a label to leave out.
+        data: An iterable of tensors, tuples (positional), mappings (keywords),
+            or pairs of inputs and labels, as a DataLoader yields them.
+        max_samples: Where to stop; None reads to the end.
+
+    Raises:
+        CalibrationError: Not an iterable of inputs, or empty.
+    """
+    if isinstance(data, (Tensor, str, Mapping)) or not isinstance(data, Iterable):
+        raise CalibrationError(
+            f"calibration is a {type(data).__name__}; expected an iterable of batches, such as a "
+            "DataLoader or a list of tensors (for one batch x, pass [x])"
+        )
+    device, seen = surgery.device_of(model), 0
+    positional = _positional_arguments(model)
+    for batch in data:
+        inputs = measure.to_device(_without_labels(batch, positional), device)
+        size = _batch_size(inputs)
+        if max_samples is not None and seen + size > max_samples:
+            inputs, size = _first(inputs, max_samples - seen), max_samples - seen
+        if size:
+            yield inputs, size
+        seen += size
+        if max_samples is not None and seen >= max_samples:
+            return
+    if not seen:
+        raise CalibrationError("calibration is empty: it yielded no batch")
+
+
+def _positional_arguments(model: nn.Module) -> tuple[int, int] | None:
+    """How many positional arguments the model requires and takes; None if unknown."""
+    kinds = inspect.Parameter
+    try:
+        parameters = inspect.signature(surgery.unwrap(model).forward).parameters.values()
+    except (TypeError, ValueError):
+        return None
+    if any(parameter.kind is kinds.VAR_POSITIONAL for parameter in parameters):
+        return None
+    taken = [
+        p for p in parameters if p.kind in (kinds.POSITIONAL_ONLY, kinds.POSITIONAL_OR_KEYWORD)
+    ]
+    return sum(p.default is kinds.empty for p in taken), len(taken)
+
+
+def _without_labels(batch: Any, positional: tuple[int, int] | None) -> Any:
+    if isinstance(batch, (Tensor, Mapping)):
+        return batch
+    if not isinstance(batch, (tuple, list)) or not batch:
+        raise CalibrationError(
+            f"calibration yielded a {type(batch).__name__}; expected a tensor, a tuple, a list or "
+            "a mapping of tensors"
+        )
+    first, last = batch[0], batch[-1]
+    labels = (
+        len(batch) == 2
+        and isinstance(first, Tensor)
+        and isinstance(last, Tensor)
+        and last.dim() <= 1
+        and len(first) == last.numel()
+    )
+    required, taken = positional or (1, len(batch))
+    if len(batch) > max(taken, 1):  # labels, indices and the like
+        batch = batch[:taken]
+    elif labels and required < 2 and not last.is_floating_point():
+        batch = batch[:1]
+    return batch[0] if len(batch) == 1 else tuple(batch)
+
+
+def tensors_in(inputs: Any) -> Iterator[Tensor]:
+    """Every tensor inside nested tuples, lists and mappings, in order."""
+    if isinstance(inputs, Tensor):
+        yield inputs
+    elif isinstance(inputs, Mapping):
+        for value in inputs.values():
+            yield from tensors_in(value)
+    elif isinstance(inputs, (tuple, list)):
+        for value in inputs:
+            yield from tensors_in(value)
+
+
+def _batch_size(inputs: Any) -> int:
+    first = next((tensor for tensor in tensors_in(inputs) if tensor.dim()), None)
+    if first is None:
+        raise CalibrationError("calibration yielded a batch without a tensor that has a batch size")
+    return len(first)
+
+
+def _first(inputs: Any, count: int) -> Any:
+    """The first `count` samples of whatever has the batch's size."""
+    size = _batch_size(inputs)
+
+    def cut(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return value[:count] if value.dim() and len(value) == size else value
+        if isinstance(value, Mapping):
+            return {key: cut(entry) for key, entry in value.items()}
+        if isinstance(value, (tuple, list)):
+            return tuple(cut(entry) for entry in value)
+        return value
+
+    return cut(inputs)
+
+
+def shortened(held: Iterable[Any], samples: int) -> list[Any]:
+    """The first `samples` samples of held batches."""
+    kept: list[Any] = []
+    for inputs in held:
+        size = min(_batch_size(inputs), samples)
+        if size:
+            kept.append(_first(inputs, size))
+        samples -= size
+    return kept
+
+
+def hold(model: nn.Module, data: Any, *, max_samples: int | None = MAX_SAMPLES) -> list[Any]:
+    """The batches of `data`, kept for several passes; see `batches`."""
+    return [inputs for inputs, _ in batches(model, data, max_samples=max_samples)]
+
+
+def digest(held: Iterable[Any]) -> str:
+    """SHA-256 of held calibration inputs, in order, however they were batched."""
+    parts: dict[int, Any] = {}
+    for inputs in held:
+        for index, tensor in enumerate(tensors_in(inputs)):
+            part = parts.setdefault(index, hashlib.sha256())
+            for sample in tensor.detach().cpu().reshape(len(tensor) if tensor.dim() else 1, -1):
+                part.update(sample.contiguous().view(-1).view(torch.uint8).numpy().data)
+    total = hashlib.sha256(b"".join(part.digest() for part in parts.values()))
+    return total.hexdigest()
+
+
+def divergence(before: Any, after: Any) -> float:
+    """How far outputs moved, per sample: KL of class probabilities, else relative error².
+
+    Logits are 2-d outputs or what an output calls ``logits``.
+    """
+    return float(divergence_loss(before, after).detach())
+
+
+def divergence_loss(before: Any, after: Any) -> Tensor:
+    """`divergence` as a float64 scalar with a gradient to `after`."""
+    old, new = _compared(before), _compared(after)
+    if old.shape != new.shape:
+        raise CalibrationError(f"outputs changed from {list(old.shape)} to {list(new.shape)}")
+    old, new = old.double(), new.double()
+    named = isinstance(before, Mapping) and "logits" in before
+    if (named or old.dim() == 2) and old.shape[-1] > 1:
+        p, q = old.log_softmax(dim=-1), new.log_softmax(dim=-1)
+        return (p.exp() * (p - q)).sum(dim=-1).mean()
+    return (old - new).square().sum() / old.square().sum().clamp_min(1e-300)
+
+
+def main_output(output: Any) -> Any:
+    """The logits of an output, else its first floating-point tensor; {"logits": …} if named."""
+    if isinstance(output, Mapping) and "logits" in output:
+        return {"logits": output["logits"]}
+    return _compared(output)
+
+
+def _compared(output: Any) -> Tensor:
+    if isinstance(output, Mapping) and "logits" in output:
+        output = output["logits"]
+    for tensor in tensors_in(output):
+        if tensor.is_floating_point():
+            return tensor
+    raise CalibrationError("the model's output holds no floating-point tensor to compare")
+
+
+def run(model: nn.Module, inputs: Any) -> Any:
+    """Call `model`, turning its failure into a `CalibrationError`."""
+    try:
+        return measure.call(model, inputs)
+    except (RuntimeError, TypeError, ValueError, IndexError) as error:
+        shapes = [f"{list(t.shape)} {t.dtype}" for t in tensors_in(inputs)]
+        raise CalibrationError(
+            f"the model fails on a calibration batch of {', '.join(shapes)}: {error}; "
+            "calibration yields inputs of the shape and dtype the model takes"
+        ) from error
