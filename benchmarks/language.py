@@ -67,7 +67,7 @@ def minilm(folder: Path) -> tuple[Encoder, Any]:
     from transformers import AutoModel
 
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    tokenizer.enable_padding(length=None)
+    tokenizer.enable_padding(length=LENGTH)  # one shape, as recover needs
     tokenizer.enable_truncation(LENGTH)
 
     def batches(texts: list[str]) -> list[dict[str, Tensor]]:
