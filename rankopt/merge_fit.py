@@ -10,16 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from rankopt import measure, surgery
-from rankopt._progress import progress_bar
 from rankopt.bottlenecks import Activation, Bottleneck
 from rankopt.calibration import collect
 from rankopt.channels import MergeBasis, Modules, diagonal_blocks, double_weight, prepare
 from rankopt.errors import LayerError
-from rankopt.inputs import run
 from rankopt.layers import Layer
 from rankopt.merge_linear import Linear, fit_linear
 from rankopt.merging import Merge, of_groups, resize, resize_linear
-from rankopt.normal_equations import Sums, batched, paired_rows, put
+from rankopt.normal_equations import Sums, batched, paired_rows, put, run_watched
 
 __all__ = ["channel_moments", "fit", "started"]
 
@@ -201,19 +199,7 @@ def _regress(
             )
             hook = _last_hook(merge, sums[merge.bottleneck.name], entering)
             handles.append(modules[last].register_forward_hook(hook))
-    try:
-        with (
-            torch.no_grad(),
-            measure.preserve_rng(),
-            measure.evaluation(view),
-            progress_bar("fitting merges", len(held), enabled=progress) as advance,
-        ):
-            for inputs in held:
-                run(view, inputs)
-                advance()
-    finally:
-        for handle in handles:
-            handle.remove()
+    run_watched(view, held, handles, progress=progress)
     for merge in merges:
         found = sums[merge.bottleneck.name]
         if found.count:

@@ -14,14 +14,12 @@ from typing import Any, Final
 import torch
 from torch import Tensor, fx, nn
 
-from rankopt import measure, surgery
-from rankopt._progress import progress_bar
+from rankopt import surgery
 from rankopt.bottlenecks import Bottleneck
 from rankopt.channels import Modules
 from rankopt.errors import LayerError
-from rankopt.inputs import run
 from rankopt.layers import Layer
-from rankopt.normal_equations import Sums, batched, paired_rows, put
+from rankopt.normal_equations import Sums, batched, paired_rows, put, run_watched
 
 __all__ = ["Linear", "drop_activations", "fit_linear", "holder"]
 
@@ -64,19 +62,7 @@ def fit_linear(
                 handles.append(last.register_forward_hook(_of_output(meet)))
             else:
                 handles.append((middle, last)[stage].register_forward_pre_hook(_of_input(meet)))
-        try:
-            with (
-                torch.no_grad(),
-                measure.preserve_rng(),
-                measure.evaluation(view),
-                progress_bar("fitting merges", len(held), enabled=progress) as advance,
-            ):
-                for inputs in held:
-                    run(view, inputs)
-                    advance()
-        finally:
-            for handle in handles:
-                handle.remove()
+        run_watched(view, held, handles, progress=progress)
         for merge in merges:
             _set(merge, stage, sums[merge.bottleneck.name])
 

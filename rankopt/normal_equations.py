@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Final
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from rankopt import measure
+from rankopt._progress import progress_bar
 from rankopt.calibration import channel_rows, patches, split_batch
 from rankopt.errors import LayerError
+from rankopt.inputs import run
 from rankopt.layers import Layer
 
-__all__ = ["Sums", "batched", "paired_rows", "put"]
+__all__ = ["Sums", "batched", "paired_rows", "put", "run_watched"]
 
 # Ridge, as a share of the mean eigenvalue, towards the map that moments alone give;
 # it grows with the number of unknowns per position.
@@ -71,3 +74,22 @@ def put(weight: Tensor, values: Tensor, layer: Layer) -> None:
         )
     with torch.no_grad():
         weight.copy_(cast)
+
+
+def run_watched(
+    view: nn.Module, held: Sequence[Any], handles: Iterable[Any], *, progress: bool | None = None
+) -> None:
+    """Run calibration batches through a model whose hooks do the sums; then remove these."""
+    try:
+        with (
+            torch.no_grad(),
+            measure.preserve_rng(),
+            measure.evaluation(view),
+            progress_bar("fitting merges", len(held), enabled=progress) as advance,
+        ):
+            for inputs in held:
+                run(view, inputs)
+                advance()
+    finally:
+        for handle in handles:
+            handle.remove()

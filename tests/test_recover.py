@@ -79,10 +79,9 @@ def test_mappings_and_attention():
     held = [{"x": torch.randn(16, 5, 32)} for _ in range(4)]
     plan = rankopt.search(teacher, "params<=40%", calibration=held)
     small = rankopt.apply(teacher, plan, calibration=held)
-    done = rankopt.recover(small, teacher=teacher, calibration=held, seconds=1.5)
-    # How far it gets depends on the machine; it never ends up further away.
-    assert done.steps > 0
-    assert done.kept == (done.after < done.before)
+    done = rankopt.recover(small, teacher=teacher, calibration=held, seconds=5)
+    assert done.kept
+    assert done.after < done.before
 
 
 def test_bad_requests(pair):
