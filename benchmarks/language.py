@@ -24,7 +24,8 @@ import rankopt
 from rankopt.report.tables import table, to_text
 from rankopt.vision import import_torchvision
 
-CALIBRATION, TEST, LENGTH = 1024, 512, 64
+CALIBRATION, TEST = 1024, 512
+LENGTH, STEP, BATCH = 64, 16, 32
 
 
 def sentences() -> tuple[list[str], list[str]]:
@@ -67,19 +68,20 @@ def minilm(folder: Path) -> tuple[Encoder, Any]:
     from transformers import AutoModel
 
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    tokenizer.enable_padding(length=LENGTH)  # one shape, as recover needs
+    tokenizer.no_padding()
     tokenizer.enable_truncation(LENGTH)
 
     def batches(texts: list[str]) -> list[dict[str, Tensor]]:
+        """Batches of sentences of similar length, padded to a multiple of `STEP` tokens."""
+        by_length: dict[int, list[list[int]]] = {}
+        for row in tokenizer.encode_batch(texts):
+            by_length.setdefault(-(-len(row.ids) // STEP) * STEP, []).append(row.ids)
         made = []
-        for start in range(0, len(texts), 32):
-            found = tokenizer.encode_batch(texts[start : start + 32])
-            made.append(
-                {
-                    "input_ids": torch.tensor([row.ids for row in found]),
-                    "attention_mask": torch.tensor([row.attention_mask for row in found]),
-                }
-            )
+        for length, rows in sorted(by_length.items()):
+            for start in range(0, len(rows), BATCH):
+                part = rows[start : start + BATCH]
+                ids = torch.tensor([row + [0] * (length - len(row)) for row in part])
+                made.append({"input_ids": ids, "attention_mask": (ids != 0).long()})
         return made
 
     return Encoder(AutoModel.from_pretrained(folder)).eval(), batches
@@ -141,21 +143,27 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--minilm", type=Path, required=True)
     parser.add_argument("--recover", type=float, default=120.0, help="seconds; 0 for none")
+    parser.add_argument("--sentences", type=int, default=CALIBRATION, help="to calibrate on")
     arguments = parser.parse_args()
     model, batches = minilm(arguments.minilm)
     seen, held = sentences()
-    calibration, test = batches(seen[:CALIBRATION]), batches(held[:TEST])
+    calibration, test = batches(seen[: arguments.sentences]), batches(held[:TEST])
     made = table("MiniLM-L6, half of the encoder's parameters", "plan", "cosine to the original")
+
+    def row(name: str, small: nn.Module) -> None:
+        made.add_row(name, cosine(small, model, test))
+        print(name, cosine(small, model, test), sep=" | ", flush=True)
+
     plan = rankopt.search(model, half(model), strategy="parameter_ratio")
-    made.add_row("uniform, weights only", cosine(rankopt.apply(model, plan), model, test))
+    row("uniform, weights only", rankopt.apply(model, plan))
     plan = rankopt.search(
         model, half(model), example_inputs=calibration[0], calibration=calibration
     )
     small = rankopt.apply(model, plan, calibration=calibration)
-    made.add_row("default", cosine(small, model, test))
+    row("default", small)
     if arguments.recover:
         rankopt.recover(small, teacher=model, calibration=calibration, seconds=arguments.recover)
-        made.add_row(f"default, recovered {arguments.recover:.0f} s", cosine(small, model, test))
+        row(f"default, recovered {arguments.recover:.0f} s", small)
     print(to_text(made))
     made = table("search and apply with calibration", "model", "peak memory over the model's")
     settings = "example_inputs=data[0], calibration=data"

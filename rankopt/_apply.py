@@ -4,32 +4,26 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
 
 from rankopt import measure, merge_fit, merge_linear, merging, surgery
-from rankopt._parallel import for_each, largest_first
-from rankopt._progress import progress_bar
+from rankopt._asymmetric import fitted_in_order
+from rankopt._chains import Fill, Step, build_chains, factoriser, steps_of
 from rankopt._settle import settle_norms
 from rankopt.calibration import collect
-from rankopt.decompositions.base import Decomposition
-from rankopt.decompositions.cache import shared
-from rankopt.errors import LayerError, NotYetSupported, PlanError, RankoptWarning, RegistryError
+from rankopt.errors import NotYetSupported, PlanError, RankoptWarning
 from rankopt.inputs import MAX_SAMPLES, digest, hold
 from rankopt.layers import (
     Layer,
-    canonical_weight,
     check_materialised,
-    check_weight,
     find_layers,
 )
 from rankopt.merging import Merge
 from rankopt.moments import Moments, pool
 from rankopt.plan import MERGE, Decision, RankPlan
-from rankopt.registry import decompositions
 from rankopt.unpack import unpack
 
 __all__ = [
@@ -37,7 +31,6 @@ __all__ = [
     "apply_",
     "build_empty",
     "build_random",
-    "chains_of",
     "fill_skeleton",
     "plan_of",
     "settle_norms",
@@ -47,19 +40,6 @@ __all__ = [
 _PLAN_ATTRIBUTE: Final = "rankopt_plan"
 # Of factors that only stand in for real ones while a model is timed.
 RANDOM_SCALE: Final = 0.05
-
-
-@dataclass(frozen=True)
-class _Step:
-    """One decision with what it needs to be carried out."""
-
-    decision: Decision
-    method: Decomposition
-    layers: tuple[Layer, ...]
-    modules: tuple[nn.Module, ...]
-
-
-Fill = Callable[[_Step, nn.Sequential, Tensor], dict[str, Tensor]]
 
 
 def apply(
@@ -171,7 +151,14 @@ def _computed_chains(
     if held is not None:
         watched = surgery.clone(view)  # a forward may write into its parameters
         moments = _moments_for(watched, plan, held, progress)
-    chains = _build_chains(view, steps, _factoriser(moments), progress)
+    ordered = [step for step in steps if step.decision.factors.kind == "asymmetric"]
+    others = [step for step in steps if step not in ordered]
+    chains = build_chains(view, others, factoriser(moments), progress)
+    if ordered:
+        assert held is not None
+        student = _swap(surgery.clone(watched, share=watched.parameters()), chains)
+        with torch.no_grad():
+            chains |= fitted_in_order(watched, student, ordered, held, progress=progress)
     with torch.no_grad():
         chains.update(merge_fit.fit(watched, merges, held, progress=progress))
     return view, chains, merges
@@ -198,7 +185,7 @@ def build_random(model: nn.Module, plan: RankPlan) -> nn.Module:
 def _made_by(make: Callable[[torch.Size], Tensor]) -> Fill:
     """Factors that know nothing but their shape."""
 
-    def fill(step: _Step, chain: nn.Sequential, weight: Tensor) -> dict[str, Tensor]:
+    def fill(step: Step, chain: nn.Sequential, weight: Tensor) -> dict[str, Tensor]:
         return {
             name: make(parameter.shape)
             for name, parameter in chain.named_parameters()
@@ -211,7 +198,7 @@ def _made_by(make: Callable[[torch.Size], Tensor]) -> Fill:
 def _emptied(view: nn.Module, plan: RankPlan, fill: Fill) -> nn.Module:
     """`view` with every change of the plan in place, merges without values of their own."""
     modules, merges = dict(surgery.named_modules(view)), merging.planned(view, plan)
-    made = _build_chains(view, _steps(view, plan), fill, False)
+    made = build_chains(view, steps_of(view, plan), fill, False)
     for merge in merges:
         made |= merging.build(modules, merge)
     return _placed(view, made, merges)
@@ -255,27 +242,12 @@ def unpacked_clone(model: nn.Module, split: Iterable[str] = (), *, runs: bool = 
     return unpack(surgery.clone(model, share=share), split=split)
 
 
-def chains_of(
-    decision: Decision,
-    layers: Sequence[Layer],
-    modules: Sequence[nn.Module],
-    factors: Callable[[Decomposition, Sequence[int]], dict[str, Tensor]],
-) -> dict[str, nn.Module]:
-    """Layer name to the chain of one decision, its factors taken from `factors`.
-
-    Raises:
-        PlanError: The decision does not fit the layers.
-    """
-    step = _Step(decision, _method(decision, list(layers)), tuple(layers), tuple(modules))
-    return _chains_of(step, lambda step, chain, weight: factors(step.method, decision.ranks))
-
-
 def _check_sources(plan: RankPlan, calibration: Any, factors: Any) -> None:
     for decision in plan.changes:
         kind, name = decision.factors.kind, decision.targets[0]
-        if kind in ("learned", "asymmetric") or factors is not None:
+        if kind == "learned" or factors is not None:
             raise NotYetSupported(
-                f"layer {name}: stored and {kind!r} factors are not built yet; factors are made "
+                f"layer {name}: stored factors are not built yet; factors are made "
                 "from weights or from calibration inputs"
             )
         if kind != "weights" and calibration is None:
@@ -302,7 +274,7 @@ def _moments_for(
             stacklevel=4,
         )
     layers = {name: layer for layer in find_layers(view) for name in layer.names}
-    aware = [decision for decision in aware if decision.method != MERGE]
+    aware = [d for d in aware if d.method != MERGE and d.factors.kind != "asymmetric"]
     groups = [[layers[name] for name in d.targets if name in layers] for d in aware]
     return collect_for(view, groups, held, progress=progress)
 
@@ -327,7 +299,7 @@ def build_with_moments(
     """A clone of an unpacked model with some decisions carried out, sharing the rest."""
     copy = surgery.clone(view, share=[*view.parameters(), *view.buffers()])
     plan = RankPlan(model={}, decisions=tuple(decisions))
-    return _swap(copy, _build_chains(copy, _steps(copy, plan), _factoriser(moments), False))
+    return _swap(copy, build_chains(copy, steps_of(copy, plan), factoriser(moments), False))
 
 
 def _split(plan: RankPlan) -> set[str]:
@@ -345,11 +317,11 @@ def _unpacked_view(source: nn.Module, plan: RankPlan) -> nn.Module:
     return _unpack_for(surgery.clone(source, share=source.parameters()), plan)
 
 
-def _checked_steps(view: nn.Module, source: nn.Module, plan: RankPlan) -> list[_Step]:
+def _checked_steps(view: nn.Module, source: nn.Module, plan: RankPlan) -> list[Step]:
     """The steps of a plan that was made for `source`, or `PlanError`."""
     check_materialised(source)
     _check_structure(source, plan)
-    steps = _steps(view, plan)
+    steps = steps_of(view, plan)
     expected = plan.model.get("weights")
     if expected is not None and expected != measure.weights_digest(source):
         warnings.warn(
@@ -358,33 +330,6 @@ def _checked_steps(view: nn.Module, source: nn.Module, plan: RankPlan) -> list[_
             RankoptWarning,
             stacklevel=3,
         )
-    return steps
-
-
-def _steps(view: nn.Module, plan: RankPlan) -> list[_Step]:
-    """Every change of the plan with the layers and the method it names."""
-    layers = {layer.name: layer for layer in find_layers(view)}
-    aliases = {alias: layer for layer in layers.values() for alias in layer.aliases}
-    modules = dict(surgery.named_modules(view))
-    steps = []
-    for decision in plan.changes:
-        if decision.method == MERGE:
-            continue
-        found = []
-        for name, shape in zip(decision.targets, decision.shapes, strict=True):
-            layer = layers.get(name) or aliases.get(name)
-            if layer is None:
-                raise PlanError(
-                    f"layer {name}: expected a {decision.method} target with weight {list(shape)}, "
-                    f"found no such layer in {type(view).__name__}"
-                )
-            if layer.shape != shape:
-                raise PlanError(
-                    f"layer {name}: expected a weight {list(shape)}, found {list(layer.shape)}"
-                )
-            found.append(layer)
-        method = _method(decision, found)
-        steps.append(_Step(decision, method, tuple(found), tuple(modules[x.name] for x in found)))
     return steps
 
 
@@ -410,108 +355,6 @@ def _check_structure(source: nn.Module, plan: RankPlan) -> None:
         f"the plan was made for a {plan.model.get('class')} with other parameters or buffers than "
         f"this {type(source).__name__}; search again on this model"
     )
-
-
-def _method(decision: Decision, layers: list[Layer]) -> Decomposition:
-    where = f"layer {layers[0].name}"
-    settings = {key: value for key, value in decision.args.items() if key != "ranks"}
-    try:
-        method = decompositions.create(decision.method, **settings)
-    except (RegistryError, ValueError, TypeError) as error:
-        raise PlanError(f"{where}: {error}") from error
-    for layer in layers:
-        reason = layer.refusal or method.refusal(layer)
-        if reason:
-            raise PlanError(f"layer {layer.name}: {decision.method} cannot treat it: {reason}")
-        try:
-            method.check_ranks(layer, decision.ranks)
-        except LayerError as error:
-            raise PlanError(str(error)) from error
-    return method
-
-
-def _factoriser(moments: Mapping[str, Moments]) -> Fill:
-    def factorise(step: _Step, chain: nn.Sequential, weight: Tensor) -> dict[str, Tensor]:
-        check_weight(step.layers[0], weight)
-        known = moments.get(step.layers[0].name)
-        return shared.get(step.method, weight, known).factors(step.decision.ranks)
-
-    return factorise
-
-
-def _build_chains(
-    view: nn.Module, steps: list[_Step], fill: Fill, progress: bool | None
-) -> dict[str, nn.Module]:
-    """Layer name to chain; layers that share a weight get chains that share factors."""
-    device = surgery.device_of(view)
-    chains: dict[str, nn.Module] = {}
-    ordered = largest_first(steps, lambda step: step.layers[0].params)
-    with progress_bar("factorising", len(steps), enabled=progress) as advance:
-        for _, built in for_each(lambda step: _chains_of(step, fill), ordered, device=device):
-            chains.update(built)
-            advance()
-    return chains
-
-
-def _chains_of(step: _Step, fill: Fill) -> dict[str, nn.Module]:
-    """The chains of one site's layers, sharing their factors."""
-    chains: dict[str, nn.Module] = {}
-    factors: dict[str, nn.Parameter] = {}
-    for layer, module in zip(step.layers, step.modules, strict=True):
-        chain = step.method.build(layer, step.decision.ranks)
-        if not factors:
-            values = fill(step, chain, canonical_weight(module))
-            factors = _parameters(layer, chain, module, values)
-        _install(chain, module, factors)
-        factors = factors or {
-            name: parameter
-            for name, parameter in chain.named_parameters()
-            if name.endswith("weight")
-        }
-        chains[layer.name] = chain
-    return chains
-
-
-def _parameters(
-    layer: Layer, chain: nn.Sequential, module: Any, values: dict[str, Tensor]
-) -> dict[str, nn.Parameter]:
-    """Factors as parameters like the dense weight: dtype, device, memory format, grad."""
-    weight: Tensor = module.weight
-    parameters = {}
-    for name, slot in chain.named_parameters():
-        value = values.get(name)
-        if value is None:
-            continue
-        if value.shape != slot.shape:
-            raise LayerError(
-                f"layer {layer.name}: factor {name} has shape {list(value.shape)}, "
-                f"its module expects {list(slot.shape)}"
-            )
-        cast = value.to(device=weight.device, dtype=weight.dtype)
-        if weight.element_size() < 4 and not bool(cast.isfinite().all()):
-            raise LayerError(
-                f"layer {layer.name}: factor {name} overflows {layer.dtype}; "
-                "compress in float32 and convert afterwards"
-            )
-        cast = cast.contiguous(memory_format=surgery.memory_format_of(weight, cast))
-        parameters[name] = nn.Parameter(cast, requires_grad=weight.requires_grad)
-    return parameters
-
-
-def _install(chain: nn.Sequential, module: Any, factors: dict[str, nn.Parameter]) -> None:
-    """Put factors and the layer's own bias into `chain`, and its mode on it."""
-    for name, parameter in list(chain.named_parameters()):
-        owner, _, key = name.rpartition(".")
-        if name in factors:
-            chain.get_submodule(owner)._parameters[key] = factors[name]
-        elif key == "weight":
-            parameter.requires_grad_(module.weight.requires_grad)
-            chain.get_submodule(owner)._parameters[key] = nn.Parameter(
-                parameter.to(module.weight.dtype), requires_grad=module.weight.requires_grad
-            )
-    if module.bias is not None:
-        chain[-1]._parameters["bias"] = module.bias
-    chain.train(module.training)
 
 
 def _swap(root: nn.Module, chains: dict[str, nn.Module]) -> nn.Module:

@@ -84,7 +84,8 @@ def recover(
         model: From `rankopt.apply`; its trainable parameters and BatchNorm
             statistics change.
         teacher: The dense model; not changed.
-        calibration: Inputs; labels are left out.
+        calibration: Inputs; labels are left out. Batches may differ in shape, such as
+            texts of several lengths: a step takes samples of one shape.
         seconds: Wall-clock limit.
         batch_size: Samples per step.
         learning_rate: Adam's, at the start.
@@ -121,7 +122,7 @@ def recover(
     generator = torch.Generator().manual_seed(seed)
     change = augmentation(augment)
     guide = private_teacher(teacher)
-    tested = [samples.take(part) for part in test.split(batch_size)]
+    tested = list(samples.batches(test, batch_size))
     with torch.no_grad():
         wanted = [main_output(run(guide, inputs)) for inputs in tested]
 
@@ -143,13 +144,13 @@ def recover(
             limit = seconds * 0.95 - (time.perf_counter() - started)
             begun = time.perf_counter()
             with progress_bar("recovering", None, enabled=progress) as advance:
-                for batch in _endless(train, batch_size, generator):
+                for inputs in samples.endless(train, batch_size, generator):
                     spent = (time.perf_counter() - begun) / max(limit, 1e-9)
                     if spent >= 1:
                         break
                     for group in optimiser.param_groups:
                         group["lr"] = learning_rate * 0.5 * (1 + math.cos(math.pi * spent))
-                    loss = _loss(layers, change(samples.take(batch), generator))
+                    loss = _loss(layers, change(inputs, generator))
                     if not bool(loss.isfinite()):
                         break
                     optimiser.zero_grad(set_to_none=True)
@@ -166,7 +167,7 @@ def recover(
             module.training = mode
         for parameter in parameters:
             parameter.grad = None
-    settle_norms(model, guide, [samples.take(part) for part in train.split(batch_size)])
+    settle_norms(model, guide, list(samples.batches(train, batch_size)))
     after = distance()
     kept = after < before
     if not kept:
@@ -176,11 +177,17 @@ def recover(
 
 
 class _Samples:
-    """Calibration inputs as one batch that can be indexed by sample."""
+    """Calibration inputs by sample, those of one shape joined; others never share a batch."""
 
     def __init__(self, held: list[Any]) -> None:
-        self.inputs = _joined(held)
-        self.count = sum(len(next(tensors_in(inputs))) for inputs in held)
+        alike: dict[Any, list[Any]] = {}
+        for inputs in held:
+            alike.setdefault(_form(inputs), []).append(inputs)
+        self._joined = [_joined(parts) for parts in alike.values()]
+        sizes = [sum(len(next(tensors_in(x))) for x in parts) for parts in alike.values()]
+        self.count = sum(sizes)
+        self._shape = torch.repeat_interleave(torch.tensor(sizes))
+        self._place = torch.cat([torch.arange(size) for size in sizes])
 
     def split(self, share: float) -> tuple[Tensor, Tensor]:
         """Indices to train on and to hold out, interleaved."""
@@ -192,42 +199,60 @@ class _Samples:
         index = torch.arange(self.count)
         return index[index % every != 0], index[index % every == 0]
 
-    def take(self, index: Tensor) -> Any:
-        return _indexed(self.inputs, index)
+    def batches(self, index: Tensor, size: int) -> Iterator[Any]:
+        """The samples at `index` in batches of one shape each."""
+        yield from map(self._take, self._parts(index, size))
+
+    def endless(self, index: Tensor, size: int, generator: torch.Generator) -> Iterator[Any]:
+        """Shuffled batches, epoch after epoch."""
+        while True:
+            shuffled = index[torch.randperm(len(index), generator=generator)]
+            parts = list(self._parts(shuffled, size))
+            # Batches of one or two would upset BatchNorm.
+            whole = [part for part in parts if 2 * len(part) >= size] or parts
+            for i in torch.randperm(len(whole), generator=generator):
+                yield self._take(whole[i])
+
+    def _parts(self, index: Tensor, size: int) -> Iterator[Tensor]:
+        for shape in range(len(self._joined)):
+            alike = index[self._shape[index] == shape]
+            if len(alike):
+                yield from alike.split(size)
+
+    def _take(self, index: Tensor) -> Any:
+        return _indexed(self._joined[self._shape[index[0]]], self._place[index])
+
+
+def _form(inputs: Any) -> Any:
+    """What two batches must have in common to be joined."""
+    if isinstance(inputs, Tensor):
+        return (inputs.shape[1:], inputs.dtype) if inputs.dim() else float(inputs)
+    if isinstance(inputs, Mapping):
+        return tuple((key, _form(value)) for key, value in inputs.items())
+    if isinstance(inputs, (tuple, list)):
+        return tuple(map(_form, inputs))
+    return repr(inputs)
 
 
 def _joined(parts: list[Any]) -> Any:
     first = parts[0]
-    try:
-        if isinstance(first, Tensor):
-            return torch.cat(parts)
-        if isinstance(first, Mapping):
-            return {key: _joined([part[key] for part in parts]) for key in first}
-        if isinstance(first, (tuple, list)):
-            return tuple(_joined([part[i] for part in parts]) for i in range(len(first)))
-    except (RuntimeError, KeyError, IndexError, TypeError) as error:
-        raise CalibrationError(
-            f"calibration batches differ in form ({error}); pad them to one shape to recover"
-        ) from error
+    if isinstance(first, Tensor):
+        return torch.cat(parts) if first.dim() else first
+    if isinstance(first, Mapping):
+        return {key: _joined([part[key] for part in parts]) for key in first}
+    if isinstance(first, (tuple, list)):
+        return tuple(_joined([part[i] for part in parts]) for i in range(len(first)))
     return first
 
 
 def _indexed(inputs: Any, index: Tensor) -> Any:
     if isinstance(inputs, Tensor):
-        return inputs[index.to(inputs.device)]
+        return inputs[index.to(inputs.device)] if inputs.dim() else inputs
     if isinstance(inputs, Mapping):
         return {key: _indexed(value, index) for key, value in inputs.items()}
     if isinstance(inputs, tuple):
         return tuple(_indexed(value, index) for value in inputs)
     return inputs
-
-
-def _endless(index: Tensor, batch_size: int, generator: torch.Generator) -> Iterator[Tensor]:
-    while True:
-        shuffled = index[torch.randperm(len(index), generator=generator)]
-        parts = shuffled.split(batch_size)
-        # A last batch of one or two would upset BatchNorm.
-        yield from (part for part in parts if len(parts) == 1 or 2 * len(part) >= batch_size)
 
 
 def _loss(layers: PairedOutputs, inputs: Any) -> Tensor:

@@ -30,7 +30,7 @@ from rankopt.layers import (
     find_layers,
     select,
 )
-from rankopt.plan import RankPlan
+from rankopt.plan import MERGE, Factors, RankPlan
 from rankopt.probe import Call, Probe, probe, static_reads
 from rankopt.profile_table import ProfileTable
 from rankopt.registry import decompositions, strategies
@@ -60,6 +60,7 @@ def search(
     example_inputs: Any = None,
     calibration: Any = None,
     calibration_samples: int | None = MAX_SAMPLES,
+    asymmetric: bool = False,
     evaluate: Any = None,
     methods: Sequence[str | Decomposition] | None = None,
     only: Patterns = (),
@@ -90,6 +91,10 @@ def search(
             DataLoader); labels are left out. Factors and errors are then those
             of the layers' outputs, and `apply` needs the same inputs.
         calibration_samples: Where to stop reading; None reads to the end.
+        asymmetric: Whether `apply` fits each layer to what the layers before it, compressed
+            already, pass on, rather than to the inputs of the dense model
+            (arXiv 1505.06798, section 3.4). Needs calibration; takes two partial runs of
+            the calibration inputs per layer.
         evaluate: The task's metric, ``evaluate(model) -> float``: for strategies that
             measure it (`optuna`) and for budgets on ``metric_drop``. It runs in eval mode
             under saved random generators and must not change the model.
@@ -130,6 +135,8 @@ def search(
         raise ValueError(f"round_to={round_to!r}: expected an integer of at least 1")
     if rounding not in ("down", "nearest", "up"):
         raise ValueError(f"rounding={rounding!r}: expected 'down', 'nearest' or 'up'")
+    if asymmetric and calibration is None:
+        raise ModelError("asymmetric=True needs calibration=: inputs to fit the layers on")
     deadline = None if timeout is None else time.monotonic() + timeout
     chosen = strategies.create(strategy)
     allowed = check_request(Budget.parse(budget), chosen, example_inputs, calibration, evaluate)
@@ -165,7 +172,22 @@ def search(
             plan = within_drop(chosen, problem, find)
         else:
             plan = find(problem)
+        if asymmetric:
+            plan = _asymmetric(plan)
         return opened.finish(plan, seconds=time.perf_counter() - started)
+
+
+def _asymmetric(plan: RankPlan) -> RankPlan:
+    """The plan with factors fitted in order; the errors it states are those of dense inputs."""
+    return replace(
+        plan,
+        decisions=tuple(
+            replace(decision, factors=Factors("asymmetric", decision.factors.digest))
+            if decision.factors.kind.startswith("whitened") and decision.method != MERGE
+            else decision
+            for decision in plan
+        ),
+    )
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from rankopt import measure, surgery
-from rankopt._apply import chains_of
+from rankopt._chains import chains_of
 from rankopt._settle import NormSettler
 from rankopt.errors import EvaluationError
 from rankopt.plan import KEEP, Decision

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from rankopt._streams import stdout_to_stderr
 from rankopt.decompositions.base import Decomposition
 from rankopt.errors import CalibrationError, RankoptWarning
 from rankopt.strategy import LATENCY, Frontier, Option, Problem, Site
@@ -202,16 +203,17 @@ def _integer_program(
     )
     flat = np.concatenate(damages)
     scale = float(flat.max()) or 1.0
-    result = milp(
-        flat / scale,
-        constraints=[
-            LinearConstraint(one_each, 1, 1),
-            LinearConstraint(np.concatenate(costs).T, -np.inf, 1.0),
-        ],
-        integrality=np.ones(len(flat)),
-        bounds=Bounds(0, 1),
-        options={"time_limit": MILP_SECONDS, "mip_rel_gap": GOOD_GAP / 10},
-    )
+    with stdout_to_stderr():
+        result = milp(
+            flat / scale,
+            constraints=[
+                LinearConstraint(one_each, 1, 1),
+                LinearConstraint(np.concatenate(costs).T, -np.inf, 1.0),
+            ],
+            integrality=np.ones(len(flat)),
+            bounds=Bounds(0, 1),
+            options={"time_limit": MILP_SECONDS, "mip_rel_gap": GOOD_GAP / 10},
+        )
     if result.x is None:
         return None
     offsets = np.concatenate([[0], np.cumsum(sizes)[:-1]])

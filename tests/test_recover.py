@@ -76,7 +76,7 @@ def test_mappings_and_attention():
             return {"hidden": self.layer(x)}
 
     teacher = Net().eval()
-    held = [{"x": torch.randn(16, 5, 32)} for _ in range(4)]
+    held = [{"x": torch.randn(16, length, 32)} for length in (5, 7, 7, 4)]
     plan = rankopt.search(teacher, "params<=40%", calibration=held)
     small = rankopt.apply(teacher, plan, calibration=held)
     done = rankopt.recover(small, teacher=teacher, calibration=held, seconds=5)
@@ -92,9 +92,9 @@ def test_bad_requests(pair):
         rankopt.recover(small, teacher=teacher, calibration=[held[0][:4]])
     with pytest.raises(ValueError, match="augment='flip'"):
         rankopt.recover(small, teacher=teacher, calibration=held, augment="flip")
-    ragged = [torch.randn(16, 3, 12, 12), torch.randn(16, 3, 10, 10)]
-    with pytest.raises(CalibrationError, match="differ in form"):
-        rankopt.recover(small, teacher=teacher, calibration=ragged)
+    wrong = [torch.randn(16, 3, 12, 12), torch.randn(16, 4, 12, 12)]
+    with pytest.raises(CalibrationError, match="fails on a calibration batch"):
+        rankopt.recover(small, teacher=teacher, calibration=wrong)
     other = copy.deepcopy(teacher)
     other.head = nn.Linear(64, 7)
     with pytest.raises((ModelError, CalibrationError), match="shape|outputs changed"):

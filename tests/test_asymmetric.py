@@ -1,0 +1,107 @@
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import nn
+
+import rankopt
+from rankopt import calibration
+from rankopt.errors import ModelError, PlanError
+from rankopt.testing import planted_model
+
+
+def error(dense, small, batches):
+    """Relative error² of the outputs."""
+    with torch.no_grad():
+        pairs = [(dense(x), small(x)) for x in batches]
+    return float(sum((a - b).square().sum() for a, b in pairs)) / float(
+        sum(a.square().sum() for a, _ in pairs)
+    )
+
+
+def planned(model, data, budget="params<=40%", **settings):
+    return [
+        rankopt.search(model, budget, calibration=data, asymmetric=asymmetric, **settings)
+        for asymmetric in (False, True)
+    ]
+
+
+def mlp(bias=True):
+    torch.manual_seed(0)
+    sizes = (24, 48, 48, 48, 16)
+    layers = [nn.Sequential(nn.Linear(a, b, bias=bias), nn.ReLU()) for a, b in pairwise(sizes)]
+    return nn.Sequential(*layers[:-1], layers[-1][0]).eval()
+
+
+def test_later_layers_answer_for_the_errors_of_earlier_ones():
+    model, data = mlp(), [torch.randn(256, 24) for _ in range(4)]
+    symmetric, asymmetric = planned(model, data)
+    assert [d.ranks for d in symmetric.changes] == [d.ranks for d in asymmetric.changes]
+    assert {d.factors.kind for d in asymmetric.changes} == {"asymmetric"}
+    fresh = [torch.randn(256, 24)]
+    before, after = (
+        error(model, rankopt.apply(model, plan, calibration=data), fresh)
+        for plan in (symmetric, asymmetric)
+    )
+    assert after < 0.95 * before
+
+
+def test_a_single_layer_has_nothing_to_answer_for():
+    torch.manual_seed(0)
+    model, data = nn.Sequential(nn.Linear(32, 32), nn.ReLU()), [torch.randn(512, 32)]
+    small = [rankopt.apply(model, p, calibration=data) for p in planned(model, data)]
+    assert error(small[0], small[1], data) < 1e-6
+
+
+@pytest.mark.parametrize("patches", [True, False])
+def test_convolutions_with_batchnorm(monkeypatch, patches):
+    if not patches:  # as for kernels whose patches are too large
+        monkeypatch.setattr(calibration, "MAX_PATCH", 8)
+    model = planted_model(noise=0.5)
+    data = [torch.randn(32, 3, 12, 12) for _ in range(4)]
+    before, after = (
+        error(model, rankopt.apply(model, plan, calibration=data), data)
+        for plan in planned(model, data, "params<=25%")
+    )
+    assert after < before
+
+
+def test_attention_and_a_layer_called_twice():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.TransformerEncoderLayer(32, 4, 64, dropout=0.1, batch_first=True)
+            self.twice = nn.Linear(32, 32)
+
+        def forward(self, x):
+            return self.twice(torch.relu(self.twice(self.layer(x))))
+
+    torch.manual_seed(0)
+    model, data = Net().eval(), [torch.randn(64, 6, 32) for _ in range(4)]
+    before, after = (
+        error(model, rankopt.apply(model, plan, calibration=data), data)
+        for plan in planned(model, data, "params<=50%")
+    )
+    assert after < before
+
+
+def test_the_plan_file_says_so_and_gives_the_same_model(tmp_path):
+    model, data = mlp(bias=False), [torch.randn(256, 24)]
+    _, plan = planned(model, data)
+    plan.save(tmp_path / "plan.json")
+    again = rankopt.RankPlan.load(tmp_path / "plan.json")
+    assert again == plan
+    first, second = (rankopt.apply(model, p, calibration=data) for p in (plan, again))
+    x = torch.randn(8, 24)
+    assert torch.equal(first(x), second(x))
+    with pytest.raises(PlanError, match="'asymmetric': pass the calibration inputs"):
+        rankopt.apply(model, plan)
+    inside = rankopt.apply_(mlp(bias=False), plan, calibration=data)
+    assert torch.allclose(inside(x), first(x), atol=1e-5)
+
+
+def test_needs_calibration():
+    with pytest.raises(ModelError, match="asymmetric=True needs calibration="):
+        rankopt.search(mlp(), "params<=50%", asymmetric=True)
