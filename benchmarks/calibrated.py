@@ -1,6 +1,6 @@
 """Accuracy of ResNet-20 on CIFAR-10 without labels, and the time of a global allocation.
 
-Run: python -m benchmarks.calibrated [--recover SECONDS] [--quick]. Needs the development data
+Run: python -m benchmarks.calibrated [--rows GLOB] [--recover SECONDS], or with --allocation. Needs the development data
 (see `benchmarks.cifar.data_folder`). 1,024 unlabelled training images; settings were
 chosen on other training images, the 5,000 validation images are only reported.
 """
@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import copy
 import time
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -24,6 +25,33 @@ HALF, THIRD = "macs<=50%, params<=50%", "macs<=30%, params<=30%"
 TWO = ("svd", "tucker2")
 CLOSED = (*TWO, "spatial_svd")
 FITTED = (*CLOSED, "cp")
+# Plan, budget, whether to recover it too, settings of the search.
+ROWS: list[tuple[str, str, bool, dict[str, Any]]] = [
+    (
+        "parameter_ratio, weights only",
+        HALF,
+        False,
+        {"strategy": "parameter_ratio", "aware": False},
+    ),
+    ("parameter_ratio", HALF, False, {"strategy": "parameter_ratio"}),
+    ("energy", HALF, False, {"strategy": "energy"}),
+    (
+        "knapsack, svd and tucker2, equal",
+        HALF,
+        False,
+        {"strategy": Knapsack("equal"), "methods": TWO},
+    ),
+    ("knapsack, equal", HALF, False, {"strategy": Knapsack("equal")}),
+    ("knapsack, measured", HALF, False, {"strategy": Knapsack("measured")}),
+    ("knapsack (default)", HALF, True, {}),
+    ("knapsack (default), 30%", THIRD, True, {}),
+    ("knapsack, asymmetric", HALF, True, {"asymmetric": True}),
+    ("knapsack, asymmetric, 30%", THIRD, True, {"asymmetric": True}),
+    ("knapsack with cp", HALF, True, {"methods": FITTED}),
+    ("knapsack with cp, 30%", THIRD, True, {"methods": FITTED}),
+    ("knapsack with cp, asymmetric", HALF, True, {"methods": FITTED, "asymmetric": True}),
+    ("knapsack with cp, asymmetric, 30%", THIRD, True, {"methods": FITTED, "asymmetric": True}),
+]
 
 
 def percent(right: torch.Tensor) -> str:
@@ -85,11 +113,26 @@ def allocation_row(name: str, methods: tuple[str, ...]) -> list[str]:
     return [name, ", ".join(methods), f"{seconds:.1f} s", f"{100 * gap:.4f}%"]
 
 
+def allocations(name: str) -> None:
+    """Print search time and gap with the closed-form decompositions and with all."""
+    made = table(
+        "knapsack, macs<=50%, no data", "network", "decompositions", "search", "gap to the bound"
+    )
+    for methods in (CLOSED, (*FITTED, "branched_tucker")):
+        made.add_row(*allocation_row(name, methods))
+    print(to_text(made))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--recover", type=float, default=120.0, help="seconds; 0 for none")
+    parser.add_argument("--rows", default="*", help="glob on the names of the plans to measure")
+    parser.add_argument("--allocation", action="store_true", help="only time the allocation")
     parser.add_argument("--quick", action="store_true", help="ResNet-50 instead of ResNet-152")
     arguments = parser.parse_args()
+    if arguments.allocation:
+        allocations("resnet50" if arguments.quick else "resnet152")
+        return
     model = resnet20()
     data = list(torch.split(images("train", 0, 103)[0][:1024], 128))
     test = images("val", 0, 500)
@@ -99,28 +142,13 @@ def main() -> None:
         f"recovered, {arguments.recover:.0f} s",
     )  # fmt: skip
     made.add_row("dense", "1", "1", "–", "1", percent(correct(model, *test)), "–")
-    for cells in (
-        row("parameter_ratio, weights only", model, HALF, data, test, 0,
-            strategy="parameter_ratio", aware=False),
-        row("parameter_ratio", model, HALF, data, test, 0, strategy="parameter_ratio"),
-        row("energy", model, HALF, data, test, 0, strategy="energy"),
-        row("knapsack, svd and tucker2, equal", model, HALF, data, test, 0,
-            strategy=Knapsack("equal"), methods=TWO),
-        row("knapsack, equal", model, HALF, data, test, 0, strategy=Knapsack("equal")),
-        row("knapsack, measured", model, HALF, data, test, 0, strategy=Knapsack("measured")),
-        row("knapsack (default)", model, HALF, data, test, arguments.recover),
-        row("knapsack (default), 30%", model, THIRD, data, test, arguments.recover),
-        row("knapsack with cp", model, HALF, data, test, arguments.recover, methods=FITTED),
-        row("knapsack with cp, 30%", model, THIRD, data, test, arguments.recover, methods=FITTED),
-    ):  # fmt: skip
+    for name, budget, recovers, settings in ROWS:
+        if not fnmatchcase(name, arguments.rows):
+            continue
+        seconds = arguments.recover if recovers else 0.0
+        cells = row(name, model, budget, data, test, seconds, **settings)
         made.add_row(*cells)
         print(*cells, sep=" | ", flush=True)
-    print(to_text(made))
-    made = table(
-        "knapsack, macs<=50%, no data", "network", "decompositions", "search", "gap to the bound"
-    )
-    for methods in (CLOSED, (*FITTED, "branched_tucker")):
-        made.add_row(*allocation_row("resnet50" if arguments.quick else "resnet152", methods))
     print(to_text(made))
 
 
