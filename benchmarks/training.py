@@ -27,8 +27,8 @@ from torch import Tensor, nn
 import rankopt
 from benchmarks.cifar import correct, images, resnet20
 from benchmarks.foundation import make
+from rankopt._report.tables import table, to_text
 from rankopt.latency import Interval, Timings, time_interleaved
-from rankopt.report.tables import table, to_text
 from rankopt.training import Fixed, Freezer, NoFreezing, Schedule, Sequential
 from rankopt_strategies import ParameterRatio
 
