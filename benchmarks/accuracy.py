@@ -11,7 +11,8 @@ to 32 x 32, 15%), vgg-cifar (the same on CIFAR-10) and vit (Fashion-MNIST, 50%).
 Left out, all but ``fixed``. Any run can be killed: the same command goes on from its
 last complete epoch. One teacher, the dense network before fine-tuning, and one recipe serve all
 variants, the control too. ``--held`` trains on nine tenths of the training images and scores the
-rest: choose a recipe by that. Without it the test images are scored once, at the end.
+rest: choose a recipe by that (but the ResNet-20 comes trained on all of them, so there it tells
+recipes apart, not how far the control is). Without it the test images are scored once, at the end.
 CIFAR-10: see `benchmarks.cifar.data_folder`; Fashion-MNIST: Debian's dataset-fashion-mnist.
 """
 
@@ -310,7 +311,7 @@ def main() -> None:
     )
     parser.add_argument("network", choices=NETWORKS)
     parser.add_argument("variants", nargs="*", metavar="VARIANT", help=", ".join(VARIANTS))
-    parser.add_argument("--folder", default="benchmark-accuracy", help="checkpoints and results")
+    parser.add_argument("--folder", default="out/accuracy", help="checkpoints and results")
     parser.add_argument("--held", action="store_true", help="score held-out training images")
     parser.add_argument("--recipe", default="", help="a name that keeps recipes apart")
     parser.add_argument("--images", type=int, default=0, help="fewer training images, for a trial")
