@@ -28,11 +28,11 @@ from benchmarks.cifar import correct, images
 from benchmarks.foundation import make
 from rankopt import _recover, surgery
 from rankopt._apply import fill_skeleton, remember_plan
+from rankopt._report.tables import table, to_text
 from rankopt._settle import settle_norms
 from rankopt.bottlenecks import find_bottlenecks
 from rankopt.latency import time_interleaved
 from rankopt.merging import resize
-from rankopt.report.tables import table, to_text
 from rankopt.training.augmentation import shift_and_mirror
 
 BATCH, LEARNING_RATE, WEIGHT_DECAY = 128, 0.1, 5e-4

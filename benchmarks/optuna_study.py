@@ -28,8 +28,8 @@ import rankopt
 from benchmarks.cifar import accuracy, images, resnet20
 from benchmarks.foundation import make
 from rankopt import _demo
+from rankopt._report.tables import table, to_text
 from rankopt._study.entry import WARM_STARTS
-from rankopt.report.tables import table, to_text
 
 # Budgets at which the warm starts have plans.
 SHARES = (0.7, 0.5, 0.35)

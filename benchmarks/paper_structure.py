@@ -19,7 +19,7 @@ import rankopt
 from benchmarks.foundation import make
 from rankopt import measure
 from rankopt._apply import build_empty
-from rankopt.report.tables import table, to_text
+from rankopt._report.tables import table, to_text
 from rankopt.vision import import_torchvision
 from rankopt_strategies import ParameterRatio
 

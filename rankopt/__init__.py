@@ -7,6 +7,7 @@ from rankopt._fold import fold
 from rankopt._merge import merge, merge_plan
 from rankopt._profile import profile
 from rankopt._recover import Recovery, recover
+from rankopt._report.report import report
 from rankopt._search import search
 from rankopt._study import Point, Study, study
 from rankopt._version import __version__
@@ -56,6 +57,7 @@ __all__ = [
     "profile",
     "recalibrate",
     "recover",
+    "report",
     "save",
     "search",
     "soften",

@@ -173,7 +173,7 @@ def _best(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(plan.to_json(), end="")
         return 0
-    from rankopt.report.tables import plan_table, show, totals_table
+    from rankopt._report.tables import plan_table, show, totals_table
 
     show(plan_table(plan), totals_table(plan))
     if arguments.output:
@@ -197,8 +197,8 @@ def _show(status: dict[str, Any], arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps(status))
         return 0
+    from rankopt._report.tables import show
     from rankopt._study.views import status_view
-    from rankopt.report.tables import show
 
     show(*status_view(status))
     return 0

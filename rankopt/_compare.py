@@ -79,7 +79,7 @@ class Comparison:
         return {**asdict(self), "verdict": self.verdict}
 
     def __str__(self) -> str:
-        from rankopt.report.tables import comparison_table, to_text
+        from rankopt._report.tables import comparison_table, to_text
 
         return to_text(comparison_table(self))
 

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 import rankopt
 from rankopt import measure
+from rankopt._report.tables import count, table
 from rankopt.errors import BudgetInfeasible, MissingDependency, RankoptError
-from rankopt.report.tables import count, table
 from rankopt.surgery import clone
 
 __all__ = ["DigitsNet", "load_digits", "run", "train"]

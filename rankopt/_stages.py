@@ -23,9 +23,10 @@ from rankopt.inputs import hold, tensors_in
 from rankopt.plan import RankPlan
 from rankopt.training.finetune import finetune as train_on
 
-__all__ = ["Run", "Stage"]
+__all__ = ["RESULT", "WORK", "Run", "Stage"]
 
 WORK: Final = "work.json"
+RESULT: Final = "result.json"
 RECOVER_SECONDS: Final = 60.0
 
 

@@ -134,6 +134,18 @@ def _parser() -> argparse.ArgumentParser:
     compress.add_argument("-o", "--output", metavar="OUT.safetensors", required=True)
     compress.set_defaults(run=_compress)
 
+    report = commands.add_parser(
+        "report", parents=[common], help="draw a plan or a run as one HTML page"
+    )
+    report.add_argument(
+        "sources",
+        nargs="+",
+        metavar="PLAN|RUN",
+        help="plan, checkpoint, record.jsonl, or the folder of finetune or compress",
+    )
+    report.add_argument("-o", "--output", metavar="REPORT.html", required=True)
+    report.set_defaults(run=_report)
+
     strategies = commands.add_parser("strategies", parents=[common], help="what is installed")
     strategies.set_defaults(run=_strategies)
 
@@ -170,7 +182,7 @@ def _search(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(plan.to_json(), end="")
         return 0
-    from rankopt.report.tables import plan_table, totals_table
+    from rankopt._report.tables import plan_table, totals_table
 
     _print(plan_table(plan), totals_table(plan))
     if arguments.output:
@@ -189,7 +201,7 @@ def _apply(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps({"output": arguments.output, **result.to_dict()}))
         return 0
-    from rankopt.report.tables import count
+    from rankopt._report.tables import count
 
     params = result.params
     print(
@@ -302,6 +314,15 @@ def _seconds(seconds: float) -> Any:
     return {"seconds": seconds} if seconds else False
 
 
+def _report(arguments: argparse.Namespace) -> int:
+    import rankopt
+
+    rankopt.report(arguments.sources, arguments.output)
+    written = {"output": arguments.output}
+    print(json.dumps(written) if arguments.json else f"report written to {arguments.output}")
+    return 0
+
+
 def _strategies(arguments: argparse.Namespace) -> int:
     from rankopt.registry import strategies
 
@@ -320,7 +341,7 @@ def _strategies(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps(rows, default=str))
         return 0
-    from rankopt.report.tables import table
+    from rankopt._report.tables import table
 
     made = table("strategies", "name", "what it does", "needs", "settings")
     for column in made.columns:
@@ -370,7 +391,7 @@ def _settings(pairs: Sequence[str]) -> dict[str, Any]:
 
 
 def _print(*renderables: Any) -> None:
-    from rankopt.report.tables import show
+    from rankopt._report.tables import show
 
     show(*renderables)
 

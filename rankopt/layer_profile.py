@@ -103,11 +103,11 @@ class LayerProfile:
             MissingDependency: plotly is not installed.
             RankoptError: Another ending, or the file cannot be written.
         """
-        from rankopt.report.figures import write_profile
+        from rankopt._report.figures import write_profile
 
         write_profile(self, path)
 
     def __str__(self) -> str:
-        from rankopt.report.tables import profile_table, to_text
+        from rankopt._report.tables import profile_table, to_text
 
         return to_text(profile_table(self))

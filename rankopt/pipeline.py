@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -13,7 +14,8 @@ from torch import nn
 
 from rankopt import checkpoint as files
 from rankopt._compare import Comparison
-from rankopt._stages import Run, Stage
+from rankopt._files import write_text
+from rankopt._stages import RESULT, Run, Stage
 from rankopt.budget import RATIO_AXES, Budget
 from rankopt.errors import BudgetError
 from rankopt.plan import RankPlan
@@ -55,7 +57,7 @@ class Compression:
         }
 
     def __str__(self) -> str:
-        from rankopt.report.tables import comparison_table, count, table, to_text
+        from rankopt._report.tables import comparison_table, count, table, to_text
 
         made = table("compress", "stage", "seconds", "params", "metric", "what came of it")
         made.columns[-1].justify = "left"
@@ -113,7 +115,7 @@ def compress(
             freezing, one final epoch of training everything), or a function.
         output: The ``.safetensors`` file to write; None for ``compressed.safetensors`` in `folder`.
         folder: Keeps what every stage made; called again with the same arguments,
-            `compress` goes on where it was interrupted.
+            `compress` goes on where it was interrupted. `rankopt.report` draws it.
         seed: For all stages.
         progress: Whether to show progress bars.
 
@@ -162,13 +164,16 @@ def compress(
         small, plan = run.rounds(budgets, stages, train)
         comparison = run.verify(small, plan, path)
         reloaded = files.load(model, path).eval()
-        return Compression(
+        done = Compression(
             reloaded,
             plan,
             tuple(run.stages),
             comparison,
             path if output is not None or kept is not None else None,
         )
+        if kept is not None:
+            write_text(kept / RESULT, json.dumps(done.to_dict(), indent=1) + "\n")
+        return done
 
 
 def _budgets(budget: Budget | None, rounds: int) -> list[Budget | None]:

@@ -5,9 +5,9 @@ import pytest
 import torch
 
 import rankopt
+from rankopt._report.tables import count, plan_table, to_text, totals_table
 from rankopt.errors import ModelError
 from rankopt.latency import Interval, Timings, time_interleaved
-from rankopt.report.tables import count, plan_table, to_text, totals_table
 from rankopt.testing import planted_inputs, planted_model
 
 

@@ -156,3 +156,19 @@ def test_bad_pairs(pair):
         distiller.teach(x)
         with pytest.raises(ModelError, match=r"teacher's output is \[8, 3\]"):
             distiller.loss(small(x), small(x).sum())
+
+
+@pytest.mark.parametrize("wrong", [7, 1])  # one output would broadcast
+def test_a_teacher_with_a_layer_of_another_shape(wrong):
+    dense = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16))
+    small = rankopt.apply(dense, rankopt.search(dense, "params<=60%"))
+    assert not small.rankopt_plan["2"].keeps
+    other = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, wrong))
+    with pytest.raises(ModelError, match=rf"layer 2: the teacher's weight is \[{wrong}, 16\]"):
+        Distiller(small, other)
+    x = torch.randn(8, 16)
+    with Distiller(small, other, Distillation(weights=0)) as distiller:
+        distiller.teach(x)
+        output = small(x)
+        with pytest.raises(ModelError, match=rf"layer 2: the teacher's output is \[8, {wrong}\]"):
+            distiller.loss(output, torch.zeros(()))

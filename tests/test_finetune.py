@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import copy
 import functools
 import json
 import signal
@@ -10,35 +9,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from finetuning import equal, in_batches, problem, snapshot
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import rankopt
-from rankopt.errors import CheckpointError, MissingDependency, ModelError, TrainingError
-from rankopt.testing import planted_model
+from rankopt.errors import CheckpointError, TrainingError
 from rankopt.training import Distillation, Sequential
 from rankopt.training.recipe import rate
 
 pytest.importorskip("accelerate")
-
-
-@functools.cache
-def _problem(count):
-    teacher = planted_model(noise=0.5)
-    x = torch.randn(count, 3, 12, 12, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        y = teacher(x).argmax(dim=1)
-    plan = rankopt.search(teacher, "params<=25%", strategy="parameter_ratio")
-    return teacher, rankopt.apply(teacher, plan), x, y
-
-
-def problem(count=192):
-    """A dense teacher, its compressed model, and inputs labelled by the teacher."""
-    return copy.deepcopy(_problem(count))
-
-
-def in_batches(x, y, size=32):
-    return list(zip(x.split(size), y.split(size), strict=True))
 
 
 def accuracy_on(x, y):
@@ -48,14 +28,6 @@ def accuracy_on(x, y):
 def _keep(seen, model):
     seen.append(snapshot(model))
     return 0.0
-
-
-def snapshot(model):
-    return {key: value.clone() for key, value in model.state_dict().items()}
-
-
-def equal(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
 @pytest.mark.parametrize("freezing", ["none", "fixed", "sequential", Sequential(parity=1)])
@@ -350,90 +322,3 @@ def test_two_processes_do_what_one_does(tmp_path):
     for key, value in one["state"].items():
         assert torch.allclose(first["state"][key], value, atol=1e-5), key
     assert first["loss"] == pytest.approx(one["loss"], rel=1e-4)
-
-
-# Bad input
-
-
-@pytest.mark.parametrize(
-    ("train", "message"),
-    [
-        ([torch.zeros(4, 3, 12, 12)], "yielded a Tensor without labels"),
-        ([("cat", "dog")], "a pair of str and str"),
-        ([object()], "yielded a object without labels"),
-        ([(torch.zeros(4, 3, 12, 12), torch.tensor([0, 1, 2, 10]))], "label 10 is out of range"),
-        ([(torch.zeros(4, 3, 12, 12), torch.tensor([0, 1, -1, 2]))], "label -1 is out of range"),
-        ([(torch.zeros(4, 3, 12, 12), torch.zeros(4))], "labels are torch.float32"),
-        ([(torch.zeros(4, 3, 12, 12), torch.zeros(5, dtype=torch.long))], r"labels are \[5\]"),
-        (
-            [(torch.zeros(4, 5, 12, 12), torch.zeros(4, dtype=torch.long))],
-            "step 0: the model fails",
-        ),
-        ([], "train is empty"),
-    ],
-)
-def test_bad_batches(train, message):
-    _, small, _, _ = problem(count=8)
-    before = snapshot(small)
-    with pytest.raises(TrainingError, match=message):
-        rankopt.finetune(small, train, epochs=1)
-    assert equal(before, snapshot(small))
-
-
-def test_bad_requests():
-    teacher, small, x, y = problem(count=64)
-    train = in_batches(x, y)
-    other = planted_model()
-    other.head = nn.Linear(other.head.in_features, 7)
-    with pytest.raises(ModelError, match=r"teacher's output is \[32, 7\]"):
-        rankopt.finetune(
-            small, train, teacher=other, distillation=Distillation(weights=0, outputs=0, logits=1)
-        )
-    with pytest.raises(ModelError, match="carries no plan"):
-        rankopt.finetune(teacher, train, freezing="sequential")
-    with pytest.raises(ModelError, match="only once"):
-        rankopt.finetune(small, iter(train))
-    with pytest.raises(ModelError, match="train is a Tensor"):
-        rankopt.finetune(small, x)
-    with pytest.raises(ModelError, match="batches_per_epoch"):
-        rankopt.finetune(small, DataLoader(_Stream()))
-    with pytest.raises(TrainingError, match="not a scalar"):
-        rankopt.finetune(small, train, loss=lambda output, labels: output)
-    for parameter in small.parameters():
-        parameter.requires_grad_(False)
-    with pytest.raises(ModelError, match="nothing to train"):
-        rankopt.finetune(small, train)
-
-
-class _Stream(torch.utils.data.IterableDataset):
-    def __iter__(self):
-        yield from ()
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"epochs": 0}, "epochs=0"),
-        ({"learning_rate": -1.0}, "learning_rate=-1.0"),
-        ({"schedule": "linear"}, "schedule='linear'"),
-        ({"optimizer": "adam"}, "optimizer='adam'"),
-        ({"optimizer": lambda p: 3}, "made a int"),
-        ({"freezing": "sometimes"}, "freezing='sometimes'"),
-        ({"precision": "int8"}, "precision='int8'"),
-        ({"ema": 1.0}, "ema=1.0"),
-        ({"clip": 0}, "clip=0"),
-        ({"patience": 2}, "patience= needs evaluate="),
-        ({"distillation": Distillation()}, "needs teacher="),
-        ({"final_epochs": 11}, "there are 10 epochs"),
-        ({"augment": "flip"}, "augment='flip'"),
-    ],
-)
-def test_bad_settings(settings, message):
-    with pytest.raises(ValueError, match=message):
-        rankopt.finetune(nn.Linear(2, 2), [(torch.zeros(1, 2), torch.zeros(1))], **settings)
-
-
-def test_without_accelerate(monkeypatch):
-    monkeypatch.setitem(sys.modules, "accelerate", None)
-    with pytest.raises(MissingDependency, match=r"pip install 'rankopt\[train\]'"):
-        rankopt.finetune(nn.Linear(2, 2), [(torch.zeros(1, 2), torch.zeros(1))])

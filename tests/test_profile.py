@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import torch
@@ -127,6 +128,12 @@ def test_plots_are_pages(tmp_path):
     page = path.read_text(encoding="utf-8")
     assert "rank 256" in page
     assert "time, ms" in page
+    assert "cliff" in page
+    widest = max(
+        len(line)
+        for line in re.search(r'"subtitle":{.*?"text":"(.*?)"', page)[1].split("\\u003cbr\\u003e")
+    )
+    assert widest <= 125  # longer lines would leave the page
     with pytest.raises(RankoptError, match=r"end the name in \.html"):
         wide().plot(tmp_path / "p.png")
 

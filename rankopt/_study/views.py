@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from rankopt._files import atomic_path, write_text
+from rankopt._report.tables import table
 from rankopt._study.study import Study, quiet
 from rankopt.errors import MissingDependency, RankoptError, StudyError
-from rankopt.report.tables import table
 
 __all__ = ["export", "figures", "status_view"]
 

@@ -94,7 +94,8 @@ class Distiller:
         settings: The terms and their weights.
 
     Raises:
-        ModelError: The model carries no plan, or a name in `features` is missing.
+        ModelError: The model carries no plan, a decomposed layer has another shape in
+            the teacher, or a name in `features` is missing.
 
     Example:
         >>> dense = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 4))
@@ -244,8 +245,21 @@ def _chains(model: nn.Module, teacher: nn.Module) -> list[tuple[nn.Sequential, T
     for name in dict.fromkeys(factor.layer for factor in factors(model)):
         chain = ours[name]
         if isinstance(chain, nn.Sequential) and hasattr(theirs.get(name), "weight"):
-            found.append((chain, canonical_weight(theirs[name])))
+            weight = canonical_weight(theirs[name])
+            with torch.no_grad():
+                same = effective_weight(chain).shape == weight.shape
+            if not same:
+                raise ModelError(
+                    f"layer {name}: the teacher's weight is {_shapes([theirs[name]])}, "
+                    f"which the model's factors {_shapes(chain)} do not multiply to; distil from "
+                    "the model that was compressed"
+                )
+            found.append((chain, weight))
     return found
+
+
+def _shapes(modules: Iterable[Any]) -> str:
+    return " and ".join(str(list(m.weight.shape)) for m in modules if hasattr(m, "weight"))
 
 
 def _compared(model: nn.Module, teacher: nn.Module, settings: Distillation) -> list[str]:

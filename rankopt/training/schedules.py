@@ -107,6 +107,9 @@ class _Every(Schedule):
         if isinstance(self.count, bool) or not isinstance(self.count, int) or self.count < 1:
             raise ValueError(f"every({self.count!r}): expected an integer of at least 1")
 
+    def __repr__(self) -> str:
+        return f"{self.schedule!r}.every({self.count})"
+
     def frozen(self, phase: int, roles: Roles) -> Roles:
         return self.schedule.frozen(phase // self.count, roles)
 
@@ -120,6 +123,10 @@ class _Until(Schedule):
     def __post_init__(self) -> None:
         if isinstance(self.phase, bool) or not isinstance(self.phase, int) or self.phase < 0:
             raise ValueError(f"until({self.phase!r}): expected an integer of at least 0")
+
+    def __repr__(self) -> str:
+        then = "" if self.then == NoFreezing() else f", {self.then!r}"
+        return f"{self.schedule!r}.until({self.phase}{then})"
 
     def frozen(self, phase: int, roles: Roles) -> Roles:
         if phase < self.phase:

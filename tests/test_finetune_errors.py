@@ -1,0 +1,128 @@
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+from finetuning import equal, in_batches, problem, snapshot
+from torch import nn
+from torch.utils.data import DataLoader
+
+import rankopt
+from rankopt.errors import MissingDependency, ModelError, TrainingError
+from rankopt.testing import planted_model
+from rankopt.training import Distillation, Schedule
+
+pytest.importorskip("accelerate")
+
+
+@pytest.mark.parametrize(
+    ("train", "message"),
+    [
+        ([torch.zeros(4, 3, 12, 12)], "yielded a Tensor without labels"),
+        ([("cat", "dog")], "a pair of str and str"),
+        ([object()], "yielded a object without labels"),
+        ([(torch.zeros(4, 3, 12, 12), torch.tensor([0, 1, 2, 10]))], "label 10 is out of range"),
+        ([(torch.zeros(4, 3, 12, 12), torch.tensor([0, 1, -1, 2]))], "label -1 is out of range"),
+        ([(torch.zeros(4, 3, 12, 12), torch.zeros(4))], "labels are torch.float32"),
+        ([(torch.zeros(4, 3, 12, 12), torch.zeros(5, dtype=torch.long))], r"labels are \[5\]"),
+        (
+            [(torch.zeros(4, 5, 12, 12), torch.zeros(4, dtype=torch.long))],
+            "step 0: the model fails",
+        ),
+        ([], "train is empty"),
+    ],
+)
+def test_bad_batches(train, message):
+    _, small, _, _ = problem(count=8)
+    before = snapshot(small)
+    with pytest.raises(TrainingError, match=message):
+        rankopt.finetune(small, train, epochs=1)
+    assert equal(before, snapshot(small))
+
+
+def test_bad_requests():
+    teacher, small, x, y = problem(count=64)
+    train = in_batches(x, y)
+    other = planted_model()
+    other.head = nn.Linear(other.head.in_features, 7)
+    with pytest.raises(ModelError, match=r"teacher's output is \[32, 7\]"):
+        rankopt.finetune(
+            small, train, teacher=other, distillation=Distillation(weights=0, outputs=0, logits=1)
+        )
+    with pytest.raises(ModelError, match="carries no plan"):
+        rankopt.finetune(teacher, train, freezing="sequential")
+    with pytest.raises(ModelError, match="only once"):
+        rankopt.finetune(small, iter(train))
+    with pytest.raises(ModelError, match="train is a Tensor"):
+        rankopt.finetune(small, x)
+    with pytest.raises(ModelError, match="batches_per_epoch"):
+        rankopt.finetune(small, DataLoader(_Stream()))
+    with pytest.raises(TrainingError, match="not a scalar"):
+        rankopt.finetune(small, train, loss=lambda output, labels: output)
+    for parameter in small.parameters():
+        parameter.requires_grad_(False)
+    with pytest.raises(ModelError, match="nothing to train"):
+        rankopt.finetune(small, train)
+
+
+class _Stream(torch.utils.data.IterableDataset):
+    def __iter__(self):
+        yield from ()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"epochs": 0}, "epochs=0"),
+        ({"learning_rate": -1.0}, "learning_rate=-1.0"),
+        ({"schedule": "linear"}, "schedule='linear'"),
+        ({"optimizer": "adam"}, "optimizer='adam'"),
+        ({"optimizer": lambda p: 3}, "made a int"),
+        ({"freezing": "sometimes"}, "freezing='sometimes'"),
+        ({"precision": "int8"}, "precision='int8'"),
+        ({"ema": 1.0}, "ema=1.0"),
+        ({"clip": 0}, "clip=0"),
+        ({"patience": 2}, "patience= needs evaluate="),
+        ({"distillation": Distillation()}, "needs teacher="),
+        ({"final_epochs": 11}, "there are 10 epochs"),
+        ({"augment": "flip"}, "augment='flip'"),
+    ],
+)
+def test_bad_settings(settings, message):
+    with pytest.raises(ValueError, match=message):
+        rankopt.finetune(nn.Linear(2, 2), [(torch.zeros(1, 2), torch.zeros(1))], **settings)
+
+
+class Everything(Schedule):
+    """Freezes whatever it can, from its second phase on."""
+
+    def frozen(self, phase, roles):
+        return roles if phase else frozenset()
+
+
+def test_a_schedule_that_freezes_everything():
+    linear = nn.Sequential(nn.Linear(32, 32, bias=False), nn.ReLU(), nn.Linear(32, 32, bias=False))
+    bare = rankopt.apply(linear, rankopt.search(linear, "params<=50%"))
+    train = [(torch.randn(8, 32), torch.randint(32, (8,))) for _ in range(2)]
+    seen = []
+
+    def keep(model):
+        seen.append(snapshot(model))
+        return 0.0
+
+    with pytest.raises(ModelError, match="phase 1 of .*Everything.* freezes every parameter"):
+        rankopt.finetune(bare, train, freezing=Everything(), epochs=3, evaluate=keep)
+    assert len(seen) == 1
+    assert equal(seen[0], snapshot(bare))  # as the complete epoch left them
+    assert all(p.requires_grad and p.grad is None for p in bare.parameters())
+    # Where norms and biases remain, they train.
+    _, small, x, y = problem(count=64)
+    done = rankopt.finetune(small, in_batches(x, y), freezing=Everything(), epochs=2)
+    assert [epoch["frozen"] > 0 for epoch in done.history] == [False, True]
+
+
+def test_without_accelerate(monkeypatch):
+    monkeypatch.setitem(sys.modules, "accelerate", None)
+    with pytest.raises(MissingDependency, match=r"pip install 'rankopt\[train\]'"):
+        rankopt.finetune(nn.Linear(2, 2), [(torch.zeros(1, 2), torch.zeros(1))])
