@@ -28,7 +28,7 @@ import rankopt
 from benchmarks.cifar import accuracy, images, resnet20
 from benchmarks.foundation import make
 from rankopt import _demo
-from rankopt._study.entry import WARM_STARTS
+from rankopt._study.warm import WARM_STARTS
 from rankopt.report.tables import table, to_text
 
 # Budgets at which the warm starts have plans.

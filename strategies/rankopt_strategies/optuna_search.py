@@ -10,7 +10,7 @@ from typing import ClassVar, Literal
 from rankopt._study import open_study
 from rankopt.errors import DeadlineExceeded
 from rankopt.plan import RankPlan
-from rankopt.strategy import Problem, Strategy, Tags
+from rankopt.strategy import LATENCY, Problem, Strategy, Tags
 
 __all__ = ["OptunaSearch"]
 
@@ -35,7 +35,11 @@ class OptunaSearch(Strategy):
 
     name: ClassVar[str] = "optuna"
     tags: ClassVar[Tags] = Tags(
-        monotone=False, unbudgeted=False, metric_drop=True, needs=frozenset({"evaluate"})
+        monotone=False,
+        unbudgeted=False,
+        metric_drop=True,
+        latency=True,
+        needs=frozenset({"evaluate"}),
     )
     n_trials: int = 60
     space: Literal["warp", "stage", "layer"] = "warp"
@@ -57,7 +61,8 @@ class OptunaSearch(Strategy):
         """Run the study and take its best; see `Strategy.search`."""
         assert problem.budget is not None
         problem.check_deadline()
-        objective = problem.budget.minimize or problem.budget.axes[0]
+        first = problem.budget.minimize or problem.budget.axes[0]
+        objective = LATENCY if first == "latency_ms" else first
         study = open_study(
             problem,
             storage=self.storage,
