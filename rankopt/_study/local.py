@@ -16,12 +16,16 @@ __all__ = ["LocalSampler"]
 STEP: Final = 0.15
 # How many parameters a step changes on average, beside one that it always changes.
 MOVED: Final = 2.0
-# How often the parameters of two points of the front are mixed first.
-MIXED: Final = 0.3
+# How often the other parameters are those of another point of the front: what is good at
+# one size is often good at others.
+GRAFTED: Final = 0.3
+# How often the size is the one drawn, instead of that of the point begun from.
+RESIZED: Final = 0.3
+SIZE: Final = "size"
 
 
 class LocalSampler(optuna.samplers.BaseSampler):
-    """Takes a point of the front, sometimes mixed with another, and moves a few parameters.
+    """Draws a size, takes the best point of the front within it, and moves a few parameters.
 
     Made for spaces with a parameter per layer around plans that are good already: the
     queued plans are its first front. It keeps nothing between trials, so any number of
@@ -58,14 +62,20 @@ class LocalSampler(optuna.samplers.BaseSampler):
         """A step from the front; empty, hence at random, before there is one."""
         if not search_space:
             return {}
-        parents = _front(study)
-        one, other = self._draw.integers(len(parents), size=2)
-        made = {name: parents[one].params[name] for name in search_space}
-        if self._draw.random() < MIXED:
-            for name in made:
-                if self._draw.random() < 0.5:
-                    made[name] = parents[other].params[name]
-        return self._stepped(made, search_space)
+        front = _front(study)
+        size = search_space.get(SIZE)
+        if not isinstance(size, FloatDistribution):
+            one = front[int(self._draw.integers(len(front)))]
+            return self._stepped(dict(one.params), search_space)
+        drawn = float(self._draw.uniform(size.low, size.high))
+        within = [point for point in front if point.params[SIZE] <= drawn]
+        one = max(within or front, key=lambda point: float(point.params[SIZE]))
+        other = front[int(self._draw.integers(len(front)))]
+        made = dict((other if self._draw.random() < GRAFTED else one).params)
+        resized = self._draw.random() < RESIZED or not within
+        rest = {name: where for name, where in search_space.items() if name != SIZE}
+        moved = self._stepped({name: made[name] for name in rest}, rest) if rest else {}
+        return {**moved, SIZE: drawn if resized else one.params[SIZE]}
 
     def _stepped(
         self, params: Mapping[str, float], space: Mapping[str, BaseDistribution]

@@ -215,3 +215,73 @@ def test_evaluation_error_reaches_search():
         rankopt.search(
             planted_model(), "params<=50%", strategy=OptunaSearch(n_trials=3), evaluate=broken
         )
+
+
+def test_disk_full_on_a_journal(tmp_path):
+    """A real short write: the file may not grow past a limit set for this process."""
+    resource = pytest.importorskip("resource")
+    path = tmp_path / "s.journal"
+    done = len(open_study(path).run(n_trials=3).points)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    study = open_study(path)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 700, before[1]))
+        with pytest.raises(StudyError, match="File too large; trials that finished are kept"):
+            study.run(n_trials=30)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    again = open_study(path, heartbeat=1)
+    assert len(again.points) >= done
+    again.run(n_trials=done + 2)
+    assert again.status()["counted"] == done + 2
+
+
+def test_stopped_while_it_queued(tmp_path, monkeypatch):
+    """Ctrl-C between the queued plans: the next opening queues the rest, and none twice."""
+    path = tmp_path / "s.db"
+    enqueue, calls = optuna.Study.enqueue_trial, []
+
+    def interrupted(self, *arguments, **more):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return enqueue(self, *arguments, **more)
+
+    monkeypatch.setattr(optuna.Study, "enqueue_trial", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        open_study(path)
+    monkeypatch.undo()
+    queued = [trial.user_attrs["warm"] for trial in open_study(path).optuna.trials]
+    whole = [trial.user_attrs["warm"] for trial in open_study().optuna.trials]
+    assert queued == whole
+    assert len(set(queued)) == len(queued)
+
+
+def test_evaluate_that_is_sometimes_no_number():
+    calls = []
+
+    def sometimes(model):
+        calls.append(1)
+        found = closeness(model)
+        return (found, float("nan"), float("inf"), "high", None)[min(len(calls) - 1, 4)]
+
+    study = open_study(evaluate=sometimes).run(n_trials=5)
+    assert study.status()["counted"] == 5
+    assert study.status()["errors"] == [
+        "evaluate gave a NoneType; expected a number, or (number, weight)",
+        "evaluate gave a str; expected a number, or (number, weight)",
+        "evaluate gave inf; expected a finite number",
+        "evaluate gave nan; expected a finite number",
+    ]
+    assert len(study.front) == 1
+
+
+def test_a_line_cut_short_by_a_kill(tmp_path):
+    path = tmp_path / "s.journal"
+    done = len(open_study(path).run(n_trials=3).points)
+    with path.open("ab") as file:
+        file.write(b'{"op_code":5,"worker_id":"x' + b"y" * 5000)
+    again = open_study(path)
+    assert len(again.points) == done
+    again.run(n_trials=done + 1)
+    assert len(rankopt.Study.load(path).points) == done + 1

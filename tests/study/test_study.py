@@ -217,13 +217,6 @@ def test_strategy():
             OptunaSearch(**bad)
 
 
-def test_every_sampler_runs():
-    for sampler in ("nsgaii", "nsgaiii", "qmc", "tpe_independent"):
-        assert len(open_study(sampler=sampler).run(n_trials=7).points) >= 5
-    theirs = optuna.samplers.RandomSampler(seed=1)
-    assert open_study(sampler=theirs).request["sampler"] == "RandomSampler"
-
-
 def test_figures_and_export(tmp_path):
     pytest.importorskip("plotly")
     study = open_study().run(n_trials=12)
