@@ -150,7 +150,7 @@ class WarpSpace(Space):
         floor = high * LOOK_BELOW if axis in self.shares else SMALLEST_SHARE
         low = max(least, floor)
         if low >= high:
-            raise problem.with_budget(Budget.from_dict(self.shares)).infeasible(self._cheapest)
+            raise problem.infeasible(self._cheapest)
         self._size = tuple(spec.get("size", (low, high)))
 
     def _dense(self) -> Array:
