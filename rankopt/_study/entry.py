@@ -100,9 +100,10 @@ def study(
         direction: Whether the metric is better when higher (``maximize``, the default)
             or lower (``minimize``).
         space: ``warp`` (default): a few multipliers over the layers' sensitivities, and
-            the size; ``stage``: one share per stage; ``layer``: one share per layer.
-        sampler: ``tpe`` (default), ``nsgaii``, ``nsgaiii``, ``gp``, ``random``, … or an
-            Optuna sampler.
+            the size; ``tilt``: a multiplier per layer, and the size, for ``local``;
+            ``stage``: one share per stage; ``layer``: one share per layer.
+        sampler: ``tpe`` (default), ``local`` (small steps from the front), ``nsgaii``,
+            ``nsgaiii``, ``gp``, ``random``, … or an Optuna sampler.
         confidence: Of stopping a trial early, one-sided; None never does.
         warm_starts: Strategies whose plans are queued first; those that are not
             installed or cannot treat the model are left out.
@@ -177,7 +178,7 @@ def study(
             assert opened.seen is not None
             table = profile or _table(known)
             clock = ModelClock(opened.source, example_inputs, table)
-            times = None if known is None else known["times"]
+            times = None if known is None else known.get("times")
             price_time(problem, clock, opened.seen, axis=True, known=times)
         return open_study(
             problem,

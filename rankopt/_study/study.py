@@ -118,7 +118,8 @@ class Study:
         So the same call after a crash goes on where the study stood, and several workers
         share one number; they may exceed it by one trial each less one. Trials that
         finished, were stopped early or failed with an error count; those of workers that
-        died or were interrupted are run again and count once.
+        died or were interrupted are run again and count once. A study of latency times
+        the models of its front at the end, see `measure`.
 
         Args:
             n_trials: Trials the study shall have in all.

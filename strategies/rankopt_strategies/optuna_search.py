@@ -25,8 +25,8 @@ class OptunaSearch(Strategy):
 
     Args:
         n_trials: Trials in all, the queued ones included.
-        space: ``warp``, ``stage`` or ``layer``; see `rankopt.study`.
-        sampler: ``tpe``, ``nsgaii``, ``nsgaiii``, ``gp``, ``random``, ….
+        space: ``warp``, ``tilt``, ``stage`` or ``layer``; see `rankopt.study`.
+        sampler: ``tpe``, ``local``, ``nsgaii``, ``nsgaiii``, ``gp``, ``random``, ….
         direction: Whether the metric is better when higher or lower.
         confidence: Of stopping a trial early where `evaluate` yields batches.
         storage: Path or URL to keep the study in; None for memory.
@@ -42,7 +42,7 @@ class OptunaSearch(Strategy):
         needs=frozenset({"evaluate"}),
     )
     n_trials: int = 60
-    space: Literal["warp", "stage", "layer"] = "warp"
+    space: Literal["warp", "tilt", "stage", "layer"] = "warp"
     sampler: str = "tpe"
     direction: Literal["maximize", "minimize"] = "maximize"
     confidence: float = 0.99
