@@ -7,7 +7,11 @@ digits    spaces and samplers on a small network trained on scikit-learn's digit
 cifar     ResNet-20 on CIFAR-10 (needs `benchmarks.cifar.data_folder`): searched on training
           images that calibration does not use, reported on validation images.
 overhead  wall-clock per trial of a study whose `evaluate` does nothing, against 2,000 images.
-workers   one and two processes on one SQLite file with an `evaluate` that waits.
+workers   one and two processes on one SQLite file, one thread each, with an `evaluate` that
+          computes for a while.
+
+digits and cifar keep what is done in --folder: the same command goes on where it stood, and
+--minutes ends a run early. Add seeds or samplers with a second command.
 """
 
 from __future__ import annotations
@@ -18,121 +22,24 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import optuna
 import torch
+from torch import Tensor
 
 import rankopt
-from benchmarks.cifar import accuracy, images, resnet20
+from benchmarks.cifar import images, resnet20
 from benchmarks.foundation import make
+from benchmarks.optuna_fronts import Case, compare
 from rankopt import _demo
+from rankopt._study.warm import WARM_STARTS
 from rankopt._report.tables import table, to_text
-from rankopt._study.entry import WARM_STARTS
 
-# Budgets at which the warm starts have plans.
-SHARES = (0.7, 0.5, 0.35)
-
-
-def hypervolume(points: list[tuple[float, float]], floor: float) -> float:
-    """Area between points (share of MACs, metric), a MACs share of 1 and the metric `floor`."""
-    area, best = 0.0, floor
-    for share, metric in sorted(points):
-        if metric > best:
-            area += max(0.0, 1 - share) * (metric - best)
-            best = metric
-    return area
-
-
-def copied(seeded: Any) -> Any:
-    """A memory storage that holds the warm starts' trials of another study already."""
-    storage = optuna.storages.InMemoryStorage()
-    optuna.copy_study(
-        from_study_name="rankopt", from_storage=seeded.optuna._storage, to_storage=storage
-    )
-    return storage
-
-
-def front_on(study: Any, model: Any, test: Any, calibration: Any) -> list[tuple[float, float]]:
-    """(share of MACs, accuracy on other data) of the study's front."""
-    dense = study.request["plan"]["totals"]["macs"]["before"]
-    return [
-        (
-            point.figures["macs"] / dense,
-            accuracy(rankopt.apply(model, point.plan, calibration=calibration), *test),
-        )
-        for point in study.front
-    ]
-
-
-def compare(
-    model: Any, calibration: Any, searched: Any, test: Any, rows: list[tuple[str, str]],
-    arguments: Any,
-) -> None:  # fmt: skip
-    """A table of (space, sampler) rows: hypervolumes, and accuracy at three budgets."""
-    metric = lambda candidate: accuracy(candidate, *searched)  # noqa: E731
-    common = {
-        "evaluate": metric,
-        "example_inputs": searched[0][:32],
-        "calibration": calibration,
-        "warm_starts": WARM_STARTS,
-        "progress": False,
-    }
-    uniform = rankopt.search(
-        model, "macs<=30%", strategy="parameter_ratio", example_inputs=searched[0][:32],
-        calibration=calibration, methods=("svd", "tucker2"), progress=False,
-    )  # fmt: skip
-    floor = accuracy(rankopt.apply(model, uniform, calibration=calibration), *test)
-    made = table(
-        f"{arguments.trials} trials, {arguments.seeds} seeds, median (lowest to highest); "
-        f"searched on {len(searched[1])} images, reported on {len(test[1])}; floor {floor:.2f}",
-        "space, sampler",
-        "hypervolume",
-        *(f"macs<={share:.0%}" for share in SHARES),
-        "seconds",
-    )
-    for space in dict.fromkeys(space for space, _ in rows):
-        seeded = rankopt.study(model, storage=None, space=space, **common)
-        queued = len(seeded.optuna.trials)
-        seeded.run(queued)
-        made.add_row(
-            *_row(f"{space}, warm starts only", [seeded], model, test, calibration, floor, 0)
-        )
-        print("…", space, f"{queued} warm starts", flush=True)
-        for sampler in (name for kind, name in rows if kind == space):
-            started = time.perf_counter()
-            studies = []
-            for seed in range(arguments.seeds):
-                study = rankopt.study(
-                    model, storage=copied(seeded), sampler=sampler, seed=seed, **common
-                )
-                studies.append(study.run(arguments.trials))
-            seconds = (time.perf_counter() - started) / arguments.seeds
-            cells = _row(f"{space}, {sampler}", studies, model, test, calibration, floor, seconds)
-            made.add_row(*cells)
-            print(*cells, sep=" | ", flush=True)
-    print(to_text(made, width=140))
-
-
-def _row(
-    name: str, studies: list[Any], model: Any, test: Any, calibration: Any, floor: float,
-    seconds: float,
-) -> list[str]:  # fmt: skip
-    volumes, best = [], {share: [] for share in SHARES}  # type: ignore[var-annotated]
-    for study in studies:
-        volumes.append(hypervolume(front_on(study, model, test, calibration), floor))
-        for share in SHARES:
-            plan = study.best(rankopt.Budget(macs=share))
-            small = rankopt.apply(model, plan, calibration=calibration)
-            best[share].append(accuracy(small, *test))
-    return [name, spread(volumes), *(spread(best[share]) for share in SHARES), f"{seconds:.0f}"]
-
-
-def spread(values: list[float]) -> str:
-    """Median (lowest to highest)."""
-    middle = f"{statistics.median(values):.2f}"
-    return middle if len(values) == 1 else f"{middle} ({min(values):.2f}–{max(values):.2f})"
+BATCH = 500
+# A larger part of the training images is never used: the search has 10 classes of these.
+CALIBRATED = 20
 
 
 def digits(arguments: Any) -> None:
@@ -142,86 +49,136 @@ def digits(arguments: Any) -> None:
     model = _demo.DigitsNet()
     _demo.train(model, x, y)
     model.eval()
+    searched = _batches(x[128:628], y[128:628], 50)
     calibration = list(torch.split(x[:128], 128))
-    rows = [("warp", name) for name in arguments.samplers.split(",")]
-    rows += [(space, "tpe") for space in ("stage", "layer") if arguments.spaces]
-    compare(model, calibration, (x[128:628], y[128:628]), (test_x, test_y), rows, arguments)
+    case = Case("digits", model, calibration, searched, (test_x, test_y), _warm(arguments))
+    _compare(case, arguments)
 
 
 def cifar(arguments: Any) -> None:
     """ResNet-20, searched on training images, reported on validation images."""
-    model = resnet20()
-    calibration = list(torch.split(images("train", 0, 13)[0][:128], 64))
+    model = resnet20().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    inputs = images("train", 0, CALIBRATED)[0]
     searched = images("train", 200, arguments.search_images // 10)
     test = images("val", 0, arguments.test_images // 10)
-    print(f"dense on validation images: {accuracy(model, *test):.2f}", flush=True)
-    rows = [("warp", name) for name in arguments.samplers.split(",")]
-    compare(model, calibration, searched, test, rows, arguments)
+    case = Case(
+        "cifar",
+        model,
+        [_last(part) for part in torch.split(inputs[: arguments.calibration_images], 100)],
+        _batches(_last(searched[0]), searched[1], BATCH),
+        (_last(test[0]), test[1]),
+        _warm(arguments),
+    )
+    _compare(case, arguments)
+
+
+def _last(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def _batches(x: Tensor, y: Tensor, size: int) -> list[tuple[Tensor, Tensor]]:
+    return list(zip(torch.split(x, size), torch.split(y, size), strict=True))
+
+
+def _warm(arguments: Any) -> tuple[str, ...]:
+    return tuple(arguments.warm_starts.split(","))
+
+
+def _compare(case: Case, arguments: Any) -> None:
+    samplers, spaces = arguments.samplers.split(","), arguments.spaces.split(",")
+    compare(
+        case,
+        [(space, sampler) for space in spaces for sampler in samplers],
+        folder=arguments.folder,
+        trials=arguments.trials,
+        seeds=arguments.seeds,
+        minutes=arguments.minutes,
+    )
 
 
 def overhead(arguments: Any) -> None:
     """Everything of a trial but evaluating, against evaluating 2,000 images."""
     made = table(
-        "a trial without evaluate and BatchNorm, SQLite storage", "network", "trial",
-        "2,000 images", "share",
+        "a trial without evaluate and BatchNorm, SQLite storage, median (lowest to highest)",
+        "network", "trial", "2,000 images", "share",
     )  # fmt: skip
-    for name, model, x, count in (
-        ("ResNet-20, 32x32", resnet20(), torch.randn(500, 3, 32, 32), 500),
-        ("ResNet-50, 224x224", make("resnet50", "trained-like"), torch.randn(8, 3, 224, 224), 8),
-    ):
+    for name, model, x in _networks(arguments.networks.split(",")):
         seconds = []
         with torch.no_grad():
             model(x[:4])
             for _ in range(3):
                 started = time.perf_counter()
                 model(x)
-                seconds.append((time.perf_counter() - started) * 2000 / count)
+                seconds.append((time.perf_counter() - started) * 2000 / len(x))
         with tempfile.TemporaryDirectory() as folder:
             study = rankopt.study(
                 model, evaluate=lambda candidate: 0.0, storage=Path(folder) / "s.db",
                 example_inputs=x[:1], warm_starts=("parameter_ratio",), budget="macs<=70%",
-                progress=False,
+                space=arguments.spaces.split(",")[0], progress=False,
+                sampler=arguments.samplers.split(",")[0],
             )  # fmt: skip
             study.run(2)
-            started = time.perf_counter()
-            study.run(2 + arguments.trials)
-            spent = (time.perf_counter() - started) / arguments.trials
+            spent = []
+            for number in range(arguments.trials):
+                started = time.perf_counter()
+                study.run(3 + number)
+                spent.append(time.perf_counter() - started)
             study.close()
-        images_take = statistics.median(seconds)
+        images_take, trial = statistics.median(seconds), statistics.median(spent)
         cells = [
             name,
-            f"{1000 * spent:.0f} ms",
+            f"{1000 * trial:.0f} ms ({1000 * min(spent):.0f}–{1000 * max(spent):.0f})",
             f"{images_take:.1f} s",
-            f"{spent / images_take:.1%}",
+            f"{trial / images_take:.1%}",
         ]
         made.add_row(*cells)
         print(*cells, sep=" | ", flush=True)
     print(to_text(made))
 
 
+def _networks(names: list[str]) -> Iterator[tuple[str, Any, Tensor]]:
+    if "resnet20" in names:
+        yield "ResNet-20, 32x32", resnet20(), torch.randn(500, 3, 32, 32)
+    if "resnet50" in names:
+        yield "ResNet-50, 224x224", make("resnet50", "trained-like"), torch.randn(8, 3, 224, 224)
+
+
 TASK = """
-import time, torch
-torch.set_num_threads(1)
+import torch
 def build():
     torch.manual_seed(0)
     return torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Linear(64, 8))
 def metric(model):
-    time.sleep({seconds})
+    work = torch.ones(256, 256)
+    for _ in range({products}):
+        work = work @ work / 256
     return -float(model(torch.ones(1, 64)).square().sum())
 """
+
+
+def _products(seconds: float) -> int:
+    """How many matrix products of the task take about this long on one thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    work, count, started = torch.ones(256, 256), 0, time.perf_counter()
+    while time.perf_counter() - started < 1.0:
+        work, count = work @ work / 256, count + 1
+    torch.set_num_threads(threads)
+    return max(1, round(count * seconds))
 
 
 def workers(arguments: Any) -> None:
     """From the first trial's start to the last one's end, processes already running."""
     spans: dict[int, list[float]] = {1: [], 2: []}
+    text = TASK.format(products=_products(arguments.wait))
     for _ in range(arguments.seeds):
         for count, found in spans.items():
             with tempfile.TemporaryDirectory() as folder:
                 task, storage = Path(folder) / "task.py", Path(folder) / "s.db"
-                task.write_text(TASK.format(seconds=arguments.wait))
+                task.write_text(text)
                 options = [
                     f"{task}:build", "--input", "1,64", "--storage", str(storage), "--evaluate",
-                    f"{task}:metric",
+                    f"{task}:metric", "--device", "cpu", "--threads", "1",
                 ]  # fmt: skip
                 command = [sys.executable, "-m", "rankopt.cli", "study"]
                 subprocess.run([*command, "create", *options], check=True, capture_output=True)
@@ -250,12 +207,20 @@ def main() -> None:
     parser.add_argument("part", choices=parts)
     parser.add_argument("--trials", type=int, default=60)
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--samplers", default="tpe,tpe_independent,nsgaii,gp,random")
-    parser.add_argument("--spaces", action="store_true", help="the other spaces too")
+    parser.add_argument("--samplers", default="tpe,local,random")
+    parser.add_argument("--spaces", default="warp", help="of warp, tilt, stage, layer")
+    parser.add_argument("--warm-starts", default=",".join(WARM_STARTS))
     parser.add_argument("--search-images", type=int, default=2000)
+    parser.add_argument("--calibration-images", type=int, default=200)
     parser.add_argument("--test-images", type=int, default=5000)
+    parser.add_argument("--folder", type=Path, default=Path("build/optuna-study"))
+    parser.add_argument("--minutes", type=float, help="end this run, to go on later")
+    parser.add_argument("--threads", type=int, help="of torch; the machine's cores by default")
+    parser.add_argument("--networks", default="resnet20,resnet50", help="of the overhead")
     parser.add_argument("--wait", type=float, default=1.0, help="seconds of one evaluation")
     arguments = parser.parse_args()
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
     parts[arguments.part](arguments)
 
 

@@ -9,7 +9,7 @@ from rankopt._profile import profile
 from rankopt._recover import Recovery, recover
 from rankopt._report.report import report
 from rankopt._search import search
-from rankopt._study import Point, Study, study
+from rankopt._study import Point, Study, claim_device, study
 from rankopt._version import __version__
 from rankopt.budget import Budget
 from rankopt.checkpoint import load, load_plan, save
@@ -44,6 +44,7 @@ __all__ = [
     "__version__",
     "apply",
     "apply_",
+    "claim_device",
     "compare",
     "compress",
     "decompositions",

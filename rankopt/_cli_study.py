@@ -44,17 +44,29 @@ def add_study(
         help="gives the batches of evaluate(model, batch)",
     )
     data.add_argument("--calibration", metavar="FILE.py:CALLABLE", help="gives calibration inputs")
-    data.add_argument("--device", help="where this process works, such as cuda:1")
-    data.add_argument("--sampler", help="tpe, nsgaii, nsgaiii, gp, random, …")
+    data.add_argument(
+        "--device", default="auto",
+        help="auto (a CUDA device that no other worker here has, else the CPU), cpu or cuda:N",
+    )  # fmt: skip
+    data.add_argument(
+        "--share-device", action="store_true", help="take a device although others have it"
+    )
+    data.add_argument(
+        "--threads",
+        type=int,
+        metavar="N",
+        help="for torch, on N cores no other worker is pinned to",
+    )
+    data.add_argument("--sampler", help="tpe, local, nsgaii, nsgaiii, gp, random, …")
     data.add_argument(
         "--heartbeat", type=int, metavar="SECONDS", help="between signs of life; same for all"
     )
 
     create = actions.add_parser("create", parents=[model, where, data], help="make a study")
     create.add_argument("--budget", help="such as 'macs<=50%%'; left out, the whole front")
-    create.add_argument("--objective", help="macs, params or memory")
+    create.add_argument("--objective", help="macs, params, memory or latency")
     create.add_argument("--direction", choices=["maximize", "minimize"], help="of the metric")
-    create.add_argument("--space", help="warp, stage or layer")
+    create.add_argument("--space", help="warp, tilt, stage or layer")
     create.add_argument("--methods", help="decompositions to allow, comma-separated")
     create.add_argument("--only", action="append", metavar="GLOB")
     create.add_argument("--ignore", action="append", metavar="GLOB")
@@ -83,21 +95,27 @@ def add_study(
     export.set_defaults(run=_export)
 
 
-def _open(arguments: argparse.Namespace, *, create: bool, **more: Any) -> Any:
+def _claimed(arguments: argparse.Namespace, *, share: bool = False) -> Any:
+    """The device named by a command line, held until the block ends."""
+    from rankopt._study.devices import claim_device
+
+    shared = share or arguments.share_device
+    return claim_device(arguments.device, share=shared, threads=arguments.threads)
+
+
+def _open(arguments: argparse.Namespace, device: Any, *, create: bool, **more: Any) -> Any:
     """The study named by a command line, with the model and data named there too."""
     import rankopt
     from rankopt._specs import default_input, load_callable, load_model, parse_input
+    from rankopt._study.reading import DEFAULT_NAME
     from rankopt._study.storage import DEFAULT_STORAGE, HEARTBEAT_SECONDS
-    from rankopt._study.study import DEFAULT_NAME
 
     model = load_model(arguments.model, arguments.weights, seed=arguments.seed)
     inputs = parse_input(arguments.input) if arguments.input else default_input(arguments.model)
-    if arguments.device:
-        try:
-            model = model.to(arguments.device)
-        except (RuntimeError, AssertionError) as error:
-            reason = str(error).splitlines()[0]
-            raise RankoptError(f"--device {arguments.device}: {reason}") from error
+    try:
+        model = model.to(device)
+    except (RuntimeError, AssertionError) as error:
+        raise RankoptError(f"--device {device}: {str(error).splitlines()[0]}") from error
     return rankopt.study(
         model,
         evaluate=load_callable(arguments.evaluate),
@@ -114,19 +132,25 @@ def _open(arguments: argparse.Namespace, *, create: bool, **more: Any) -> Any:
 
 
 def _create(arguments: argparse.Namespace) -> int:
-    with _open(
-        arguments,
-        create=True,
-        budget=arguments.budget,
-        objective=arguments.objective,
-        direction=arguments.direction,
-        space=arguments.space,
-        methods=arguments.methods.split(",") if arguments.methods else None,
-        only=arguments.only,
-        ignore=arguments.ignore,
-        round_to=arguments.round_to,
-        seed=arguments.seed,
-    ) as study:
+    # Only times need a device of their own.
+    share = arguments.objective != "latency" and "latency" not in (arguments.budget or "")
+    with (
+        _claimed(arguments, share=share) as device,
+        _open(
+            arguments,
+            device,
+            create=True,
+            budget=arguments.budget,
+            objective=arguments.objective,
+            direction=arguments.direction,
+            space=arguments.space,
+            methods=arguments.methods.split(",") if arguments.methods else None,
+            only=arguments.only,
+            ignore=arguments.ignore,
+            round_to=arguments.round_to,
+            seed=arguments.seed,
+        ) as study,
+    ):
         return _show(study.status(), arguments)
 
 
@@ -134,9 +158,12 @@ def _worker(arguments: argparse.Namespace) -> int:
     def stop(number: int, frame: Any) -> None:
         raise KeyboardInterrupt
 
-    with _open(
-        arguments, create=False, confidence=arguments.confidence or None, seed=None
-    ) as study:
+    with (
+        _claimed(arguments) as device,
+        _open(
+            arguments, device, create=False, confidence=arguments.confidence or None, seed=None
+        ) as study,
+    ):
         signal.signal(signal.SIGTERM, stop)
         try:
             study.run(arguments.n_trials, timeout=arguments.timeout)

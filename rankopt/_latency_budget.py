@@ -8,7 +8,7 @@ that came true corrects the target, and the strategy chooses again.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Final
@@ -26,7 +26,7 @@ from rankopt.profile_table import ProfileTable
 from rankopt.site_times import SiteTimes
 from rankopt.strategy import LATENCY, Option, Problem, Strategy, decide
 
-__all__ = ["ModelClock", "bounds_latency", "price_time", "solve"]
+__all__ = ["ModelClock", "adopt_times", "bounds_latency", "price_time", "solve"]
 
 MAX_ROUNDS: Final = 5
 # Aim this far below the budget, so that the next measurement still meets it.
@@ -88,8 +88,24 @@ class ModelClock:
             ) from error
 
 
-def price_time(problem: Problem, clock: ModelClock, seen: Probe) -> None:
-    """Give a problem its layer times and, under a budget on latency, that cost axis."""
+def price_time(
+    problem: Problem,
+    clock: ModelClock,
+    seen: Probe,
+    *,
+    axis: bool | None = None,
+    known: Mapping[str, Any] | None = None,
+) -> None:
+    """Give a problem its layer times and, where it is asked for, that cost axis.
+
+    Args:
+        problem: Changed.
+        clock: Times whole models.
+        seen: The layers' inputs.
+        axis: Whether latency becomes a cost axis; None for under a budget on it.
+        known: Times of layers and of the dense model, as `adopt_times` takes them; they
+            are measured where it is None.
+    """
     times = SiteTimes(
         clock.table,
         seen.calls,
@@ -106,10 +122,29 @@ def price_time(problem: Problem, clock: ModelClock, seen: Probe) -> None:
         return clock.measure(RankPlan(model={}, decisions=decisions))
 
     problem.measure = measured
-    if not bounds_latency(problem.budget):
+    if not (bounds_latency(problem.budget) if axis is None else axis):
         return
-    times.prepare(problem.sites, progress=problem.progress)
-    problem.totals = {**problem.totals, LATENCY: clock.dense_ms}
+    if known is None:
+        times.prepare(problem.sites, progress=problem.progress)
+        _add_axis(problem, times, clock.dense_ms)
+    else:
+        adopt_times(problem, known)
+
+
+def adopt_times(problem: Problem, known: Mapping[str, Any]) -> None:
+    """Let a problem price time as another process does.
+
+    Args:
+        problem: With `times`; changed.
+        known: What `SiteTimes.to_dict` gave there, and ``dense_ms`` of the whole model.
+    """
+    assert problem.times is not None
+    problem.times.restore(known)
+    _add_axis(problem, problem.times, float(known["dense_ms"]))
+
+
+def _add_axis(problem: Problem, times: SiteTimes, dense_ms: float) -> None:
+    problem.totals = {**problem.totals, LATENCY: dense_ms}
     problem.sites = tuple(
         replace(site, cost={**site.cost, LATENCY: times.dense_ms(site)}, times=times)
         for site in problem.sites

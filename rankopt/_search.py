@@ -164,7 +164,8 @@ def search(
 
         def find(one: Problem) -> RankPlan:
             limits = one.budget
-            if clock is not None and limits is not None and (limits.latency or limits.latency_ms):
+            timed = limits is not None and (limits.latency or limits.latency_ms)
+            if clock is not None and timed and not chosen.tags.latency:
                 return solve(one, chosen, clock.measure, clock.dense_ms)
             return chosen.search(one)
 

@@ -84,10 +84,32 @@ class SiteTimes:
         self.table, self.calls, self.device, self.check = table, calls, device, check
         self.step = step
         self._grids: dict[tuple[str, str], RankGrid] = {}
+        self._dense: dict[str, float] = {}
 
     def dense_ms(self, site: Site) -> float:
         """Median milliseconds of a site's dense layers, all their calls together."""
-        return self.time(site, [Chain()], rounds=GRID_ROUNDS)[Chain()].latency_ms.median
+        if site.name not in self._dense:
+            found = self.time(site, [Chain()], rounds=GRID_ROUNDS)[Chain()]
+            self._dense[site.name] = found.latency_ms.median
+        return self._dense[site.name]
+
+    def to_dict(self, sites: Sequence[Site]) -> dict[str, Any]:
+        """Every grid and dense time as JSON, for processes that are to price alike."""
+        grids = [
+            [site.name, repr(method), [v.tolist() for v in grid.values], _listed(grid.latency_ms)]
+            for site in sites
+            for method in site.methods
+            for grid in [self.grid(site, method)]
+        ]
+        return {"dense": {site.name: self.dense_ms(site) for site in sites}, "grids": grids}
+
+    def restore(self, times: Mapping[str, Any]) -> None:
+        """Take the times of `to_dict` for one's own; what they hold is not measured here."""
+        self._dense.update(times["dense"])
+        for site, method, values, latency in times["grids"]:
+            found = np.array([np.inf if x is None else x for x in latency])
+            ranks = tuple(np.array(axis, dtype=np.int64) for axis in values)
+            self._grids[site, method] = RankGrid(ranks, found.reshape([len(a) for a in ranks]))
 
     def time(
         self, site: Site, chains: Iterable[Chain], *, rounds: int | None = None
@@ -172,3 +194,8 @@ class SiteTimes:
             if balanced and work <= MAX_WORK * site.cost["macs"]:
                 choices.append((Chain(method, ranks), place))
         return values, choices
+
+
+def _listed(values: npt.NDArray[np.float64]) -> list[float | None]:
+    """Flat, rounded to a tenth of a microsecond; JSON has no infinity."""
+    return [round(x, 4) if np.isfinite(x) else None for x in values.ravel().tolist()]

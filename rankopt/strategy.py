@@ -51,6 +51,8 @@ class Tags:
         unbudgeted: ``search(model, None)`` has a natural answer.
         metric_drop: Solves budgets on ``metric_drop`` itself; for the others `search`
             bisects.
+        latency: Holds budgets on measured time itself; for the others `search` corrects
+            the target until the built model is fast enough.
         needs: Any of ``calibration``, ``evaluate``, ``latency``.
     """
 
@@ -58,6 +60,7 @@ class Tags:
     monotone: bool = True
     unbudgeted: bool = True
     metric_drop: bool = False
+    latency: bool = False
     needs: frozenset[str] = frozenset()
 
 

@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Final, Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from rankopt import measure
+from rankopt._latency_budget import ModelClock, adopt_times, bounds_latency, price_time
 from rankopt._search import environment, open_problem
+from rankopt._study.reading import DEFAULT_NAME, load_optuna, quiet
 from rankopt._study.records import (
     ATTRIBUTE,
     SCHEMA,
     check_request,
-    options_in,
+    options_of,
     read_request,
-    rows_of,
     template,
 )
 from rankopt._study.samplers import DEFAULT_SAMPLER, make_sampler
-from rankopt._study.space import Space, make_space
+from rankopt._study.space import make_space
 from rankopt._study.storage import (
     DEFAULT_STORAGE,
     HEARTBEAT_SECONDS,
@@ -29,25 +29,21 @@ from rankopt._study.storage import (
     shown,
     storage_errors,
 )
-from rankopt._study.study import DEFAULT_NAME, Study, load_optuna, quiet
+from rankopt._study.study import Study
 from rankopt._study.trial import Runner
+from rankopt._study.warm import WARM_STARTS, queue_warm_starts
 from rankopt._version import __version__
 from rankopt.budget import Budget
 from rankopt.decompositions.base import Decomposition
-from rankopt.errors import BudgetError, ModelError, RankoptError, RankoptWarning, StudyError
+from rankopt.errors import BudgetError, ModelError, StudyError
 from rankopt.inputs import MAX_SAMPLES
+from rankopt.latency import Measured
 from rankopt.layers import Patterns
 from rankopt.plan import RankPlan
-from rankopt.registry import strategies
-from rankopt.strategy import Problem, Strategy
+from rankopt.profile_table import ProfileTable
+from rankopt.strategy import LATENCY, Problem, Strategy
 
-__all__ = ["WARM_STARTS", "open_study", "study"]
-
-WARM_STARTS: Final = ("knapsack", "relaxed", "vbmf", "parameter_ratio")
-# Shares of the objective's figure at which the first strategy's plans begin the front where
-# there is no budget on it, and shares of the budget where there is one.
-LADDER: Final = (0.7, 0.5, 0.35)
-STEPS_BELOW: Final = (1.0, 0.8, 0.6)
+__all__ = ["open_study", "study"]
 
 
 def study(
@@ -74,6 +70,7 @@ def study(
     ignore: Patterns | None = None,
     round_to: int | None = None,
     rounding: Literal["down", "nearest", "up"] | None = None,
+    profile: ProfileTable | None = None,
     seed: int | None = 0,
     progress: bool | None = None,
 ) -> Study:
@@ -86,8 +83,8 @@ def study(
 
     Args:
         model: A trained model; not changed.
-        budget: Shares that plans shall keep to; trials over it are not evaluated. None
-            searches the whole front.
+        budget: Bounds that plans shall keep to; trials over it are not evaluated. None
+            searches the whole front. Of latency see `objective`.
         evaluate: ``evaluate(model)`` gives the metric, or yields it batch by batch: a
             number, or a pair of number and weight. With `batches`,
             ``evaluate(model, batch)`` gives it for one. Metrics that come in batches
@@ -97,13 +94,16 @@ def study(
             Optuna or SQLAlchemy knows, an Optuna storage, or None for memory.
         name: The study's name in the storage.
         objective: The figure to make small: ``macs`` (default with example inputs),
-            ``params`` or ``memory``.
+            ``params``, ``memory`` or ``latency`` (default under a budget on it). Layers
+            are timed once, by whoever makes the study; trials predict from that, and the
+            models of the front are timed when the trials are done (`Study.measure`).
         direction: Whether the metric is better when higher (``maximize``, the default)
             or lower (``minimize``).
         space: ``warp`` (default): a few multipliers over the layers' sensitivities, and
-            the size; ``stage``: one share per stage; ``layer``: one share per layer.
-        sampler: ``tpe`` (default), ``nsgaii``, ``nsgaiii``, ``gp``, ``random``, … or an
-            Optuna sampler.
+            the size; ``tilt``: a multiplier per layer, and the size, for ``local``;
+            ``stage``: one share per stage; ``layer``: one share per layer.
+        sampler: ``tpe`` (default), ``local`` (small steps from the front), ``nsgaii``,
+            ``nsgaiii``, ``gp``, ``random``, … or an Optuna sampler.
         confidence: Of stopping a trial early, one-sided; None never does.
         warm_starts: Strategies whose plans are queued first; those that are not
             installed or cannot treat the model are left out.
@@ -118,6 +118,7 @@ def study(
         ignore: As of `rankopt.search`.
         round_to: As of `rankopt.search`.
         rounding: As of `rankopt.search`.
+        profile: As of `rankopt.search`; None takes the study's clock and rounds.
         seed: Of the sampler; None draws one, as workers that join should.
         progress: Whether to show progress bars while preparing.
 
@@ -150,8 +151,12 @@ def study(
     given = {"only": only, "ignore": ignore, "methods": methods}
     chosen = {key: _given(key, value, known) for key, value in given.items()}
     axes = wanted.axes if wanted is not None else ()
-    if example_inputs is None and ("macs" in axes or objective == "macs"):
-        raise BudgetError("macs need example_inputs: a tensor, a tuple or a dict to call with")
+    timed = objective == LATENCY or bounds_latency(wanted) or (known or {}).get("times") is not None
+    for axis in ("macs", LATENCY):
+        if example_inputs is None and (axis in (*axes, objective) or (timed and axis == LATENCY)):
+            raise BudgetError(
+                f"{axis}: need example_inputs, a tensor, a tuple or a dict to call with"
+            )
     with torch.no_grad(), measure.preserve_rng():
         opened = open_problem(
             model,
@@ -169,6 +174,12 @@ def study(
         problem = opened.problem
         problem.round_to = round_to or (known or {}).get("round_to", 1)
         problem.rounding = rounding or (known or {}).get("rounding", "down")
+        if timed:
+            assert opened.seen is not None
+            table = profile or _table(known)
+            clock = ModelClock(opened.source, example_inputs, table)
+            times = None if known is None else known.get("times")
+            price_time(problem, clock, opened.seen, axis=True, known=times)
         return open_study(
             problem,
             storage=opened_storage,
@@ -184,7 +195,8 @@ def study(
             heartbeat=heartbeat,
             seed=seed,
             extra={
-                "environment": environment(opened.source),
+                "environment": environment(opened.source, example_inputs),
+                **({"profile": _settings(table)} if timed else {}),
                 **{key: _names(key, value) for key, value in chosen.items()},
             },
             finish=lambda plan: opened.finish(plan, seconds=plan.seconds),
@@ -221,11 +233,13 @@ def open_study(
         raise ModelError("a study needs evaluate=")
     opened = open_storage(storage, heartbeat=heartbeat)
     known = _existing(opened, name)
+    if LATENCY in problem.totals and known is not None and known.get("times") is not None:
+        adopt_times(problem, known["times"])
     axis = objective or (known or {}).get("objective") or _default_axis(problem)
     if axis not in problem.totals:
         raise StudyError(
             f"objective={axis!r}: expected one of {', '.join(problem.totals)}"
-            + ("" if "macs" in problem.totals else "; macs need example_inputs")
+            + ("" if "macs" in problem.totals else "; macs and latency need example_inputs")
         )
     sense = direction or (known or {}).get("direction", "maximize")
     if sense not in ("maximize", "minimize"):
@@ -265,14 +279,22 @@ def open_study(
                 "sampler": chosen if isinstance(chosen, str) else type(chosen).__name__,
                 "seed": seed,
                 "plan": template(problem, settings.pop("environment", {})),
+                "times": _times(problem),
                 **settings,
             }
             inner.set_metric_names(["metric", axis])
             inner.set_user_attr(ATTRIBUTE, request)
         if not inner.user_attrs.get("queued"):
-            _queue(inner, problem, made, warm_starts)
+            queue_warm_starts(inner, problem, made, warm_starts)
             inner.set_user_attr("queued", True)
-    runner = Runner(problem, made, direction=sense, batches=batches, confidence=confidence)
+    runner = Runner(
+        problem,
+        made,
+        direction=sense,
+        batches=batches,
+        confidence=confidence,
+        measure=_measure(problem),
+    )
     return Study(inner, where=where, heartbeat=heartbeat, runner=runner, finish=finish)
 
 
@@ -314,14 +336,52 @@ def _names(key: str, value: Any) -> list[str] | None:
 
 
 def _default_axis(problem: Problem) -> str:
+    if bounds_latency(problem.budget):
+        return LATENCY
     return "macs" if "macs" in problem.totals else "params"
+
+
+def _table(known: Mapping[str, Any] | None) -> ProfileTable:
+    """Timed as the study was begun; the user's own defaults for a new one."""
+    settings = (known or {}).get("profile", {})
+    if settings.get("clock") == "custom":
+        raise StudyError(
+            "the study was begun with a clock of the caller's own: give profile= again"
+        )
+    return ProfileTable(**settings)
+
+
+def _settings(table: ProfileTable) -> dict[str, Any]:
+    return {
+        "mode": table.mode,
+        "rounds": table.rounds,
+        "cuda_graph": table.cuda_graph,
+        "clock": table.clock_name,
+    }
+
+
+def _times(problem: Problem) -> dict[str, Any] | None:
+    """What every worker prices time by; None where the study knows none."""
+    if LATENCY not in problem.totals:
+        return None
+    assert problem.times is not None
+    return {"dense_ms": problem.totals[LATENCY], **problem.times.to_dict(problem.sites)}
+
+
+def _measure(problem: Problem) -> Callable[[Any], Measured] | None:
+    """Times the whole model of a trial's rows; None where the study knows no time."""
+    time_model = problem.measure
+    if LATENCY not in problem.totals or time_model is None:
+        return None
+    return lambda rows: time_model(options_of(problem, rows, "on the front"))
 
 
 def _check_budget(problem: Problem, direction: str) -> None:
     budget = problem.budget
     if budget is None:
         return
-    unknown = [a for a in budget.axes if a not in problem.totals and a != "metric_drop"]
+    known = {*problem.totals, "metric_drop", *(["latency_ms"] if LATENCY in problem.totals else [])}
+    unknown = [axis for axis in budget.axes if axis not in known]
     if unknown:
         raise BudgetError(
             f"a study cannot keep to a budget on {', '.join(unknown)}: it knows "
@@ -332,26 +392,3 @@ def _check_budget(problem: Problem, direction: str) -> None:
             f"the budget's metric is to {budget.direction}, the study's to {direction}: give both "
             "the same direction"
         )
-
-
-def _queue(inner: Any, problem: Problem, space: Space, names: Sequence[str]) -> None:
-    """Queue the dense model and the plans of other strategies."""
-    kept = [problem.keep(site, "dense") for site in problem.sites]
-    inner.enqueue_trial(space.encode(kept), {"warm": "dense", "plan": rows_of(kept)})
-    axis = space.axis
-    shares = dict(space.shares)
-    top = shares.get(axis)
-    ladder = LADDER if top is None else tuple(top * step for step in STEPS_BELOW)
-    known = [name for name in names if name in strategies.names()]
-    for position, name in enumerate(known):
-        for share in ladder if position == 0 else ladder[:1] if top else ladder[1:2]:
-            limits = Budget.from_dict({**shares, axis: share})
-            try:
-                with warnings.catch_warnings():
-                    warnings.simplefilter("ignore", RankoptWarning)
-                    plan = strategies.create(name).search(problem.with_budget(limits))
-            except RankoptError:  # infeasible there, or not for this model
-                continue
-            options = options_in(problem, plan)
-            label = f"{name} at {share:.0%}"
-            inner.enqueue_trial(space.encode(options), {"warm": label, "plan": rows_of(options)})

@@ -38,14 +38,15 @@ class Point:
     Args:
         trial: Its number in the study.
         metric: What `evaluate` gave.
-        figures: Axis to the whole model's figure, such as ``macs``.
+        figures: Axis to the whole model's figure, such as ``macs``; ``latency`` as predicted
+            from layers until the model was timed.
         plan: The plan, to `rankopt.apply`.
         warm: The strategy whose plan this is; None for points the sampler chose.
     """
 
     trial: int
     metric: float
-    figures: Mapping[str, int]
+    figures: Mapping[str, float]
     plan: RankPlan
     warm: str | None = None
 
@@ -81,7 +82,7 @@ def options_in(problem: Problem, plan: RankPlan) -> list[Option]:
         if decision.keeps:
             made.append(problem.keep(site, decision.reason.removeprefix("keep: ")))
             continue
-        cost = {axis: int(after) for axis, (_, after) in decision.cost.items()}
+        cost = {axis: after for axis, (_, after) in decision.cost.items()}
         made.append(
             Option(
                 decision.method, decision.args, cost, decision.error, decision.reason,

@@ -30,9 +30,16 @@ SAMPLERS: Final[dict[str, Callable[[Any, int | None], Any]]] = {
         population_size=POPULATION, seed=seed
     ),
     "gp": lambda samplers, seed: samplers.GPSampler(n_startup_trials=STARTUP_TRIALS, seed=seed),
+    "local": lambda samplers, seed: _local(seed),
     "qmc": lambda samplers, seed: samplers.QMCSampler(seed=seed),
     "random": lambda samplers, seed: samplers.RandomSampler(seed=seed),
 }
+
+
+def _local(seed: int | None) -> Any:
+    from rankopt._study.local import LocalSampler
+
+    return LocalSampler(seed)
 
 
 def make_sampler(spec: Any, seed: int | None) -> optuna.samplers.BaseSampler:

@@ -15,7 +15,7 @@ from rankopt.allocation import choose, damage, menu, sensitivities
 from rankopt.budget import RATIO_AXES, Budget
 from rankopt.errors import StudyError
 from rankopt.layers import Layer
-from rankopt.strategy import Option, Problem
+from rankopt.strategy import LATENCY, Option, Problem
 
 __all__ = ["SPACES", "LayerSpace", "Space", "StageSpace", "WarpSpace", "make_space"]
 
@@ -41,10 +41,7 @@ class Space(ABC):
 
     def __init__(self, problem: Problem, axis: str, spec: Mapping[str, Any] | None = None) -> None:
         self.axis = axis
-        self.shares: dict[str, float] = {}
-        if problem.budget is not None:
-            bounded = [name for name in problem.budget.axes if name in RATIO_AXES]
-            self.shares = {name: problem.budget.ratio(name) for name in bounded}
+        self.shares = _shares(problem)
         # Menus and loads count the study's axis, and every axis that is bounded.
         limits = Budget.from_dict({axis: 1.0, **self.shares})
         self.problem = problem.with_budget(limits)
@@ -153,7 +150,7 @@ class WarpSpace(Space):
         floor = high * LOOK_BELOW if axis in self.shares else SMALLEST_SHARE
         low = max(least, floor)
         if low >= high:
-            raise problem.with_budget(Budget.from_dict(self.shares)).infeasible(self._cheapest)
+            raise problem.infeasible(self._cheapest)
         self._size = tuple(spec.get("size", (low, high)))
 
     def _dense(self) -> Array:
@@ -202,9 +199,39 @@ class WarpSpace(Space):
         }
 
 
+class TiltSpace(WarpSpace):
+    """A warp with one more multiplier per site, for steps from plans that are good already.
+
+    The options are those of least total damage Σ s_i^power · exp(t_i) · d_i^curve within a
+    share `size`; every point uses up its size, whatever the t_i.
+    """
+
+    kind: ClassVar[str] = "tilt"
+
+    def _prepare(self, spec: Mapping[str, Any]) -> None:
+        super()._prepare(spec)
+        sites = self.problem.sites
+        self._features = {
+            f"tilt:{site.name or 'root'}": np.eye(len(sites))[index]
+            for index, site in enumerate(sites)
+        }
+
+
 SPACES: Final[dict[str, type[Space]]] = {
-    space.kind: space for space in (WarpSpace, StageSpace, LayerSpace)
+    space.kind: space for space in (WarpSpace, TiltSpace, StageSpace, LayerSpace)
 }
+
+
+def _shares(problem: Problem) -> dict[str, float]:
+    """Axis to the bounded share; milliseconds as a share of the dense model's."""
+    budget = problem.budget
+    if budget is None:
+        return {}
+    found = {axis: budget.ratio(axis) for axis in budget.axes if axis in RATIO_AXES}
+    if budget.latency_ms is not None:
+        share = budget.latency_ms / problem.totals[LATENCY]
+        found[LATENCY] = min(share, found.get(LATENCY, 1.0))
+    return found
 
 
 def make_space(

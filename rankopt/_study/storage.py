@@ -119,11 +119,12 @@ def _sqlite_path(url: str) -> str:
 
 def _journal(path: str) -> Any:
     from optuna.storages import JournalStorage
-    from optuna.storages.journal import JournalFileBackend
+
+    from rankopt._study.journal import Journal
 
     if not Path(path).absolute().parent.is_dir():
         raise StudyError(f"storage {path}: its folder does not exist; create it first")
-    return JournalStorage(JournalFileBackend(path))
+    return JournalStorage(Journal(path))
 
 
 def _grpc(url: str) -> Any:
@@ -174,9 +175,10 @@ def storage_errors(where: str) -> Iterator[None]:
     except (StudyError, optuna.exceptions.UpdateFinishedTrialError):
         raise
     except Exception as error:
-        if not _of_storage(error):
+        found = _of_storage(error)
+        if found is None:
             raise
-        cause = error.__cause__ or error
+        cause = found.__cause__ or found
         text = str(getattr(cause, "orig", None) or cause).strip().splitlines()
         reason = text[0] if text else f"no answer ({type(cause).__name__})"
         raise StudyError(
@@ -185,13 +187,21 @@ def storage_errors(where: str) -> Iterator[None]:
         ) from error
 
 
-def _of_storage(error: BaseException) -> bool:
-    """Whether an exception comes from a database, a file or a connection."""
+def _of_storage(error: BaseException) -> BaseException | None:
+    """The database's, file's or connection's exception behind an exception, if there is one.
+
+    Optuna raises others, assertions among them, while it handles one.
+    """
     import optuna
     from sqlalchemy.exc import SQLAlchemyError
 
     kinds = (SQLAlchemyError, optuna.exceptions.StorageInternalError, OSError)
-    return isinstance(error, kinds) or type(error).__module__.startswith("grpc")
+    known: BaseException | None = error
+    while known is not None:
+        if isinstance(known, kinds) or type(known).__module__.startswith("grpc"):
+            return known
+        known = known.__cause__ or known.__context__
+    return None
 
 
 def retry(study: optuna.Study, trial: optuna.trial.FrozenTrial) -> None:

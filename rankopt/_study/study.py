@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import time
-import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from rankopt._metric_drop import lost
 from rankopt._progress import progress_bar
-from rankopt._study.records import ATTRIBUTE, Point, read_request, to_plan
+from rankopt._study.devices import timing_lock
+from rankopt._study.front import Front, Seen, timed, timed_key, timing_of
+from rankopt._study.reading import counts, load_optuna, nothing_yet, quiet
+from rankopt._study.records import Point, read_request
 from rankopt._study.storage import (
     Leases,
     close_storage,
@@ -23,20 +23,22 @@ from rankopt._study.storage import (
     shown,
     storage_errors,
 )
-from rankopt.budget import RATIO_AXES, Budget
-from rankopt.errors import BudgetInfeasible, DeadlineExceeded, EvaluationError, StudyError
+from rankopt.budget import Budget
+from rankopt.errors import DeadlineExceeded, EvaluationError, StudyError
+from rankopt.latency import Interval, Measured
 from rankopt.plan import RankPlan
+from rankopt.strategy import LATENCY
 
 if TYPE_CHECKING:
     import optuna
 
     from rankopt._study.trial import Runner
 
-__all__ = ["DEFAULT_NAME", "Study", "quiet"]
+__all__ = ["Study"]
 
-DEFAULT_NAME: Final = "rankopt"
 # How often a worker that has nothing left to start looks at those that still run.
 POLL_SECONDS: Final = 0.5
+UNCHANGED: Final = Interval(1.0, 1.0, 1.0)
 
 
 class Study:
@@ -116,7 +118,8 @@ class Study:
         So the same call after a crash goes on where the study stood, and several workers
         share one number; they may exceed it by one trial each less one. Trials that
         finished, were stopped early or failed with an error count; those of workers that
-        died or were interrupted are run again and count once.
+        died or were interrupted are run again and count once. A study of latency times
+        the models of its front at the end, see `measure`.
 
         Args:
             n_trials: Trials the study shall have in all.
@@ -159,7 +162,53 @@ class Study:
             finished, _ = self._counts()
             for _ in range(finished - done):
                 advance(self._summary())
+        if self._times_models:
+            self.measure(progress=progress)
         return self
+
+    @property
+    def _times_models(self) -> bool:
+        return self._runner is not None and self._runner.measure is not None
+
+    def measure(self, *, progress: bool | None = None) -> Study:
+        """Time the whole models of the front against the dense one, where that was not done.
+
+        `run` does so at its end. Trials predict a time from layers alone; from here on the
+        study knows only the models that were timed, by the measured times. One process of a
+        machine measures at a time.
+
+        Args:
+            progress: Whether to show a progress bar; None decides by the terminal.
+
+        Raises:
+            StudyError: It knows no times, was opened to be read, or the storage fails.
+        """
+        if not self._times_models:
+            raise StudyError(
+                "nothing to time: open the study with rankopt.study(…, objective='latency') or "
+                "with a budget on latency"
+            )
+        assert self._runner is not None
+        measure = self._runner.measure
+        assert measure is not None
+        with storage_errors(self.where), timing_lock(), quiet():
+            front = self._front(predicted=True)
+            known = timed(self.optuna)
+            wanted = [p for p in front.pareto() if p.trial not in known]
+            with progress_bar("timing the front", len(wanted), enabled=progress) as advance:
+                for point in wanted:
+                    found = self._timed(measure, point, front.dense[LATENCY])
+                    self.optuna.set_user_attr(timed_key(point.trial), timing_of(found))
+                    advance()
+        return self
+
+    @staticmethod
+    def _timed(measure: Callable[[Any], Measured], point: Seen, dense_ms: float) -> Measured:
+        rows = point.record["rows"]
+        if any(rows):
+            return measure(rows)
+        same = Interval(dense_ms, dense_ms, dense_ms)  # the dense model takes its own time
+        return Measured(UNCHANGED, same, same)
 
     def _run_one(self) -> None:
         """Ask for a trial, run it, tell the storage."""
@@ -194,50 +243,35 @@ class Study:
         return sum(counts(trial) for trial in trials), running
 
     def _summary(self) -> str:
-        points = self._points()
-        if not points:
+        front = self._front()
+        if not front.points:
             return "no result yet"
-        budget = self._own_budget
-        fitting = [p for p in points if budget is None or budget.fits(p.figures, self._dense)]
-        best = self._best_of(fitting) if fitting else None
-        return f"front {len(self._pareto(points))}" + (
-            "" if best is None else f", best {best.metric:.5g} at {self._share(best):.0%}"
+        fitting = front.fitting(self._own_budget)
+        best = front.best_of(fitting) if fitting else None
+        return f"front {len(front.pareto())}" + (
+            "" if best is None else f", best {best.metric:.5g} at {front.share(best):.0%}"
         )
 
     # Reading
-
-    @property
-    def _dense(self) -> Mapping[str, float]:
-        totals = self.request["plan"]["totals"]
-        return {axis: float(entry["before"]) for axis, entry in totals.items()}
 
     @property
     def _own_budget(self) -> Budget | None:
         budget = self.request["budget"]
         return None if budget is None else Budget.from_dict(budget)
 
-    def _share(self, point: Point) -> float:
-        return point.figures[self.objective] / self._dense[self.objective]
-
-    def _points(self) -> list[Point]:
-        """Every completed trial, without its plan built."""
+    def _front(self, *, predicted: bool = False) -> Front:
+        """What there is now, without plans built; `predicted` leaves measured times out."""
         from optuna.trial import TrialState
 
         with storage_errors(self.where):
             trials = self.optuna.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-        found = []
-        for trial in trials:
-            record = trial.user_attrs.get(ATTRIBUTE)
-            if record is not None and trial.values is not None:
-                found.append(
-                    _LazyPoint(trial.number, trial.values[0], record["figures"], record, self)
-                )
-        return found  # type: ignore[return-value]
+            times = {} if predicted else timed(self.optuna)
+        return Front(self.request, trials, times)
 
     @property
     def points(self) -> tuple[Point, ...]:
-        """Every completed trial, in order."""
-        return tuple(point.full() for point in self._points())  # type: ignore[attr-defined]
+        """Every completed trial, in order; see `measure` for times."""
+        return tuple(point.point(self.request) for point in self._front().every)
 
     @property
     def front(self) -> tuple[Point, ...]:
@@ -246,36 +280,23 @@ class Study:
         Raises:
             StudyError: No trial has completed; says what the last one failed with.
         """
-        points = self._points()
-        if not points:
-            raise self._nothing_yet()
-        return tuple(point.full() for point in self._pareto(points))  # type: ignore[attr-defined]
-
-    def _pareto(self, points: list[Point]) -> list[Point]:
-        sign = -1 if self.maximise else 1
-        ordered = sorted(points, key=lambda p: (p.figures[self.objective], sign * p.metric))
-        front: list[Point] = []
-        for point in ordered:
-            if not front or sign * point.metric < sign * front[-1].metric:
-                front.append(point)
-        return front
-
-    def _best_of(self, points: list[Point]) -> Point:
-        sign = -1 if self.maximise else 1
-        return min(points, key=lambda p: (sign * p.metric, p.figures[self.objective]))
+        front = self._front()
+        if not front.points:
+            raise nothing_yet(self.optuna)
+        return tuple(point.point(self.request) for point in front.pareto())
 
     @property
     def dense_metric(self) -> float | None:
         """The metric of the model as it is; None until that trial has run."""
-        dense = [p for p in self._points() if self._share(p) == 1 and p.warm == "dense"]
-        return dense[0].metric if dense else None
+        return self._front().dense_metric
 
     def best(self, budget: str | Budget | None = None) -> RankPlan:
         """The plan with the best metric within a budget.
 
         With ``metric_drop`` it is the smallest plan whose metric is close enough to the
         dense model's. The metric is the one its trial measured: the best of many is
-        flattered by chance, so report it on data the study has not seen.
+        flattered by chance, so report it on data the study has not seen. A time is within
+        a budget if the upper end of its measured interval is.
 
         Args:
             budget: As of `rankopt.search`; None takes the study's own.
@@ -285,52 +306,13 @@ class Study:
             StudyError: No trial has completed.
         """
         wanted = Budget.parse(budget) if budget is not None else self._own_budget
-        points = self._points()
-        if not points:
-            raise self._nothing_yet()
-        unknown = [a for a in (wanted.axes if wanted else ()) if a not in self._dense]
-        unknown = [axis for axis in unknown if axis != "metric_drop"]
-        if unknown:
-            raise StudyError(
-                f"the study knows {', '.join(self._dense)} of its plans, not {', '.join(unknown)}"
-            )
-        fitting = [p for p in points if wanted is None or wanted.fits(p.figures, self._dense)]
-        if wanted is not None and wanted.metric_drop is not None:
-            chosen = self._within_drop(fitting, wanted)
-        else:
-            chosen = self._best_of(fitting) if fitting else None
-        if chosen is None:
-            assert wanted is not None
-            axes = [axis for axis in wanted.axes if axis in RATIO_AXES]
-            least = {a: min(p.figures[a] for p in points) / self._dense[a] for a in axes}
-            seen = ", ".join(f"{axis} {share:.1%}" for axis, share in least.items()) or "–"
-            raise BudgetInfeasible(
-                f"{wanted.explain()}: none of {len(points)} trials meets it (smallest: {seen}); "
-                "run more trials, or loosen the budget",
-                least,
-            )
-        plan = replace(chosen.full().plan, budget=wanted)  # type: ignore[attr-defined]
+        front = self._front()
+        if not front.points:
+            raise nothing_yet(self.optuna)
+        if self._times_models:
+            front = self.measure()._front()
+        plan = replace(front.best(wanted).plan(self.request), budget=wanted)
         return plan if self._finish is None else self._finish(plan)
-
-    def _within_drop(self, points: list[Point], budget: Budget) -> Point | None:
-        dense = self.dense_metric
-        if dense is None:
-            raise StudyError("metric_drop needs the dense model's metric, whose trial has not run")
-        axis = budget.minimize or self.objective
-        if axis not in self._dense:
-            raise StudyError(f"minimize={axis}: the study knows {', '.join(self._dense)}")
-        drop = budget.metric_drop or 0.0
-        kept = [p for p in points if lost(budget, dense, p.metric) <= drop]
-        return min(kept, key=lambda p: p.figures[axis], default=None)
-
-    def _nothing_yet(self) -> StudyError:
-        failed = [
-            record["error"]
-            for trial in self.optuna.get_trials(deepcopy=False)
-            if (record := trial.user_attrs.get(ATTRIBUTE)) and record.get("error")
-        ]
-        last = f"; {len(failed)} failed, the last with: {failed[-1]}" if failed else "; run some"
-        return StudyError(f"study {self.optuna.study_name!r} has no completed trial{last}")
 
     def figures(self) -> dict[str, Any]:
         """Plotly figures ``pareto``, ``history`` and ``importances``; needs rankopt[report]."""
@@ -346,86 +328,8 @@ class Study:
 
     def status(self) -> dict[str, Any]:
         """Counts and the state of things, as plain data."""
+        from rankopt._study.views import status
+
         with storage_errors(self.where):
             trials = self.optuna.get_trials(deepcopy=False)
-        states: dict[str, int] = {}
-        for trial in trials:
-            lost_one = trial.state.name == "FAIL" and not counts(trial)
-            name = "lost" if lost_one else trial.state.name.lower()
-            states[name] = states.get(name, 0) + 1
-        points = self._points()
-        errors = sorted({str(e) for t in trials if (e := _record(t).get("error"))})
-        return {
-            "study": self.optuna.study_name,
-            "objective": self.objective,
-            "direction": self.request["direction"],
-            "space": self.request["space"]["kind"],
-            "rankopt": self.request["version"],
-            "counted": sum(counts(trial) for trial in trials),
-            "trials": states,
-            "workers": sorted({t.user_attrs["worker"] for t in trials if "worker" in t.user_attrs}),
-            "dense_metric": self.dense_metric,
-            "duplicates": sum("duplicate" in _record(trial) for trial in trials),
-            "errors": errors,
-            "front": [
-                {"trial": p.trial, "metric": p.metric, "share": self._share(p), "warm": p.warm}
-                for p in self._pareto(points)
-            ],
-        }
-
-
-class _LazyPoint:
-    """A point whose plan is read only when it is asked for."""
-
-    def __init__(
-        self, trial: int, metric: float, figures: Mapping[str, int], record: Any, study: Study
-    ) -> None:
-        self.trial, self.metric, self.figures = trial, metric, figures
-        self.warm = record.get("warm")
-        self._record, self._study = record, study
-
-    def full(self) -> Point:
-        plan = to_plan(self._study.request, self._record, self.trial, self.metric)
-        return Point(self.trial, self.metric, dict(self.figures), plan, self.warm)
-
-
-def _record(trial: optuna.trial.FrozenTrial) -> Mapping[str, Any]:
-    found = trial.user_attrs.get(ATTRIBUTE, {})
-    return found if isinstance(found, dict) else {}
-
-
-def counts(trial: optuna.trial.FrozenTrial) -> bool:
-    """Whether a trial counts: done, stopped early, or failed with an error of its own."""
-    state = trial.state.name
-    return state in ("COMPLETE", "PRUNED") or (state == "FAIL" and "error" in _record(trial))
-
-
-def load_optuna(opened: Any, name: str | None, *, where: str) -> optuna.Study:
-    """An existing Optuna study; `StudyError` where there is none."""
-    import optuna
-
-    with storage_errors(where):
-        names = optuna.get_all_study_names(opened)
-        if name is None and len(names) == 1:
-            name = names[0]
-        if name not in names:
-            have = f"it has {', '.join(sorted(names)[:5])}" if names else "it has none"
-            asked = "none was named" if name is None else f"there is no study {name!r}"
-            raise StudyError(f"storage {where}: {asked}; {have}")
-        with quiet():
-            return optuna.load_study(study_name=name, storage=opened)
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Optuna's own messages off: rankopt says what there is to say."""
-    import optuna
-
-    level = optuna.logging.get_verbosity()
-    optuna.logging.set_verbosity(optuna.logging.CRITICAL)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            yield
-    finally:
-        optuna.logging.set_verbosity(level)
+        return status(self.optuna.study_name, self.request, trials, self._front())

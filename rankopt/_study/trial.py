@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 from rankopt._study.racing import Rival, hopeless
@@ -14,6 +14,7 @@ from rankopt._study.storage import worker_name
 from rankopt._trial import mean
 from rankopt.budget import Budget
 from rankopt.errors import EvaluationError
+from rankopt.latency import Measured
 from rankopt.strategy import Option, Problem
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ class Runner:
         direction: ``maximize`` or ``minimize`` the metric.
         batches: How many batches `evaluate` goes through; None if unknown.
         confidence: Of every look at a trial that may be stopped early; None never stops.
+        measure: Times the whole model of a trial's rows; None where time is not asked for.
     """
 
     def __init__(
@@ -44,10 +46,11 @@ class Runner:
         direction: str,
         batches: int | None = None,
         confidence: float | None = 0.99,
+        measure: Callable[[Any], Measured] | None = None,
     ) -> None:
         self.problem, self.space, self.worker = problem, space, worker_name()
         self.maximise = direction == "maximize"
-        self.batches, self.confidence = batches, confidence
+        self.batches, self.confidence, self.measure = batches, confidence, measure
 
     def run(self, study: optuna.Study, trial: optuna.Trial) -> tuple[float, float]:
         """The trial's (metric, figure).

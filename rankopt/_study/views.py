@@ -5,15 +5,55 @@ from __future__ import annotations
 import json
 import os
 import warnings
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rankopt._files import atomic_path, write_text
 from rankopt._report.tables import table
-from rankopt._study.study import Study, quiet
+from rankopt._study.front import Front
+from rankopt._study.reading import counts, quiet, record_of
 from rankopt.errors import MissingDependency, RankoptError, StudyError
 
-__all__ = ["export", "figures", "status_view"]
+if TYPE_CHECKING:
+    import optuna
+
+    from rankopt._study.study import Study
+
+__all__ = ["export", "figures", "status", "status_view"]
+
+
+def status(
+    name: str,
+    request: Mapping[str, Any],
+    trials: Sequence[optuna.trial.FrozenTrial],
+    front: Front,
+) -> dict[str, Any]:
+    """Counts and the state of a study, as plain data."""
+    states: dict[str, int] = {}
+    for trial in trials:
+        lost = trial.state.name == "FAIL" and not counts(trial)
+        state = "lost" if lost else trial.state.name.lower()
+        states[state] = states.get(state, 0) + 1
+    records = [record_of(trial) for trial in trials]
+    return {
+        "study": name,
+        "objective": front.axis,
+        "direction": request["direction"],
+        "space": request["space"]["kind"],
+        "rankopt": request["version"],
+        "counted": sum(counts(trial) for trial in trials),
+        "trials": states,
+        "workers": sorted({t.user_attrs["worker"] for t in trials if "worker" in t.user_attrs}),
+        "dense_metric": front.dense_metric,
+        "duplicates": sum("duplicate" in record for record in records),
+        "timed": sum(point.timing is not None for point in front.every),
+        "errors": sorted({str(record["error"]) for record in records if "error" in record}),
+        "front": [
+            {"trial": p.trial, "metric": p.metric, "share": front.share(p), "warm": p.warm}
+            for p in front.pareto()
+        ],
+    }
 
 
 def status_view(status: dict[str, Any]) -> list[Any]:
@@ -42,6 +82,8 @@ def status_view(status: dict[str, Any]) -> list[Any]:
 def figures(study: Study) -> dict[str, Any]:
     """Plotly figures by name: ``pareto``, ``history`` and ``importances`` (of the metric).
 
+    Times are the measured ones where whole models were timed.
+
     Raises:
         MissingDependency: plotly is not installed.
         StudyError: Too few trials for a figure.
@@ -52,7 +94,8 @@ def figures(study: Study) -> dict[str, Any]:
         import plotly  # noqa: F401
     except ImportError as error:
         raise MissingDependency("figures need plotly: pip install 'rankopt[report]'") from error
-    if len(study.points) < 2:
+    points = {point.trial: point for point in study.points}
+    if len(points) < 2:
         raise StudyError("no figures yet: they need two completed trials; run more")
     draw = optuna.visualization
     names = ["metric", study.objective]
@@ -60,7 +103,14 @@ def figures(study: Study) -> dict[str, Any]:
         warnings.simplefilter("ignore")  # Optuna's remarks on trials it leaves out
         try:
             return {
-                "pareto": draw.plot_pareto_front(study.optuna, target_names=names),
+                "pareto": draw.plot_pareto_front(
+                    study.optuna,
+                    target_names=names,
+                    targets=lambda trial: (
+                        points[trial.number].metric,
+                        points[trial.number].figures[study.objective],
+                    ),
+                ),
                 "history": draw.plot_optimization_history(
                     study.optuna, target=lambda trial: trial.values[0], target_name="metric"
                 ),

@@ -10,7 +10,7 @@ from typing import ClassVar, Literal
 from rankopt._study import open_study
 from rankopt.errors import DeadlineExceeded
 from rankopt.plan import RankPlan
-from rankopt.strategy import Problem, Strategy, Tags
+from rankopt.strategy import LATENCY, Problem, Strategy, Tags
 
 __all__ = ["OptunaSearch"]
 
@@ -25,8 +25,8 @@ class OptunaSearch(Strategy):
 
     Args:
         n_trials: Trials in all, the queued ones included.
-        space: ``warp``, ``stage`` or ``layer``; see `rankopt.study`.
-        sampler: ``tpe``, ``nsgaii``, ``nsgaiii``, ``gp``, ``random``, ….
+        space: ``warp``, ``tilt``, ``stage`` or ``layer``; see `rankopt.study`.
+        sampler: ``tpe``, ``local``, ``nsgaii``, ``nsgaiii``, ``gp``, ``random``, ….
         direction: Whether the metric is better when higher or lower.
         confidence: Of stopping a trial early where `evaluate` yields batches.
         storage: Path or URL to keep the study in; None for memory.
@@ -35,10 +35,14 @@ class OptunaSearch(Strategy):
 
     name: ClassVar[str] = "optuna"
     tags: ClassVar[Tags] = Tags(
-        monotone=False, unbudgeted=False, metric_drop=True, needs=frozenset({"evaluate"})
+        monotone=False,
+        unbudgeted=False,
+        metric_drop=True,
+        latency=True,
+        needs=frozenset({"evaluate"}),
     )
     n_trials: int = 60
-    space: Literal["warp", "stage", "layer"] = "warp"
+    space: Literal["warp", "tilt", "stage", "layer"] = "warp"
     sampler: str = "tpe"
     direction: Literal["maximize", "minimize"] = "maximize"
     confidence: float = 0.99
@@ -57,7 +61,8 @@ class OptunaSearch(Strategy):
         """Run the study and take its best; see `Strategy.search`."""
         assert problem.budget is not None
         problem.check_deadline()
-        objective = problem.budget.minimize or problem.budget.axes[0]
+        first = problem.budget.minimize or problem.budget.axes[0]
+        objective = LATENCY if first == "latency_ms" else first
         study = open_study(
             problem,
             storage=self.storage,

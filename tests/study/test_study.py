@@ -7,38 +7,18 @@ from concurrent.futures import ThreadPoolExecutor
 import optuna
 import pytest
 import torch
-from torch import nn
+from study_common import INPUTS, WANT, closeness, open_study
 
 import rankopt
 from rankopt import measure
 from rankopt.errors import (
-    BudgetError,
     BudgetInfeasible,
-    EvaluationError,
     MissingDependency,
     ModelError,
     StudyError,
 )
 from rankopt.testing import check_strategy, planted_inputs, planted_model
 from rankopt_strategies.optuna_search import OptunaSearch
-
-INPUTS = torch.randn(64, 3, 12, 12, generator=torch.Generator().manual_seed(2))
-WARM = ("knapsack", "parameter_ratio")
-
-
-with torch.no_grad():
-    WANT = planted_model()(INPUTS)
-
-
-def closeness(model):
-    """The share of the outputs' energy that is kept; 1 for the dense model."""
-    with torch.no_grad():
-        return 1 - float((model(INPUTS) - WANT).square().sum() / WANT.square().sum())
-
-
-def open_study(storage=None, **more):
-    arguments = {"evaluate": closeness, "example_inputs": planted_inputs(), "warm_starts": WARM}
-    return rankopt.study(planted_model(), storage=storage, **{**arguments, **more})
 
 
 def test_front_and_best():
@@ -132,54 +112,6 @@ def test_resumes_and_answers_duplicates(tmp_path):
         read.run(8)
 
 
-def raising(model):
-    if raising.calls % 3 == 2:
-        raising.calls += 1
-        raise RuntimeError("the GPU is on fire")
-    raising.calls += 1
-    return closeness(model)
-
-
-def test_failed_trials_are_recorded_and_the_study_goes_on():
-    raising.calls = 0
-    study = open_study(evaluate=raising).run(n_trials=9)
-    status = study.status()
-    assert status["trials"] == {"complete": 6, "fail": 3}
-    assert status["errors"] == ["evaluate raised RuntimeError: the GPU is on fire"]
-    assert status["counted"] == 9
-    assert study.front
-
-
-@pytest.mark.parametrize(
-    ("evaluate", "match"),
-    [
-        (lambda model: float("nan"), "3 failed, the last with: evaluate gave nan"),
-        (lambda model: next(model.parameters()).zero_().sum(), "evaluate changed the model"),
-    ],
-)
-def test_nothing_but_failures(evaluate, match):
-    study = open_study(evaluate=evaluate).run(n_trials=3)
-    with pytest.raises(StudyError, match=match):
-        _ = study.front
-
-
-def test_a_changed_model_does_not_spoil_the_next_trial():
-    calls = []
-
-    def vandal(model):
-        calls.append(1)
-        found = closeness(model)
-        if len(calls) == 2:
-            for parameter in model.parameters():
-                parameter.zero_()
-        return found
-
-    study = open_study(evaluate=vandal).run(n_trials=6)
-    clean = open_study().run(n_trials=6)
-    assert study.status()["trials"]["fail"] == 1
-    assert [p.metric for p in study.points[1:3]] == [p.metric for p in clean.points[2:4]]
-
-
 SIZE = 4
 BATCHES = list(enumerate(torch.split(INPUTS, SIZE)))
 
@@ -240,91 +172,6 @@ def test_over_the_budget_is_not_evaluated():
     assert plan.totals["macs"]["measured"] <= 0.4 * plan.totals["macs"]["before"]
 
 
-@pytest.mark.parametrize(
-    ("more", "match"),
-    [
-        ({"budget": "macs<=70%"}, "has budget None, the request"),
-        ({"objective": "params"}, "has objective 'macs', the request 'params'"),
-        ({"direction": "minimize"}, "has direction 'maximize', the request 'minimize'"),
-        ({"space": "layer"}, "searches the space 'warp', the request 'layer'"),
-        ({"round_to": 4}, "has round_to 1, the request 4"),
-        ({"ignore": ["hidden"]}, "searches other layers"),
-        ({"calibration": [torch.zeros(8, 3, 12, 12)]}, "has calibration None"),
-    ],
-)
-def test_another_request_is_refused(tmp_path, more, match):
-    path = tmp_path / "s.db"
-    open_study(path)
-    before = len(rankopt.Study.load(path).optuna.trials)
-    with pytest.raises(StudyError, match=match):
-        open_study(path, **more)
-    assert len(rankopt.Study.load(path).optuna.trials) == before
-
-
-def test_another_model_or_version_is_refused(tmp_path, monkeypatch):
-    path = tmp_path / "s.db"
-    open_study(path).run(n_trials=2)
-    arguments = {"evaluate": closeness, "storage": path, "example_inputs": planted_inputs()}
-    with pytest.raises(StudyError, match="was made for other weights"):
-        rankopt.study(planted_model(seed=1), **arguments)
-    with pytest.raises(StudyError, match="model of another class"):
-        rankopt.study(nn.Sequential(nn.Conv2d(3, 32, 3), nn.Conv2d(32, 32, 3)), **arguments)
-    monkeypatch.setattr("rankopt._study.records.__version__", "9.9")
-    with pytest.raises(StudyError, match=r"begun with rankopt 0\.\S+, this is 9.9"):
-        open_study(path)
-    assert rankopt.Study.load(path).front  # reading is for every version
-    foreign = optuna.storages.InMemoryStorage()
-    optuna.create_study(storage=foreign, study_name="rankopt").add_trial(
-        optuna.create_trial(value=1.0)
-    )
-    with pytest.raises(StudyError, match="was not made by rankopt"):
-        open_study(foreign)
-
-
-@pytest.mark.parametrize(
-    ("more", "error", "match"),
-    [
-        ({"storage": "/no/such/folder/s.db"}, StudyError, "its folder does not exist"),
-        ({"storage": "/no/such/folder/s.journal"}, StudyError, "its folder does not exist"),
-        ({"storage": 3}, StudyError, "storage=3: expected a path"),
-        ({"storage": "grpc://here"}, StudyError, "expected grpc://HOST:PORT"),
-        ({"storage": "mysql://u:pw@h/d"}, MissingDependency, r"mysql://u:\*\*\*@h/d: .*install"),
-        ({"evaluate": 3}, ModelError, "evaluate=3: expected a function"),
-        ({"objective": "speed"}, StudyError, "objective='speed': expected one of params"),
-        ({"direction": "up"}, StudyError, "direction='up'"),
-        ({"sampler": "magic"}, StudyError, "sampler='magic': expected one of tpe"),
-        ({"space": "magic"}, StudyError, "space='magic'"),
-        ({"confidence": 2}, StudyError, "confidence=2"),
-        ({"example_inputs": None, "budget": "macs<=50%"}, BudgetError, "need example_inputs"),
-        ({"budget": "latency<=50%"}, BudgetError, "cannot keep to a budget on latency"),
-        ({"budget": "macs<=1%"}, BudgetInfeasible, "smallest reachable is macs"),
-        ({"create": False}, StudyError, "there is no study 'rankopt'; it has none"),
-        (
-            {"budget": rankopt.Budget(metric_drop=1, minimize="macs", direction="minimize")},
-            BudgetError,
-            "give both the same direction",
-        ),
-    ],
-)
-def test_bad_requests(more, error, match):
-    with pytest.raises(error, match=match):
-        open_study(**more)
-
-
-def test_bad_runs(tmp_path):
-    study = open_study()
-    with pytest.raises(StudyError, match="give at least one"):
-        study.run()
-    with pytest.raises(StudyError, match="n_trials=0"):
-        study.run(0)
-    with pytest.raises(StudyError, match="has no completed trial; run some"):
-        study.best("macs<=50%")
-    path = tmp_path / "other.db"
-    path.write_text("not a database, but long enough to look at" * 40)
-    with pytest.raises(StudyError, match="file is not a database"):
-        open_study(path)
-
-
 def test_grpc_proxy():
     """Served from this process, as `optuna.storages.run_grpc_proxy_server` does it."""
     pytest.importorskip("grpc")
@@ -343,59 +190,6 @@ def test_grpc_proxy():
             assert all("lease" in trial.user_attrs for trial in study.optuna.trials[:5])
         finally:
             server.stop(None)
-
-
-def test_unreachable_server():
-    pytest.importorskip("psycopg")
-    url = "postgresql+psycopg://me:secret@127.0.0.1:9/none"
-    with pytest.raises(StudyError, match=r"me:\*\*\*@127.0.0.1:9/none fails: ") as found:
-        open_study(url)
-    assert "secret" not in str(found.value)
-
-
-def test_disk_full(tmp_path):
-    """A real SQLITE_FULL, from a file that must not grow."""
-    from sqlalchemy import event
-
-    study = open_study(tmp_path / "s.db").run(n_trials=2)
-    engine = study.optuna._storage._backend.engine
-
-    def small(connection, record):
-        pages = connection.execute("PRAGMA page_count").fetchone()[0]
-        connection.execute(f"PRAGMA max_page_count={pages}")
-
-    event.listen(engine, "connect", small)
-    engine.dispose()
-    with pytest.raises(StudyError, match="database or disk is full; trials that finished are kept"):
-        study.run(n_trials=30)
-    again = open_study(tmp_path / "s.db", heartbeat=1)
-    done = len(again.points)
-    assert done >= 2
-    again.run(n_trials=done + 2)
-    assert len(again.points) == done + 2
-
-
-def test_interrupt_is_resumable(tmp_path):
-    calls = []
-
-    def interrupted(model):
-        calls.append(1)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return closeness(model)
-
-    study = open_study(tmp_path / "s.db", evaluate=interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        study.run(n_trials=8)
-    status = study.status()
-    assert status["trials"]["complete"] == 2
-    assert status["trials"]["lost"] == 1
-    again = open_study(tmp_path / "s.db").run(n_trials=8)
-    plain = open_study().run(n_trials=8)
-    assert again.status()["counted"] == 8
-    # The interrupted plan was run after all: every queued plan is there once.
-    names = sorted(p.warm for p in again.points if p.warm)
-    assert names == sorted(p.warm for p in plain.points if p.warm)
 
 
 def test_strategy_contract():
@@ -423,13 +217,6 @@ def test_strategy():
             OptunaSearch(**bad)
 
 
-def test_every_sampler_runs():
-    for sampler in ("nsgaii", "nsgaiii", "qmc", "tpe_independent"):
-        assert len(open_study(sampler=sampler).run(n_trials=7).points) >= 5
-    theirs = optuna.samplers.RandomSampler(seed=1)
-    assert open_study(sampler=theirs).request["sampler"] == "RandomSampler"
-
-
 def test_figures_and_export(tmp_path):
     pytest.importorskip("plotly")
     study = open_study().run(n_trials=12)
@@ -449,13 +236,3 @@ def test_missing_plotly(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "plotly", None)
     with pytest.raises(MissingDependency, match=r"pip install 'rankopt\[report\]'"):
         open_study().figures()
-
-
-def test_evaluation_error_reaches_search():
-    def broken(model):
-        raise ValueError("no data")
-
-    with pytest.raises((StudyError, EvaluationError), match="no data"):
-        rankopt.search(
-            planted_model(), "params<=50%", strategy=OptunaSearch(n_trials=3), evaluate=broken
-        )

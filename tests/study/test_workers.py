@@ -238,7 +238,8 @@ def test_commands(task, tmp_path, capsys):
     calibration = ("--calibration", f"{task}:calibration")
     made = create(task, storage, capsys, "--budget", "macs<=60%", *calibration)
     assert made["trials"]["waiting"] >= 4
-    worker = ["study", "worker", *arguments(task, storage, *calibration), "--n-trials", "7"]
+    own = ("--device", "cpu", "--threads", "1")
+    worker = ["study", "worker", *arguments(task, storage, *calibration, *own), "--n-trials", "7"]
     assert main(worker) == 0
     assert "dense" in capsys.readouterr().out
     read = ("--storage", str(storage))
@@ -262,10 +263,30 @@ def test_commands(task, tmp_path, capsys):
         (["study", "status", *read, "--name", "x"], "no study 'x'; it has rankopt"),
         (["study", "worker", *arguments(task, tmp_path / "n.db"), "--n-trials", "1"], "no study"),
         (worker[:-2], "give at least one of them"),
-        (["study", "create", *arguments(task, storage, "--device", "cuda:9")], "--device cuda:9"),
+        (["study", "create", *arguments(task, storage, "--device", "cuda:9")], "device 'cuda:9'"),
+        (["study", "create", *arguments(task, storage, "--threads", "0")], "threads=0"),
     ):
         assert main(bad) == 1
         assert message in capsys.readouterr().err
+
+
+def test_time_from_the_shell(task, tmp_path, capsys):
+    storage = tmp_path / "study.db"
+    # Layers so small that no chain is faster: there is nothing to search for.
+    assert main(["study", "create", *arguments(task, storage, "--objective", "latency")]) != 0
+    assert "smallest reachable is latency 100" in capsys.readouterr().err
+    task.write_text(TASK.replace("32", "768").replace("48", "768"))
+    wide = [text.replace("4,32", "32,768") for text in arguments(task, storage)]
+    command = ["study", "create", *wide, "--objective", "latency", "--json"]
+    assert main(command) == 0
+    assert json.loads(capsys.readouterr().out)["objective"] == "latency"
+    assert main(["study", "worker", *wide, "--n-trials", "7", "--json"]) == 0
+    status = json.loads(capsys.readouterr().out)
+    assert status["timed"] >= len(status["front"]) >= 1
+    plan = tmp_path / "plan.json"
+    read = ("--storage", str(storage))
+    assert main(["study", "best", *read, "--budget", "latency<=100%", "-o", str(plan)]) == 0
+    assert rankopt.RankPlan.load(plan).totals["latency"]["measured"] > 0
 
 
 def test_evaluate_that_always_fails(task, tmp_path, capsys):

@@ -1,0 +1,63 @@
+"""What a study begins with: the dense model and the plans of other strategies."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Final
+
+from rankopt._study.records import options_in, rows_of
+from rankopt._study.space import Space
+from rankopt.budget import Budget
+from rankopt.errors import RankoptError, RankoptWarning
+from rankopt.registry import strategies
+from rankopt.strategy import Option, Problem
+
+if TYPE_CHECKING:
+    import optuna
+
+__all__ = ["WARM_STARTS", "queue_warm_starts"]
+
+WARM_STARTS: Final = ("knapsack", "relaxed", "vbmf", "parameter_ratio")
+# Shares of the objective's figure at which the first strategy's plans begin the front where
+# there is no budget on it, and shares of the budget where there is one.
+LADDER: Final = (0.7, 0.5, 0.35)
+STEPS_BELOW: Final = (1.0, 0.8, 0.6)
+
+
+def queue_warm_starts(
+    study: optuna.Study, problem: Problem, space: Space, names: Sequence[str]
+) -> None:
+    """Queue the dense model and the plans of other strategies, each of them once.
+
+    Args:
+        study: May hold some of them, from a process that was stopped while it queued.
+        problem: The model at hand.
+        space: Encodes the plans.
+        names: Strategies; those that are not installed or fail here are left out.
+    """
+    queued = {trial.user_attrs.get("warm") for trial in study.get_trials(deepcopy=False)}
+
+    def queue(label: str, options: Sequence[Option]) -> None:
+        attributes = {"warm": label, "plan": rows_of(options)}
+        study.enqueue_trial(space.encode(options), attributes)
+
+    if "dense" not in queued:
+        queue("dense", [problem.keep(site, "dense") for site in problem.sites])
+    axis = space.axis
+    top = space.shares.get(axis)
+    ladder = LADDER if top is None else tuple(top * step for step in STEPS_BELOW)
+    known = [name for name in names if name in strategies.names()]
+    for position, name in enumerate(known):
+        for share in ladder if position == 0 else ladder[:1] if top else ladder[1:2]:
+            label = f"{name} at {share:.0%}"
+            if label in queued:
+                continue
+            limits = Budget.from_dict({**space.shares, axis: share})
+            try:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore", RankoptWarning)
+                    plan = strategies.create(name).search(problem.with_budget(limits))
+            except RankoptError:  # infeasible there, or not for this model
+                continue
+            queue(label, options_in(problem, plan))
