@@ -7,8 +7,9 @@ probabilities, and minimising one under a bound on the other is a linear program
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import numpy as np
@@ -64,6 +65,7 @@ class Relaxation:
         owner: [options] index of each option's site.
         shares: [options, axes] cost in shares of the budget.
         room: [axes] what the sites may use, in the same shares.
+        limits: [axes] what the whole model may cost, in each axis's unit.
         error: [options] relative errors.
     """
 
@@ -76,12 +78,10 @@ class Relaxation:
                 f"{', '.join(names)} cannot mix ranks, so no gradient reaches them; allow svd, "
                 "tucker2 or spatial_svd (methods=), or choose ranks without data"
             )
-        limits = np.array([problem.budget.ratio(a) * problem.totals[a] for a in self.axes])
+        limits = self.limits = _limits(problem)
         fixed = np.array(
             [problem.totals[a] - sum(site.cost[a] for site in problem.sites) for a in self.axes]
         )
-        whole = np.array([axis in COUNTED for axis in self.axes])
-        limits = np.where(whole, np.maximum(np.floor(limits), 1.0), limits)
         self.menus = tuple(_menu(problem, site, limits, soft=soft) for site in problem.sites)
         sizes = [len(menu) for menu in self.menus]
         self.owner = np.repeat(np.arange(len(sizes)), sizes)
@@ -90,9 +90,26 @@ class Relaxation:
         self.error: Array = np.concatenate([menu.error for menu in self.menus])
         self.room: Array = 1.0 - fixed / limits
         self.sizes = np.array(sizes)
+        self._check_room()
+
+    def within(self, problem: Problem) -> Relaxation:
+        """The same options under another budget on the same axes, shares and room in its terms.
+
+        Raises:
+            BudgetInfeasible: Even the cheapest options exceed it.
+        """
+        other = copy.copy(self)
+        other.problem, other.limits = problem, _limits(problem)
+        ratio = self.limits / other.limits
+        other.menus = tuple(replace(menu, shares=menu.shares * ratio) for menu in self.menus)
+        other.shares, other.room = self.shares * ratio, 1.0 - (1.0 - self.room) * ratio
+        other._check_room()
+        return other
+
+    def _check_room(self) -> None:
         least = np.minimum.reduceat(self.shares, self.starts, axis=0).sum(axis=0)
         if (least > self.room).any():
-            raise problem.infeasible(self.options(self.starts))
+            raise self.problem.infeasible(self.options(self.starts))
 
     def __len__(self) -> int:
         return len(self.owner)
@@ -295,6 +312,15 @@ def _root(excess: Any, unit: float) -> float:
     while found < high and excess(found) > 0:
         found, step = found + step, 4 * step
     return min(found, high)
+
+
+def _limits(problem: Problem) -> Array:
+    """[axes] the most the whole model may cost, in the axes' units."""
+    assert problem.budget is not None
+    axes = problem.budget.axes
+    limits = np.array([problem.budget.ratio(axis) * problem.totals[axis] for axis in axes])
+    whole = np.array([axis in COUNTED for axis in axes])
+    return np.where(whole, np.maximum(np.floor(limits), 1.0), limits)
 
 
 def _menu(problem: Problem, site: Site, limits: Array, *, soft: bool) -> Menu:
