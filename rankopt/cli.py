@@ -95,6 +95,11 @@ def _parser() -> argparse.ArgumentParser:
     apply.add_argument("-o", "--output", metavar="OUT.safetensors", required=True)
     apply.set_defaults(run=_apply)
 
+    report = commands.add_parser("report", parents=[common], help="show a plan, plot its search")
+    report.add_argument("plan", metavar="PLAN.json")
+    report.add_argument("--plot", metavar="FILE.html", help="draw how ranks moved (plotly)")
+    report.set_defaults(run=_report)
+
     compare = commands.add_parser("compare", parents=[model], help="count and time a result")
     compare.add_argument("artefact", metavar="ARTEFACT", help="from `rankopt apply`, or a plan")
     compare.add_argument("--evaluate", metavar="FILE.py:CALLABLE", help="metric of a model")
@@ -167,15 +172,33 @@ def _search(arguments: argparse.Namespace) -> int:
     )
     if arguments.output:
         plan.save(arguments.output)
-    if arguments.json:
-        print(plan.to_json(), end="")
-        return 0
-    from rankopt.report.tables import plan_table, totals_table
-
-    _print(plan_table(plan), totals_table(plan))
-    if arguments.output:
+    _show_plan(plan, arguments)
+    if arguments.output and not arguments.json:
         print(f"plan written to {arguments.output}")
     return 0
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    import rankopt
+
+    plan = rankopt.RankPlan.load(arguments.plan)
+    if arguments.plot:
+        from rankopt.report.figures import write_ranks
+
+        write_ranks(plan, arguments.plot)
+    _show_plan(plan, arguments)
+    if arguments.plot and not arguments.json:
+        print(f"plot written to {arguments.plot}")
+    return 0
+
+
+def _show_plan(plan: Any, arguments: argparse.Namespace) -> None:
+    if arguments.json:
+        print(plan.to_json(), end="")
+        return
+    from rankopt.report.tables import plan_table, show, totals_table
+
+    show(plan_table(plan), totals_table(plan))
 
 
 def _apply(arguments: argparse.Namespace) -> int:
@@ -320,7 +343,7 @@ def _strategies(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps(rows, default=str))
         return 0
-    from rankopt.report.tables import table
+    from rankopt.report.tables import show, table
 
     made = table("strategies", "name", "what it does", "needs", "settings")
     for column in made.columns:
@@ -329,7 +352,7 @@ def _strategies(arguments: argparse.Namespace) -> int:
         settings = ", ".join(f"{key}={value}" for key, value in row.get("settings", {}).items())
         text = row.get("summary", row.get("error", ""))
         made.add_row(row["name"], text, ", ".join(row.get("needs", [])) or "nothing", settings)
-    _print(made)
+    show(made)
     return 0
 
 
@@ -367,12 +390,6 @@ def _settings(pairs: Sequence[str]) -> dict[str, Any]:
         except json.JSONDecodeError:
             settings[key] = text
     return settings
-
-
-def _print(*renderables: Any) -> None:
-    from rankopt.report.tables import show
-
-    show(*renderables)
 
 
 if __name__ == "__main__":

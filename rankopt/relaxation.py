@@ -8,6 +8,7 @@ probabilities, and minimising one under a bound on the other is a linear program
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from rankopt.allocation import NEGLIGIBLE_ERROR, allocate
 from rankopt.decompositions.base import Decomposition
-from rankopt.errors import ModelError
+from rankopt.errors import ModelError, RankoptWarning
 from rankopt.strategy import Option, Problem, Site
 
 __all__ = ["Menu", "Relaxation"]
@@ -72,12 +73,8 @@ class Relaxation:
     def __init__(self, problem: Problem, *, soft: bool = False) -> None:
         assert problem.budget is not None
         self.problem, self.axes = problem, problem.budget.axes
-        if soft and not any(method.soft for site in problem.sites for method in site.methods):
-            names = sorted({method.name for site in problem.sites for method in site.methods})
-            raise ModelError(
-                f"{', '.join(names)} cannot mix ranks, so no gradient reaches them; allow svd, "
-                "tucker2 or spatial_svd (methods=), or choose ranks without data"
-            )
+        if soft:
+            _check_soft(problem)
         limits = self.limits = _limits(problem)
         fixed = np.array(
             [problem.totals[a] - sum(site.cost[a] for site in problem.sites) for a in self.axes]
@@ -312,6 +309,25 @@ def _root(excess: Any, unit: float) -> float:
     while found < high and excess(found) > 0:
         found, step = found + step, 4 * step
     return min(found, high)
+
+
+def _check_soft(problem: Problem) -> None:
+    """Say which methods a gradient cannot reach; raise where none is left."""
+    methods = {method.name: method.soft for site in problem.sites for method in site.methods}
+    left_out = ", ".join(sorted(name for name, soft in methods.items() if not soft))
+    if not any(methods.values()):
+        raise ModelError(
+            f"{left_out} cannot mix ranks, so no gradient reaches them; allow svd, "
+            "tucker2 or spatial_svd (methods=), or choose ranks without data"
+        )
+    if left_out:
+        warnings.warn(
+            f"{left_out} left out: factors that are fitted anew for every rank cannot be mixed, so "
+            "a loss on data has no slope along their ranks; to have them chosen by their own "
+            "damage use strategy 'knapsack', or relaxed with objective='reconstruction'",
+            RankoptWarning,
+            stacklevel=4,
+        )
 
 
 def _limits(problem: Problem) -> Array:

@@ -196,12 +196,14 @@ class SoftModel(nn.Module):
         self.allowed: Budget | None = None
         self.seconds = 0.0
         self._set: Tensor | None = None
+        self._held: dict[str, Tensor] | None = None
 
     # Training
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the model computes with its soft weights."""
-        return torch.func.functional_call(self.model, self.soft_weights(), args, kwargs)
+        weights = self.soft_weights() if self._held is None else self._held
+        return torch.func.functional_call(self.model, weights, args, kwargs)
 
     def weights(self) -> list[nn.Parameter]:
         """The model's own parameters that train."""
@@ -264,6 +266,15 @@ class SoftModel(nn.Module):
             yield
         finally:
             self._set = before
+
+    @contextmanager
+    def holding(self, weights: dict[str, Tensor]) -> Iterator[None]:
+        """Compute with these weights, from `soft_weights`, for several batches."""
+        before, self._held = self._held, weights
+        try:
+            yield
+        finally:
+            self._held = before
 
     def entropy(self, probabilities: Tensor) -> Tensor:
         """Mean entropy of the sites, as a share of the uniform distribution's."""
