@@ -1,8 +1,9 @@
 """Accuracy of ResNet-20 on CIFAR-10 without labels, and the time of a global allocation.
 
-Run: python -m benchmarks.calibrated [--rows GLOB] [--recover SECONDS], or with --allocation. Needs the development data
-(see `benchmarks.cifar.data_folder`). 1,024 unlabelled training images; settings were
-chosen on other training images, the 5,000 validation images are only reported.
+Run: python -m benchmarks.calibrated [--rows GLOB] [--recover SECONDS], or with --allocation.
+Needs the development data (see `benchmarks.cifar.data_folder`). 1,024 unlabelled training
+images; settings were chosen on other training images, the 5,000 validation images are
+only reported.
 """
 
 from __future__ import annotations

@@ -34,8 +34,8 @@ from benchmarks.cifar import images, resnet20
 from benchmarks.foundation import make
 from benchmarks.optuna_fronts import Case, compare
 from rankopt import _demo
-from rankopt._study.warm import WARM_STARTS
 from rankopt._report.tables import table, to_text
+from rankopt._study.warm import WARM_STARTS
 
 BATCH = 500
 # A larger part of the training images is never used: the search has 10 classes of these.

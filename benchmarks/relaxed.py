@@ -1,9 +1,10 @@
 """Figures of the relaxed search: time, memory, budgets, damage, accuracy, convergence.
 
 Run: python -m benchmarks.relaxed [PART ...], the parts being `shapes` (torchvision shapes,
-no data), `paper` (against the published mode on ResNet-20), `accuracy` (against the knapsack
-on ResNet-20) and `seeds`. All but `shapes` need the development data (see
-`benchmarks.cifar.data_folder`). Every part prints as it goes.
+no data), `latency` (the same under a budget on measured time), `paper` (against the
+published mode on ResNet-20), `accuracy` (against the knapsack on ResNet-20) and `seeds`.
+`--models` and `--budgets` choose single rows. `paper`, `accuracy` and `seeds` need the
+development data (see `benchmarks.cifar.data_folder`). Every part prints as it goes.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import torch
 import rankopt
 from benchmarks.cifar import correct, images, resnet20
 from benchmarks.foundation import make
+from rankopt.errors import BudgetInfeasible
 from rankopt_strategies import Knapsack, Relaxed
 
 IMAGE = torch.zeros(1, 3, 224, 224)
@@ -30,6 +32,13 @@ METHODS = ("svd", "tucker2", "spatial_svd")
 def shares(plan: rankopt.RankPlan) -> dict[str, float]:
     """Measured shares of the original."""
     return {a: float(e["measured"] or 0) / float(e["before"] or 1) for a, e in plan.totals.items()}
+
+
+def under(plan: rankopt.RankPlan) -> float:
+    """How far below its budget a plan is, as a share of the budget; the fullest axis counts."""
+    assert plan.budget is not None
+    measured = shares(plan)
+    return min(1 - measured[axis] / plan.budget.ratio(axis) for axis in plan.budget.axes)
 
 
 def show(part: str, **facts: Any) -> None:
@@ -64,17 +73,16 @@ def alone(name: str, budget: str, spectra: str) -> tuple[float, float, float]:
     return seconds, memory, made
 
 
-def shapes(names: list[str]) -> None:
+def shapes(names: list[str], budgets: list[str]) -> None:
     """No data: time, memory, how full the budget is, distance from the knapsack."""
     for name in names:
-        seconds, memory, made = alone(name, "params<=50%", "random")
-        show("cost", model=name, seconds=round(seconds, 1), peak_in_models=round(memory, 2),
-             made_in_models=round(made, 2))  # fmt: skip
+        seconds, memory, made = alone(name, budgets[0], "random")
+        show("cost", model=name, budget=budgets[0], seconds=round(seconds, 1),
+             peak_in_models=round(memory, 2), made_in_models=round(made, 2))  # fmt: skip
         model = make(name, "trained-like")
-        for budget in ("params<=50%", "macs<=50%"):
+        for budget in budgets:
             ours = rankopt.search(model, budget, strategy="relaxed", example_inputs=IMAGE)
-            axis = budget.split("<")[0]
-            facts = {"model": name, "budget": budget, "share": shares(ours)[axis]}
+            facts = {"model": name, "budget": budget, "under": under(ours)}
             theirs = rankopt.search(
                 model, budget, strategy=Knapsack("equal"), example_inputs=IMAGE, methods=METHODS
             )
@@ -87,6 +95,24 @@ def shapes(names: list[str]) -> None:
                 against_knapsack=found["damage"] / theirs.extensions["knapsack"]["damage"] - 1,
                 above_bound=found["damage"] / found["bound"] - 1,
             )
+
+
+def latency(names: list[str], share: float, rounds: int) -> None:
+    """A budget on measured time: how full it is by the median, and the interval it is held by."""
+    for name in names:
+        model, budget = make(name, "trained-like"), f"latency<={share}"
+        table = rankopt.ProfileTable(rounds=rounds)
+        try:
+            plan = rankopt.search(
+                model, budget, strategy="relaxed", example_inputs=IMAGE, profile=table
+            )
+        except BudgetInfeasible as error:
+            show("latency", model=name, budget=budget, infeasible=str(error))
+            continue
+        facts = plan.extensions["latency"]
+        show("latency", model=name, budget=budget, seconds=plan.seconds, under=under(plan),
+             ratio=facts["ratio"], low=facts["low"], high=facts["high"],
+             corrections=len(facts["rounds"]))  # fmt: skip
 
 
 def against_paper(updates: int) -> None:
@@ -124,15 +150,18 @@ print(json.dumps([seconds, (peak() - base) / 2**20, shares(plan)["macs"], damage
              damage=damage, updates=updates)  # fmt: skip
 
 
-def accuracy(rounds: int) -> None:
-    """ResNet-20, 1,024 unlabelled images: distillation against the knapsack, applied."""
+def accuracy(relaxed: Relaxed, budgets: list[str], *, held_out: bool) -> None:
+    """ResNet-20, 1,024 unlabelled images: distillation against the knapsack, applied.
+
+    With `held_out`, on training images that no search sees, to choose settings by.
+    """
     model = resnet20()
     data = list(torch.split(images("train", 0, 103)[0][:1024], 128))
-    x, y = images("val", 0, 500)
+    x, y = images("train", 200, 500) if held_out else images("val", 0, 500)
     show("accuracy", plan="dense", right=100 * correct(model, x, y).double().mean().item())
-    for budget in ("macs<=50%", "macs<=30%"):
+    for budget in budgets:
         right = {}
-        for name, strategy in (("knapsack", Knapsack()), ("relaxed", Relaxed(rounds=rounds))):
+        for name, strategy in (("knapsack", Knapsack()), ("relaxed", relaxed)):
             plan = rankopt.search(
                 model,
                 budget,
@@ -166,21 +195,36 @@ def seeds() -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parts = ("shapes", "paper", "accuracy", "seeds")
+    parts = ("shapes", "latency", "paper", "seeds", "accuracy")
     parser.add_argument("parts", nargs="*", help=f"of {', '.join(parts)}; all by default")
     parser.add_argument("--models", default="resnet18,vgg16_bn,mobilenet_v2,resnet50")
+    parser.add_argument("--budgets", default="params<=50%,macs<=50%", help="of shapes")
+    parser.add_argument("--share", type=float, default=0.8, help="of the time, for latency")
+    parser.add_argument("--timing-rounds", type=int, default=15, help="of each measurement")
+    parser.add_argument("--macs", default="50,30", help="percent of the MACs, for accuracy")
     parser.add_argument("--rounds", type=int, default=24, help="of the distillation")
+    parser.add_argument("--slopes", choices=("measured", "gradient"), default="measured")
+    parser.add_argument("--temperature", type=float, default=4.0, help="of the distillation")
+    parser.add_argument(
+        "--held-out", action="store_true", help="accuracy on held-out training images instead"
+    )
     parser.add_argument("--updates", type=int, default=100, help="of the published mode")
     arguments = parser.parse_args()
-    chosen = arguments.parts or list(parts)
+    chosen, models = arguments.parts or list(parts), arguments.models.split(",")
     if "shapes" in chosen:
-        shapes(arguments.models.split(","))
+        shapes(models, arguments.budgets.split(","))
+    if "latency" in chosen:
+        latency(models, arguments.share, arguments.timing_rounds)
     if "paper" in chosen:
         against_paper(arguments.updates)
     if "seeds" in chosen:
         seeds()
     if "accuracy" in chosen:
-        accuracy(arguments.rounds)
+        budgets = [f"macs<={percent}%" for percent in arguments.macs.split(",")]
+        relaxed = Relaxed(
+            rounds=arguments.rounds, slopes=arguments.slopes, temperature=arguments.temperature
+        )
+        accuracy(relaxed, budgets, held_out=arguments.held_out)
 
 
 if __name__ == "__main__":

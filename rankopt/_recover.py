@@ -16,6 +16,7 @@ from rankopt._apply import settle_norms
 from rankopt._progress import progress_bar
 from rankopt.errors import CalibrationError, ModelError
 from rankopt.inputs import MAX_SAMPLES, divergence, hold, main_output, run, tensors_in
+from rankopt.norms import has_norms
 from rankopt.training.augmentation import augmentation
 from rankopt.training.distillation import (
     PairedOutputs,
@@ -29,6 +30,8 @@ __all__ = ["Recovery", "recover"]
 # Share of the calibration inputs kept out of training, for an honest before and after.
 HELD_OUT: Final = 1 / 16
 GRADIENT_NORM: Final = 1.0
+# Without BatchNorm, and with it.
+LEARNING_RATES: Final = (3e-4, 1e-3)
 # Weight of the layers' outputs beside the model's.
 FEATURES: Final = 3.0
 
@@ -67,7 +70,7 @@ def recover(
     calibration: Any,
     seconds: float = 120.0,
     batch_size: int = 64,
-    learning_rate: float = 1e-3,
+    learning_rate: float | None = None,
     augment: Callable[[Any, torch.Generator], Any] | str = "auto",
     calibration_samples: int | None = MAX_SAMPLES,
     seed: int = 0,
@@ -88,7 +91,8 @@ def recover(
             texts of several lengths: a step takes samples of one shape.
         seconds: Wall-clock limit.
         batch_size: Samples per step.
-        learning_rate: Adam's, at the start.
+        learning_rate: Adam's, at the start; None for 1e-3 where BatchNorm holds the scale of
+            what the layers pass on, 3e-4 elsewhere.
         augment: A function of (inputs, generator); ``auto`` shifts and mirrors
             4-d floating-point inputs, ``none`` leaves inputs alone.
         calibration_samples: Where to stop reading.
@@ -116,6 +120,8 @@ def recover(
     with measure.preserve_rng():
         samples = _Samples(hold(model, calibration, max_samples=calibration_samples))
     train, test = samples.split(HELD_OUT)
+    if learning_rate is None:
+        learning_rate = LEARNING_RATES[has_norms(model)]
     parameters = [p for p in model.parameters() if p.requires_grad]
     if not parameters:
         raise ModelError("recover has nothing to train: every parameter has requires_grad=False")

@@ -135,7 +135,7 @@ def _parser() -> argparse.ArgumentParser:
     compress.set_defaults(run=_compress)
 
     report = commands.add_parser(
-        "report", parents=[common], help="draw a plan or a run as one HTML page"
+        "report", parents=[common], help="show plans and runs, as tables or one HTML page"
     )
     report.add_argument(
         "sources",
@@ -143,7 +143,8 @@ def _parser() -> argparse.ArgumentParser:
         metavar="PLAN|RUN",
         help="plan, checkpoint, record.jsonl, or the folder of finetune or compress",
     )
-    report.add_argument("-o", "--output", metavar="REPORT.html", required=True)
+    report.add_argument("-o", "--output", metavar="REPORT.html", help="the page to write")
+    report.add_argument("--plot", metavar="FILE.html", help="draw how the ranks moved (plotly)")
     report.set_defaults(run=_report)
 
     strategies = commands.add_parser("strategies", parents=[common], help="what is installed")
@@ -179,15 +180,19 @@ def _search(arguments: argparse.Namespace) -> int:
     )
     if arguments.output:
         plan.save(arguments.output)
-    if arguments.json:
-        print(plan.to_json(), end="")
-        return 0
-    from rankopt._report.tables import plan_table, totals_table
-
-    _print(plan_table(plan), totals_table(plan))
-    if arguments.output:
+    _show_plan(plan, arguments)
+    if arguments.output and not arguments.json:
         print(f"plan written to {arguments.output}")
     return 0
+
+
+def _show_plan(plan: Any, arguments: argparse.Namespace) -> None:
+    if arguments.json:
+        print(plan.to_json(), end="")
+        return
+    from rankopt._report.tables import plan_table, show, totals_table
+
+    show(plan_table(plan), totals_table(plan))
 
 
 def _apply(arguments: argparse.Namespace) -> int:
@@ -317,10 +322,33 @@ def _seconds(seconds: float) -> Any:
 def _report(arguments: argparse.Namespace) -> int:
     import rankopt
 
-    rankopt.report(arguments.sources, arguments.output)
-    written = {"output": arguments.output}
-    print(json.dumps(written) if arguments.json else f"report written to {arguments.output}")
+    written = {"output": arguments.output, "plot": arguments.plot}
+    if arguments.output:
+        rankopt.report(arguments.sources, arguments.output)
+    if arguments.plot or not arguments.output:
+        plan = rankopt.RankPlan.load(_only_plan(arguments.sources))
+    if arguments.plot:
+        from rankopt._report.figures import write_ranks
+
+        write_ranks(plan, arguments.plot)
+    if not arguments.output:
+        _show_plan(plan, arguments)
+    elif arguments.json:
+        print(json.dumps(written))
+    if not arguments.json:
+        for kind, path in (("report", arguments.output), ("plot", arguments.plot)):
+            if path:
+                print(f"{kind} written to {path}")
     return 0
+
+
+def _only_plan(sources: Sequence[str]) -> str:
+    """The one plan that a terminal or a plot can show."""
+    if len(sources) != 1:
+        raise RankoptError(
+            f"{len(sources)} sources: tables and plots show one plan; -o REPORT.html takes several"
+        )
+    return sources[0]
 
 
 def _strategies(arguments: argparse.Namespace) -> int:
@@ -341,7 +369,7 @@ def _strategies(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps(rows, default=str))
         return 0
-    from rankopt._report.tables import table
+    from rankopt._report.tables import show, table
 
     made = table("strategies", "name", "what it does", "needs", "settings")
     for column in made.columns:
@@ -350,7 +378,7 @@ def _strategies(arguments: argparse.Namespace) -> int:
         settings = ", ".join(f"{key}={value}" for key, value in row.get("settings", {}).items())
         text = row.get("summary", row.get("error", ""))
         made.add_row(row["name"], text, ", ".join(row.get("needs", [])) or "nothing", settings)
-    _print(made)
+    show(made)
     return 0
 
 
@@ -388,12 +416,6 @@ def _settings(pairs: Sequence[str]) -> dict[str, Any]:
         except json.JSONDecodeError:
             settings[key] = text
     return settings
-
-
-def _print(*renderables: Any) -> None:
-    from rankopt._report.tables import show
-
-    show(*renderables)
 
 
 if __name__ == "__main__":

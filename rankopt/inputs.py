@@ -176,16 +176,23 @@ def divergence(before: Any, after: Any) -> float:
     return float(divergence_loss(before, after).detach())
 
 
-def divergence_loss(before: Any, after: Any) -> Tensor:
-    """`divergence` as a float64 scalar with a gradient to `after`."""
+def divergence_loss(before: Any, after: Any, *, temperature: float = 1.0) -> Tensor:
+    """`divergence` as a float64 scalar with a gradient to `after`.
+
+    Args:
+        before: The dense model's output.
+        after: Another's.
+        temperature: What logits are divided by; the divergence is multiplied by its square,
+            so that its slope stays of one size (arXiv 1503.02531, section 2.1).
+    """
     old, new = _compared(before), _compared(after)
     if old.shape != new.shape:
         raise CalibrationError(f"outputs changed from {list(old.shape)} to {list(new.shape)}")
     old, new = old.double(), new.double()
     named = isinstance(before, Mapping) and "logits" in before
     if (named or old.dim() == 2) and old.shape[-1] > 1:
-        p, q = old.log_softmax(dim=-1), new.log_softmax(dim=-1)
-        return (p.exp() * (p - q)).sum(dim=-1).mean()
+        p, q = (logits.div(temperature).log_softmax(dim=-1) for logits in (old, new))
+        return temperature**2 * (p.exp() * (p - q)).sum(dim=-1).mean()
     return (old - new).square().sum() / old.square().sum().clamp_min(1e-300)
 
 

@@ -7,8 +7,10 @@ probabilities, and minimising one under a bound on the other is a linear program
 
 from __future__ import annotations
 
+import copy
+import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import numpy as np
@@ -18,7 +20,7 @@ from torch import Tensor
 
 from rankopt.allocation import NEGLIGIBLE_ERROR, allocate
 from rankopt.decompositions.base import Decomposition
-from rankopt.errors import ModelError
+from rankopt.errors import ModelError, RankoptWarning
 from rankopt.strategy import Option, Problem, Site
 
 __all__ = ["Menu", "Relaxation"]
@@ -64,24 +66,19 @@ class Relaxation:
         owner: [options] index of each option's site.
         shares: [options, axes] cost in shares of the budget.
         room: [axes] what the sites may use, in the same shares.
+        limits: [axes] what the whole model may cost, in each axis's unit.
         error: [options] relative errors.
     """
 
     def __init__(self, problem: Problem, *, soft: bool = False) -> None:
         assert problem.budget is not None
         self.problem, self.axes = problem, problem.budget.axes
-        if soft and not any(method.soft for site in problem.sites for method in site.methods):
-            names = sorted({method.name for site in problem.sites for method in site.methods})
-            raise ModelError(
-                f"{', '.join(names)} cannot mix ranks, so no gradient reaches them; allow svd, "
-                "tucker2 or spatial_svd (methods=), or choose ranks without data"
-            )
-        limits = np.array([problem.budget.ratio(a) * problem.totals[a] for a in self.axes])
+        if soft:
+            _check_soft(problem)
+        limits = self.limits = _limits(problem)
         fixed = np.array(
             [problem.totals[a] - sum(site.cost[a] for site in problem.sites) for a in self.axes]
         )
-        whole = np.array([axis in COUNTED for axis in self.axes])
-        limits = np.where(whole, np.maximum(np.floor(limits), 1.0), limits)
         self.menus = tuple(_menu(problem, site, limits, soft=soft) for site in problem.sites)
         sizes = [len(menu) for menu in self.menus]
         self.owner = np.repeat(np.arange(len(sizes)), sizes)
@@ -90,9 +87,26 @@ class Relaxation:
         self.error: Array = np.concatenate([menu.error for menu in self.menus])
         self.room: Array = 1.0 - fixed / limits
         self.sizes = np.array(sizes)
+        self._check_room()
+
+    def within(self, problem: Problem) -> Relaxation:
+        """The same options under another budget on the same axes, shares and room in its terms.
+
+        Raises:
+            BudgetInfeasible: Even the cheapest options exceed it.
+        """
+        other = copy.copy(self)
+        other.problem, other.limits = problem, _limits(problem)
+        ratio = self.limits / other.limits
+        other.menus = tuple(replace(menu, shares=menu.shares * ratio) for menu in self.menus)
+        other.shares, other.room = self.shares * ratio, 1.0 - (1.0 - self.room) * ratio
+        other._check_room()
+        return other
+
+    def _check_room(self) -> None:
         least = np.minimum.reduceat(self.shares, self.starts, axis=0).sum(axis=0)
         if (least > self.room).any():
-            raise problem.infeasible(self.options(self.starts))
+            raise self.problem.infeasible(self.options(self.starts))
 
     def __len__(self) -> int:
         return len(self.owner)
@@ -295,6 +309,34 @@ def _root(excess: Any, unit: float) -> float:
     while found < high and excess(found) > 0:
         found, step = found + step, 4 * step
     return min(found, high)
+
+
+def _check_soft(problem: Problem) -> None:
+    """Say which methods a gradient cannot reach; raise where none is left."""
+    methods = {method.name: method.soft for site in problem.sites for method in site.methods}
+    left_out = ", ".join(sorted(name for name, soft in methods.items() if not soft))
+    if not any(methods.values()):
+        raise ModelError(
+            f"{left_out} cannot mix ranks, so no gradient reaches them; allow svd, "
+            "tucker2 or spatial_svd (methods=), or choose ranks without data"
+        )
+    if left_out:
+        warnings.warn(
+            f"{left_out} left out: factors that are fitted anew for every rank cannot be mixed, so "
+            "a loss on data has no slope along their ranks; to have them chosen by their own "
+            "damage use strategy 'knapsack', or relaxed with objective='reconstruction'",
+            RankoptWarning,
+            stacklevel=4,
+        )
+
+
+def _limits(problem: Problem) -> Array:
+    """[axes] the most the whole model may cost, in the axes' units."""
+    assert problem.budget is not None
+    axes = problem.budget.axes
+    limits = np.array([problem.budget.ratio(axis) * problem.totals[axis] for axis in axes])
+    whole = np.array([axis in COUNTED for axis in axes])
+    return np.where(whole, np.maximum(np.floor(limits), 1.0), limits)
 
 
 def _menu(problem: Problem, site: Site, limits: Array, *, soft: bool) -> Menu:

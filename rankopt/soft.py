@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Final
 
 import numpy as np
@@ -16,17 +15,18 @@ from torch import Tensor, nn
 
 from rankopt import measure, surgery
 from rankopt._apply import build_with_moments, remember_plan
-from rankopt._latency_budget import bounds_latency
+from rankopt._latency_budget import ModelClock, bounds_latency, price_time, solve
 from rankopt._search import Opened, check_request, open_problem
+from rankopt._soft_weights import SoftSite
 from rankopt.budget import Budget
 from rankopt.decompositions.base import Decomposition
-from rankopt.decompositions.projection import Projection, survival
-from rankopt.errors import ModelError, NotYetSupported
+from rankopt.errors import ModelError
 from rankopt.inputs import MAX_SAMPLES
-from rankopt.layers import Layer, Patterns, stored_weight
+from rankopt.layers import Patterns
 from rankopt.plan import RankPlan
-from rankopt.relaxation import Menu, Relaxation, softmax
-from rankopt.strategy import Problem, Strategy, Tags
+from rankopt.profile_table import ProfileTable
+from rankopt.relaxation import Relaxation, softmax
+from rankopt.strategy import Option, Problem, Strategy, Tags
 
 __all__ = ["SoftModel", "soften"]
 
@@ -47,6 +47,7 @@ def soften(
     methods: Sequence[str | Decomposition] = Strategy.methods,
     only: Patterns = (),
     ignore: Patterns = (),
+    profile: ProfileTable | None = None,
     progress: bool | None = None,
 ) -> SoftModel:
     """A copy of `model` whose ranks are learned as it trains.
@@ -57,20 +58,21 @@ def soften(
 
     Args:
         model: A trained model; not changed.
-        budget: As of `rankopt.search`.
-        example_inputs: As of `rankopt.search`; needed for MACs.
+        budget: As of `rankopt.search`. On latency the expected cost is the mean of measured
+            times: a profile table, interpolated by the probabilities of its ranks.
+        example_inputs: As of `rankopt.search`; needed for MACs and latency.
         calibration: Inputs; ranks are then truncations that keep the layers' outputs.
         calibration_samples: Where to stop reading.
         methods: Decompositions to choose from that can mix ranks (`Decomposition.soft`).
         only: Layers to soften, as of `rankopt.search`.
         ignore: Layers to leave dense.
+        profile: Where layer times are kept, and how they are taken; needed for latency only.
         progress: Whether to show progress bars.
 
     Raises:
         BudgetError: The budget cannot be read, or needs inputs not given.
         BudgetInfeasible: Even the smallest ranks exceed it.
         ModelError: No layer can be decomposed, or every weight is frozen.
-        NotYetSupported: A budget on measured latency.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 4))
@@ -84,11 +86,6 @@ def soften(
     started = time.perf_counter()
     allowed = Budget.parse(budget)
     check_request(allowed, _Trained(), example_inputs, calibration, None)
-    if bounds_latency(allowed):
-        raise NotYetSupported(
-            f"budget {allowed}: soften() holds params, macs and memory; for a budget on measured "
-            "latency use rankopt.search"
-        )
     with torch.no_grad(), measure.preserve_rng():
         opened = open_problem(
             model,
@@ -101,6 +98,11 @@ def soften(
             ignore=ignore,
             progress=progress,
         )
+        clock = None
+        if bounds_latency(allowed):
+            assert opened.seen is not None
+            clock = ModelClock(opened.source, example_inputs, profile or ProfileTable())
+            opened = _timed(opened, clock)
         opened.problem.prepare()
         trained = surgery.clone(opened.view)
         names = [site.name for site in opened.problem.sites]
@@ -111,7 +113,7 @@ def soften(
             )
         relaxation = Relaxation(opened.problem, soft=True)
         soft = SoftModel(trained, relaxation)
-        soft.opened = opened
+        soft.opened, soft.clock, soft.allowed = opened, clock, allowed
         scores = np.square(relaxation.error)
         temperature = float(np.ptp(scores)) or 1.0
         for _ in range(60):
@@ -124,15 +126,33 @@ def soften(
     return soft
 
 
+def _timed(opened: Opened, clock: ModelClock) -> Opened:
+    """With layer times as a cost, and milliseconds as a share of the dense time."""
+    problem, budget = opened.problem, opened.problem.budget
+    assert budget is not None
+    assert opened.seen is not None
+    price_time(problem, clock, opened.seen)
+    shares = [budget.latency or 1.0, (budget.latency_ms or clock.dense_ms) / clock.dense_ms]
+    held = replace(budget, latency=min(shares), latency_ms=None)
+    return replace(opened, problem=problem.with_budget(held))
+
+
 @dataclass(frozen=True)
 class _Trained(Strategy):
-    """Stands in a plan for ranks that a training loop of the user's found."""
+    """Ranks that a training loop of the user's found, rounded to the budget at hand."""
 
     name: ClassVar[str] = "soft"
     tags: ClassVar[Tags] = Tags(deterministic=False, monotone=False, unbudgeted=False)
+    soft: SoftModel | None = field(default=None, repr=False, compare=False)
+
+    def describe(self, seed: int) -> dict[str, Any]:
+        """No settings: the training loop had them."""
+        return {"name": self.name, "settings": {}, "seed": seed}
 
     def search(self, problem: Problem) -> RankPlan:
-        raise NotImplementedError("these ranks come from training a soft model")
+        """Round the logits; see `Strategy.search`."""
+        assert self.soft is not None
+        return problem.plan(self, self.soft.rounded(problem))
 
 
 class SoftModel(nn.Module):
@@ -170,16 +190,20 @@ class SoftModel(nn.Module):
         for name, value in held.items():
             self.register_buffer(name, value.to(device), persistent=name == "multipliers")
         self.sizes = [len(menu) for menu in relaxation.menus]
-        self.sites = nn.ModuleList(_SoftSite(model, relaxation, m) for m in relaxation.menus)
+        self.sites = nn.ModuleList(SoftSite(model, relaxation, m) for m in relaxation.menus)
         self.opened: Opened | None = None
+        self.clock: ModelClock | None = None
+        self.allowed: Budget | None = None
         self.seconds = 0.0
         self._set: Tensor | None = None
+        self._held: dict[str, Tensor] | None = None
 
     # Training
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the model computes with its soft weights."""
-        return torch.func.functional_call(self.model, self.soft_weights(), args, kwargs)
+        weights = self.soft_weights() if self._held is None else self._held
+        return torch.func.functional_call(self.model, weights, args, kwargs)
 
     def weights(self) -> list[nn.Parameter]:
         """The model's own parameters that train."""
@@ -243,6 +267,15 @@ class SoftModel(nn.Module):
         finally:
             self._set = before
 
+    @contextmanager
+    def holding(self, weights: dict[str, Tensor]) -> Iterator[None]:
+        """Compute with these weights, from `soft_weights`, for several batches."""
+        before, self._held = self._held, weights
+        try:
+            yield
+        finally:
+            self._held = before
+
     def entropy(self, probabilities: Tensor) -> Tensor:
         """Mean entropy of the sites, as a share of the uniform distribution's."""
         terms = -probabilities * probabilities.clamp_min(1e-30).log()
@@ -271,14 +304,35 @@ class SoftModel(nn.Module):
     def discretise(self) -> RankPlan:
         """The plan of the most probable ranks within the budget.
 
-        Costs are those of the built model and within the budget; the errors it
-        states are those of the weights `soften` was given.
+        Costs are those of the built model and within the budget, a budget on latency by
+        the whole model's measured time; the errors it states are those of the weights
+        `soften` was given.
 
         Raises:
+            BudgetInfeasible: No plan was measured to be fast enough.
             ModelError: The logits are not finite: the training diverged.
         """
-        opened, relaxation = self.opened, self.relaxation
+        opened = self.opened
         assert opened is not None, "made by soften()"
+        strategy = _Trained(self)
+        with torch.no_grad(), measure.preserve_rng():
+            if self.clock is None:
+                plan = strategy.search(opened.problem)
+            else:
+                asked = opened.problem.with_budget(self.allowed)
+                plan = solve(asked, strategy, self.clock.measure, self.clock.dense_ms)
+            return opened.finish(plan, seconds=self.seconds)
+
+    def rounded(self, problem: Problem) -> list[Option]:
+        """The most probable options within a problem's budget, one per site.
+
+        Args:
+            problem: That of `soften`, its budget tighter or looser on the same axes.
+
+        Raises:
+            ModelError: The logits are not finite.
+        """
+        relaxation = self.relaxation.within(problem)
         scores = self.scores.detach().double().cpu().numpy()
         if not np.isfinite(scores).all():
             bad = relaxation.owner[~np.isfinite(scores)][0]
@@ -288,10 +342,7 @@ class SoftModel(nn.Module):
             )
         logs = np.log(np.maximum(relaxation.softmax(scores), 1e-300))
         prices = self.multipliers[:-1].double().cpu().numpy()
-        chosen = relaxation.round(logs, np.square(relaxation.error), prices)
-        with torch.no_grad(), measure.preserve_rng():
-            options = relaxation.options(chosen)
-            return opened.finish(opened.problem.plan(_Trained(), options), seconds=self.seconds)
+        return relaxation.options(relaxation.round(logs, np.square(relaxation.error), prices))
 
     def build(self, plan: RankPlan) -> nn.Module:
         """The small model, with the weights as trained.
@@ -332,68 +383,3 @@ class SoftModel(nn.Module):
                 )
             sure[int(start) + named.index(wanted)] = 1.0
         return sure
-
-
-class _SoftSite(nn.Module):
-    """The options of one site as a function from probabilities to a weight."""
-
-    def __init__(self, model: nn.Module, relaxation: Relaxation, menu: Menu) -> None:
-        super().__init__()
-        self.layers = menu.site.layers
-        self.truncations = nn.ModuleList()
-        problem = relaxation.problem
-        for method in menu.site.methods:
-            places = [i for i, found in enumerate(menu.methods) if found is method]
-            if not places:
-                continue
-            basis = problem.basis(menu.site, method)
-            ranks = np.array([menu.ranks[i] for i in places])
-            maxima = [axis.maximum for axis in method.rank_axes(menu.site.layer)]
-            self.truncations.append(_Truncations(basis.projection(), places, ranks, maxima))
-        self.dense = menu.methods.index(None) if None in menu.methods else None
-
-    def forward(self, model: nn.Module, probabilities: Tensor) -> dict[str, Tensor]:
-        module: Any = model.get_submodule(self.layers[0].name)
-        dense = _canonical(self.layers[0], module.weight)
-        mixed = torch.zeros_like(dense)
-        if self.dense is not None:
-            mixed = probabilities[self.dense].to(dense.dtype) * dense
-        for truncation in self.truncations:
-            mixed = mixed + truncation(dense, probabilities)
-        stored = stored_weight(self.layers[0], mixed)
-        return {f"{layer.name}.weight" if layer.name else "weight": stored for layer in self.layers}
-
-
-class _Truncations(nn.Module):
-    """Some options of a site that truncate one basis."""
-
-    places: Tensor
-    cells: Tensor
-
-    def __init__(
-        self,
-        projection: Projection,
-        places: list[int],
-        ranks: npt.NDArray[np.int64],
-        maxima: list[int],
-    ) -> None:
-        super().__init__()
-        self.projection = projection
-        # No option has a rank beyond these, so nothing beyond is ever open.
-        self.maxima = tuple(maxima)
-        flat = np.ravel_multi_index(tuple((ranks - 1).T), self.maxima)
-        device = next(projection.buffers()).device
-        self.register_buffer("places", torch.tensor(places).to(device), persistent=False)
-        self.register_buffer("cells", torch.from_numpy(flat).to(device), persistent=False)
-
-    def forward(self, weight: Tensor, probabilities: Tensor) -> Tensor:
-        mass = probabilities.new_zeros(math.prod(self.maxima))
-        mass = mass.index_add(0, self.cells, probabilities[self.places])
-        soft: Tensor = self.projection(weight, survival(mass.reshape(self.maxima)))
-        return soft
-
-
-def _canonical(layer: Layer, weight: Tensor) -> Tensor:
-    """`rankopt.layers.canonical_weight`, differentiable."""
-    grouped: Tensor = (weight.T if layer.transposed else weight).unflatten(0, (layer.groups, -1))
-    return grouped

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,7 +8,8 @@ from torch import nn
 
 import rankopt
 from rankopt.errors import BudgetError, BudgetInfeasible, ModelError
-from rankopt.testing import planted_inputs, planted_model
+from rankopt.relaxation import Relaxation
+from rankopt.testing import ModelledClock, planted_inputs, planted_model
 
 
 def train(soft, model, steps=60):
@@ -163,3 +165,48 @@ def test_divergence_is_no_plan():
         soft.logits()[0][3] = torch.nan
     with pytest.raises(ModelError, match="layer conv: its rank logits are not finite"):
         soft.discretise()
+
+
+def test_latency_is_held_as_measured():
+    model, clock = planted_model(), ModelledClock()
+    table = rankopt.ProfileTable(clock=clock, rounds=3)
+    budget = "latency<=80%, params<=70%"
+    soft = rankopt.soften(model, budget, example_inputs=planted_inputs(), profile=table)
+    cost = soft.probabilities() @ soft.shares
+    gradient = torch.autograd.grad(cost[soft.relaxation.axes.index("latency")], soft.scores)[0]
+    assert gradient.abs().sum() > 0
+    train(soft, model, steps=20)
+    plan = soft.discretise()
+    assert plan.changes
+    assert plan.budget == rankopt.Budget.parse(budget)
+    assert plan.extensions["latency"]["high"] <= 0.8
+    small = soft.build(plan)
+    with torch.no_grad():
+        times = [clock(lambda m=m: m(planted_inputs())) for m in (small, model)]
+    assert times[0] <= 0.8 * times[1]
+
+
+def test_milliseconds_are_a_share_of_the_dense_time():
+    model, clock = planted_model(), ModelledClock()
+    dense = clock(lambda: model(planted_inputs()))
+    table = rankopt.ProfileTable(clock=clock, rounds=3)
+    soft = rankopt.soften(
+        model, f"latency_ms<={0.8 * dense:.4f}", example_inputs=planted_inputs(), profile=table
+    )
+    plan = soft.discretise()
+    assert plan.changes
+    assert plan.totals["latency"]["measured"] <= 0.8 * dense
+    with pytest.raises(BudgetInfeasible, match="layer times foresee|the smallest reachable"):
+        rankopt.soften(
+            model, "latency<=1%", example_inputs=planted_inputs(), profile=table
+        ).discretise()
+
+
+def test_the_same_options_under_another_budget():
+    soft = rankopt.soften(planted_model(), "params<=60%")
+    half = soft.opened.problem.with_budget(rankopt.Budget.parse("params<=50%"))
+    moved, made = soft.relaxation.within(half), Relaxation(half, soft=True)
+    assert np.allclose(moved.shares, made.shares)
+    assert np.allclose(moved.room, made.room)
+    with pytest.raises(BudgetInfeasible, match="smallest reachable is params"):
+        soft.relaxation.within(soft.opened.problem.with_budget(rankopt.Budget(params=0.01)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from textwrap import wrap
 from typing import TYPE_CHECKING, Any, Final
@@ -12,8 +13,12 @@ from rankopt.errors import MissingDependency, RankoptError
 
 if TYPE_CHECKING:
     from rankopt.layer_profile import LayerProfile
+    from rankopt.plan import RankPlan
 
-__all__ = ["write_profile"]
+__all__ = ["write_profile", "write_ranks"]
+
+# Entries of a step that are drawn over the steps, where a search noted them.
+CURVES = ("loss", "soft_loss", "best", "entropy")
 
 STRONG, PALE, CLIFF = "#1f6feb", "#8fb3ea", "#b42318"
 TITLE_WIDTH: Final = 125
@@ -22,11 +27,7 @@ HEADROOM: Final = 1.25
 
 def write_profile(profile: LayerProfile, path: str | os.PathLike[str]) -> None:
     """Write time against rank to an HTML page; see `LayerProfile.plot`."""
-    if Path(path).suffix.lower() not in (".html", ".htm"):
-        raise RankoptError(
-            f"cannot plot to {path}: plots are HTML pages, so end the name in .html "
-            "(the page's camera button saves a PNG)"
-        )
+    _check_name(path)
     go = _plotly()
     rows = profile.rows
     ranks = [max(row.ranks) for row in rows]
@@ -84,6 +85,64 @@ def write_profile(profile: LayerProfile, path: str | os.PathLike[str]) -> None:
         template="plotly_white",
     )
     write_text(path, figure.to_html(include_plotlyjs=True, full_html=True))
+
+
+def write_ranks(plan: RankPlan, path: str | os.PathLike[str]) -> None:
+    """Write how ranks moved during a search to an HTML page.
+
+    Above, how much of each site was left at each step: its expected cost as a share of
+    the dense one's, or its rank where the search noted ranks. Below, loss and entropy.
+
+    Args:
+        plan: Of a strategy that keeps a record of its steps, such as ``relaxed``.
+        path: The page, ending in .html.
+
+    Raises:
+        MissingDependency: plotly is not installed.
+        RankoptError: The plan holds no record, or the page cannot be written.
+    """
+    _check_name(path)
+    name = plan.strategy.get("name")
+    record = plan.extensions.get(name) if isinstance(name, str) else None
+    steps = record.get("steps") if isinstance(record, Mapping) else None
+    if not steps or not isinstance(record, Mapping):
+        raise RankoptError(
+            f"the plan of strategy {name!r} holds no record of steps to plot; the strategy "
+            "'relaxed' keeps one"
+        )
+    go = _plotly()
+    at = [step["step"] for step in steps]
+    left = "ranks" if "ranks" in steps[0] else "kept"
+    figure = go.Figure()
+    figure.add_heatmap(
+        x=at,
+        y=list(record["sites"]),
+        z=[list(column) for column in zip(*(step[left] for step in steps), strict=True)],
+        colorscale="Viridis",
+        colorbar={"title": "rank" if left == "ranks" else "cost left", "y": 0.7, "len": 0.6},
+        yaxis="y2",
+    )
+    for curve in CURVES:
+        if curve in steps[0]:
+            figure.add_scatter(x=at, y=[step.get(curve) for step in steps], name=curve)
+    figure.update_layout(
+        title=f"{name}: how the ranks of {len(record['sites'])} sites moved",
+        xaxis={"title": "step", "anchor": "y"},
+        yaxis={"domain": [0, 0.32]},
+        yaxis2={"domain": [0.4, 1], "autorange": "reversed"},
+        legend={"y": 0.25},
+        height=max(600, 300 + 18 * len(record["sites"])),
+        template="plotly_white",
+    )
+    write_text(path, figure.to_html(include_plotlyjs=True, full_html=True))
+
+
+def _check_name(path: str | os.PathLike[str]) -> None:
+    if Path(path).suffix.lower() not in (".html", ".htm"):
+        raise RankoptError(
+            f"cannot plot to {path}: plots are HTML pages, so end the name in .html "
+            "(the page's camera button saves a PNG)"
+        )
 
 
 def _plotly() -> Any:

@@ -37,20 +37,24 @@ def fingerprint(model: nn.Module) -> dict[str, str | None]:
     return {"plan": decisions, "model": measure.structure_digest(model)}
 
 
-def save_state(folder: Path, identity: Mapping[str, Any], state: Mapping[str, Any]) -> None:
+def save_state(
+    folder: Path, identity: Mapping[str, Any], state: Mapping[str, Any], name: str = CHECKPOINT
+) -> None:
     """Write the checkpoint atomically; tensors and plain values only."""
-    with atomic_path(folder / CHECKPOINT) as temporary:
+    with atomic_path(folder / name) as temporary:
         torch.save({"schema": SCHEMA, "identity": dict(identity), **state}, temporary)
 
 
-def load_state(folder: Path, identity: Mapping[str, Any]) -> dict[str, Any] | None:
+def load_state(
+    folder: Path, identity: Mapping[str, Any], name: str = CHECKPOINT
+) -> dict[str, Any] | None:
     """The checkpoint in `folder`, on the CPU; None if there is none.
 
     Raises:
         CheckpointError: The file is damaged, or was made by another run; the
             message names the first setting that differs.
     """
-    path = folder / CHECKPOINT
+    path = folder / name
     if not path.exists():
         return None
     try:
@@ -58,7 +62,7 @@ def load_state(folder: Path, identity: Mapping[str, Any]) -> dict[str, Any] | No
     except Exception as error:  # torch's reader of a damaged file may raise anything
         raise CheckpointError(f"{path} is damaged: {type(error).__name__}: {error}") from error
     if not isinstance(state, dict) or state.get("schema") != SCHEMA:
-        raise CheckpointError(f"{path} is no training checkpoint of this version of rankopt")
+        raise CheckpointError(f"{path} is no checkpoint of this version of rankopt")
     made = state["identity"]
     for key, value in identity.items():
         if made.get(key) != value:

@@ -20,7 +20,7 @@ from rankopt.errors import (
     RankoptWarning,
 )
 from rankopt.relaxation import Relaxation
-from rankopt.testing import check_strategy, planted_inputs, planted_model
+from rankopt.testing import ModelledClock, check_strategy, planted_inputs, planted_model
 from rankopt_strategies import Knapsack, Relaxed, RelaxedSettings
 from rankopt_strategies.relaxed import paper
 
@@ -166,9 +166,10 @@ def test_rounding_takes_the_most_probable_that_fits():
 # Objectives on data
 
 
-def test_distillation_is_no_worse_than_where_it_starts():
+@pytest.mark.parametrize("slopes", ["measured", "gradient"])
+def test_distillation_is_no_worse_than_where_it_starts(slopes):
     data = [planted_inputs(128)]
-    plan = plan_for("macs<=35%", strategy=Relaxed(rounds=4), calibration=data)
+    plan = plan_for("macs<=35%", strategy=Relaxed(rounds=4, slopes=slopes), calibration=data)
     facts = plan.extensions["relaxed"]
     assert facts["loss"] <= facts["first_loss"]
     # Where the annealing ends the mixture and the choice meet.
@@ -178,7 +179,8 @@ def test_distillation_is_no_worse_than_where_it_starts():
     assert small(planted_inputs()).isfinite().all()
 
 
-def test_the_loss_decides_which_layer_keeps_its_rank():
+@pytest.mark.parametrize("slopes", ["measured", "gradient"])
+def test_the_loss_decides_which_layer_keeps_its_rank(slopes):
     # Only the second half of the first layer's outputs reaches the loss.
     class Two(nn.Module):
         def __init__(self):
@@ -191,12 +193,52 @@ def test_the_loss_decides_which_layer_keeps_its_rank():
     model, x = Two(), torch.randn(64, 24)
     with torch.no_grad():
         data = [(x, model(x))]
-    task = Relaxed(objective="task", data=data, criterion=F.mse_loss, rounds=12)
+    task = Relaxed(objective="task", data=data, criterion=F.mse_loss, rounds=12, slopes=slopes)
     plan = rankopt.search(model, "params<=70%", strategy=task, example_inputs=x)
     facts = plan.extensions["relaxed"]
     assert facts["loss"] < 0.9 * facts["first_loss"]
     kept = {d.targets[0]: d.cost["params"][1] for d in plan}
     assert kept["seen"] > kept["unseen"]
+
+
+def test_a_choice_of_no_finite_loss_is_not_taken():
+    calls = []
+
+    def criterion(output, target):
+        calls.append(1)
+        loss = F.mse_loss(output, target)
+        return loss if len(calls) <= 2 else loss * float("nan")  # the dense model, the first choice
+
+    data = [(torch.randn(8, 16),) * 2]
+    strategy = Relaxed(objective="task", data=data, criterion=criterion, rounds=2)
+    model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16))
+    x = torch.randn(1, 16)
+    facts = rankopt.search(model, "params<=60%", strategy=strategy, example_inputs=x).extensions[
+        "relaxed"
+    ]
+    assert facts["loss"] == facts["first_loss"]
+    assert len(calls) > 4
+
+
+def test_fitted_factors_are_left_out_of_a_search_on_data():
+    arguments = {"calibration": [planted_inputs(32)], "strategy": Relaxed(rounds=1)}
+    with pytest.warns(RankoptWarning, match="cp, tt left out: factors that are fitted anew"):
+        plan = plan_for("macs<=60%", methods=("svd", "tucker2", "cp", "tt"), **arguments)
+    assert {decision.method for decision in plan.changes} <= {"svd", "tucker2"}
+    with pytest.raises(ModelError, match="cp cannot mix ranks, so no gradient reaches them"):
+        plan_for("macs<=60%", methods=("cp",), **arguments)
+
+
+def test_a_measured_search_on_measured_time():
+    table = rankopt.ProfileTable(clock=ModelledClock(), rounds=3)
+    plan = plan_for(
+        "latency<=80%",
+        strategy=Relaxed(rounds=1),
+        calibration=[planted_inputs(32)],
+        profile=table,
+    )
+    assert plan.changes
+    assert plan.extensions["latency"]["high"] <= 0.8
 
 
 def test_contract_with_calibration():
@@ -209,7 +251,11 @@ def test_a_gradient_that_is_not_finite_is_said_and_not_followed():
         return loss * float("nan") if torch.is_grad_enabled() else loss
 
     strategy = Relaxed(
-        objective="task", data=[(torch.randn(8, 16),) * 2], criterion=criterion, rounds=2
+        objective="task",
+        data=[(torch.randn(8, 16),) * 2],
+        criterion=criterion,
+        rounds=2,
+        slopes="gradient",
     )
     model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16))
     with pytest.warns(RankoptWarning, match="gradient of the loss is not finite"):
@@ -274,6 +320,8 @@ def test_bad_requests():
         (lambda: Relaxed(entropy=0), "entropy=0"),
         (lambda: Relaxed(entropy=2), "entropy=2"),
         (lambda: Relaxed(rounds=0), "rounds=0"),
+        (lambda: Relaxed(slopes="guessed"), "slopes='guessed'"),
+        (lambda: Relaxed(temperature=0), "temperature=0"),
         (lambda: Relaxed(batch_size=1.5), "batch_size=1.5"),
         (lambda: RelaxedSettings(low=0), "low=0"),
         (lambda: RelaxedSettings(low=20, high=10), "the set of candidates is empty"),

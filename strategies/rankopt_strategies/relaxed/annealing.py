@@ -30,11 +30,13 @@ class Record:
         sites: Names, in the order of every per-site list.
         steps: One mapping per step.
         listen: Called with each step as it is added, such as to log it.
+        begin: Called once, with the steps of a run that is gone on with.
     """
 
     sites: list[str]
     steps: list[dict[str, Any]] = field(default_factory=list)
     listen: Callable[[dict[str, Any]], None] | None = None
+    begin: Callable[[list[dict[str, Any]]], None] | None = None
 
     def add(
         self, relaxation: Relaxation, probabilities: Array, prices: Array, **facts: float
@@ -63,6 +65,12 @@ class Record:
         self.steps.append(step)
         if self.listen is not None:
             self.listen(step)
+
+    def restore(self, steps: list[dict[str, Any]]) -> None:
+        """Go on after these steps; they are not listened to again."""
+        self.steps = list(steps)
+        if self.begin is not None:
+            self.begin(self.steps)
 
     def summary(self) -> dict[str, Any]:
         """At most `KEPT_STEPS` steps, first and last included."""

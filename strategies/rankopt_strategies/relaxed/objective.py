@@ -32,13 +32,16 @@ class Objective:
         model: A dense model of its own; its mode is changed.
         batches: (inputs, target) pairs.
         criterion: A scalar tensor from (output, target).
+
+    Attributes:
+        position: The batch that comes next.
     """
 
     def __init__(
         self, model: nn.Module, batches: Sequence[tuple[Any, Any]], criterion: Criterion
     ) -> None:
         self.model, self.batches, self.criterion = model.eval(), batches, criterion
-        self._position = 0
+        self.position = 0
         for module in model.modules():
             if isinstance(module, _NORMS):
                 module.train()
@@ -53,7 +56,7 @@ class Objective:
             ModelError: The criterion gives no finite scalar for the dense model either.
         """
         if index is None:
-            index, self._position = self._position, (self._position + 1) % len(self.batches)
+            index, self.position = self.position, (self.position + 1) % len(self.batches)
         inputs, target = self.batches[index]
         loss = self.criterion(forward(inputs), target)
         if not isinstance(loss, Tensor) or loss.numel() != 1:
@@ -88,7 +91,7 @@ class Objective:
         return self(forward)
 
 
-def distillation(problem: Problem, batch_size: int) -> Objective:
+def distillation(problem: Problem, batch_size: int, temperature: float) -> Objective:
     """Distance of the outputs from the dense model's, on the calibration inputs."""
     assert problem.copy is not None
     model = problem.copy()
@@ -96,7 +99,11 @@ def distillation(problem: Problem, batch_size: int) -> Objective:
     with torch.no_grad(), measure.evaluation(model):
         targets = [main_output(run(model, batch)) for batch in inputs]
     pairs = list(zip(inputs, targets, strict=True))
-    return Objective(model, pairs, lambda output, target: divergence_loss(target, output))
+
+    def criterion(output: Any, target: Any) -> Tensor:
+        return divergence_loss(target, output, temperature=temperature)
+
+    return Objective(model, pairs, criterion)
 
 
 def task(problem: Problem, data: Iterable[Any], criterion: Criterion) -> Objective:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -17,6 +17,7 @@ from rankopt.errors import LayerError, ModelError, RankoptWarning
 from rankopt.strategy import Option, Problem, Site
 from rankopt_strategies.relaxed.annealing import Record
 from rankopt_strategies.relaxed.objective import Objective
+from rankopt_strategies.relaxed.resuming import Checkpoint
 
 __all__ = ["RelaxedSettings", "search_candidates"]
 
@@ -24,6 +25,8 @@ __all__ = ["RelaxedSettings", "search_candidates"]
 GRADIENT_NORM: Final = 5.0
 # How often a diverging search steps back before it gives up.
 PATIENCE: Final = 5
+# Updates between steps of the record, checkpoints and values to step back to.
+KEPT_EVERY: Final = 10
 # Octaves that the common factor on the ranks spans on either side, to meet a budget.
 OCTAVES: Final = 10
 
@@ -152,7 +155,11 @@ def largest(site: Site) -> int:
 
 
 def search_candidates(
-    problem: Problem, settings: RelaxedSettings, objective: Objective | None, record: Record
+    problem: Problem,
+    settings: RelaxedSettings,
+    objective: Objective | None,
+    record: Record,
+    checkpoint: Checkpoint,
 ) -> list[Option]:
     """Rounds of optimisation and refinement; the ranks then scaled to the budget, if any.
 
@@ -161,6 +168,7 @@ def search_candidates(
         settings: See `RelaxedSettings`.
         objective: The loss on data; None for the reconstruction of the weights.
         record: Takes every tenth update.
+        checkpoint: Keeps the state at every tenth update, and is gone on from.
 
     Raises:
         LayerError: No layer has ranks as large as the candidates.
@@ -173,10 +181,18 @@ def search_candidates(
             f"its feasible ranks, 1 to {largest(widest)}, and no layer has more; lower low="
         )
     wanted = list(range(settings.low, settings.high + 1, settings.step))
-    offered = [_feasible(site, wanted) for site in problem.sites]
-    step = settings.step
+    state = checkpoint.load()
+    offered = state.get("offered") or [_feasible(site, wanted) for site in problem.sites]
+    step = state.get("step", settings.step)
+    record.restore(state.get("steps", []))
     while True:
-        chosen = _round(problem, settings, offered, objective, record)
+        run = _Run(problem, settings, offered, objective)
+        run.restore(state.pop("run", None))
+
+        def keep(run: _Run = run, step: int = step, offered: list[list[int]] = offered) -> None:
+            checkpoint.save(run=run.state(), step=step, offered=offered, steps=record.steps)
+
+        chosen = run.to_end(record, keep)
         half, step = step // 2, step // settings.shrink
         if step < 1:
             break
@@ -201,57 +217,106 @@ def _feasible(site: Site, wanted: Sequence[int] | range) -> list[int]:
     return sorted({max(1, min(rank, largest(site))) for rank in wanted})
 
 
-def _round(
-    problem: Problem,
-    settings: RelaxedSettings,
-    offered: Sequence[Sequence[int]],
-    objective: Objective | None,
-    record: Record,
-) -> list[int]:
-    """One optimisation over the candidates offered; the most probable of each site."""
-    sites = [_Candidates(problem, s, r) for s, r in zip(problem.sites, offered, strict=True)]
-    factors = [value for site in sites for part in site.factors for value in part.parameters()]
-    logits = [site.logits for site in sites]
-    rates = [settings.learning_rate, settings.logit_rate]
-    good = _copies([*factors, *logits])
-    setbacks = 0
-    optimisers = [_sgd(factors, rates[0]), _sgd(logits, rates[1])]
-    update = -settings.warmup
-    while update < settings.updates:
-        problem.check_deadline()
-        for phase in (0,) if update < 0 else (0, 1):
-            loss = _loss(problem, sites, settings, objective if phase else None)
-            trained = (factors, logits)[phase]
-            gradients = torch.autograd.grad(loss, trained, allow_unused=True)
+class _Run:
+    """One optimisation over the candidates offered."""
+
+    def __init__(
+        self,
+        problem: Problem,
+        settings: RelaxedSettings,
+        offered: Sequence[Sequence[int]],
+        objective: Objective | None,
+    ) -> None:
+        self.problem, self.settings, self.objective = problem, settings, objective
+        pairs = zip(problem.sites, offered, strict=True)
+        self.sites = [_Candidates(problem, site, ranks) for site, ranks in pairs]
+        factors = [v for site in self.sites for part in site.factors for v in part.parameters()]
+        self.trained = (factors, [site.logits for site in self.sites])
+        self.rates = [settings.learning_rate, settings.logit_rate]
+        self.update, self.setbacks = -settings.warmup, 0
+        self.good = _copies(self._all)
+        self.optimisers = self._fresh()
+
+    @property
+    def _all(self) -> list[nn.Parameter]:
+        return [*self.trained[0], *self.trained[1]]
+
+    def _fresh(self) -> list[torch.optim.Optimizer]:
+        return [_sgd(v, rate) for v, rate in zip(self.trained, self.rates, strict=True)]
+
+    def to_end(self, record: Record, keep: Callable[[], None]) -> list[int]:
+        """Train; the most probable candidate of each site."""
+        while self.update < self.settings.updates:
+            self.problem.check_deadline()
+            loss = self._alternate()
+            noted = self.update % KEPT_EVERY == 0
+            if noted:
+                self.good = _copies(self._all)
+                record.step(_step(self.sites, self.update, float(loss.detach())))
+            self.update += 1
+            if noted:
+                keep()
+        return [site.ranks[int(site.logits.argmax())] for site in self.sites]
+
+    def _alternate(self) -> Tensor:
+        """A step on the factors and, after the warm-up, one on the logits."""
+        for phase in (0,) if self.update < 0 else (0, 1):
+            objective = self.objective if phase else None
+            loss = _loss(self.problem, self.sites, self.settings, objective)
+            gradients = torch.autograd.grad(loss, self.trained[phase], allow_unused=True)
             finite = bool(loss.isfinite()) and all(
                 bool(g.isfinite().all()) for g in gradients if g is not None
             )
             if not finite:
-                setbacks += 1
-                if setbacks > PATIENCE:
-                    raise ModelError(
-                        "the search over candidates diverged "
-                        f"{setbacks} times (loss {float(loss.detach())}); lower learning_rate="
-                    )
-                warnings.warn(
-                    f"the search diverged at update {update}: stepping back, with half the "
-                    "learning rate",
-                    RankoptWarning,
-                    stacklevel=4,
-                )
-                rates = [rate / 2 for rate in rates]
-                _restore([*factors, *logits], good)
-                optimisers = [_sgd(factors, rates[0]), _sgd(logits, rates[1])]
+                self._step_back(float(loss.detach()))
                 break
-            for parameter, gradient in zip(trained, gradients, strict=True):
+            for parameter, gradient in zip(self.trained[phase], gradients, strict=True):
                 parameter.grad = gradient
-            nn.utils.clip_grad_norm_(trained, GRADIENT_NORM)
-            optimisers[phase].step()
-        if update % 10 == 0:
-            good = _copies([*factors, *logits])
-            record.step(_step(sites, update, float(loss.detach())))
-        update += 1
-    return [site.ranks[int(site.logits.argmax())] for site in sites]
+            nn.utils.clip_grad_norm_(self.trained[phase], GRADIENT_NORM)
+            self.optimisers[phase].step()
+        return loss
+
+    def _step_back(self, loss: float) -> None:
+        self.setbacks += 1
+        if self.setbacks > PATIENCE:
+            raise ModelError(
+                f"the search over candidates diverged {self.setbacks} times (loss {loss}); lower "
+                "learning_rate="
+            )
+        warnings.warn(
+            f"the search diverged at update {self.update}: stepping back, with half the "
+            "learning rate",
+            RankoptWarning,
+            stacklevel=5,
+        )
+        self.rates = [rate / 2 for rate in self.rates]
+        _restore(self._all, self.good)
+        self.optimisers = self._fresh()
+
+    def state(self) -> dict[str, Any]:
+        """All that the next update depends on."""
+        return {
+            "values": _copies(self._all),
+            "good": self.good,
+            "optimisers": [optimiser.state_dict() for optimiser in self.optimisers],
+            "rates": self.rates,
+            "update": self.update,
+            "setbacks": self.setbacks,
+            "position": None if self.objective is None else self.objective.position,
+        }
+
+    def restore(self, state: Mapping[str, Any] | None) -> None:
+        """Go on from a `state`."""
+        if state is None:
+            return
+        _restore(self._all, state["values"])
+        self.rates, self.update, self.setbacks = state["rates"], state["update"], state["setbacks"]
+        self.good = [v.to(p.device) for v, p in zip(state["good"], self._all, strict=True)]
+        self.optimisers = self._fresh()
+        for optimiser, saved in zip(self.optimisers, state["optimisers"], strict=True):
+            optimiser.load_state_dict(saved)
+        if self.objective is not None:
+            self.objective.position = state["position"]
 
 
 def _loss(

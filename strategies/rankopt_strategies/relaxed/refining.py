@@ -8,17 +8,14 @@ from typing import Final
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
-from rankopt import measure
 from rankopt._progress import progress_bar
 from rankopt.errors import ModelError, RankoptWarning
 from rankopt.relaxation import Relaxation
-from rankopt.soft import SoftModel
 from rankopt_strategies.relaxed.annealing import Record, anneal, at_entropy
-from rankopt_strategies.relaxed.objective import Objective
+from rankopt_strategies.relaxed.losses import Losses
 
-__all__ = ["Refined", "refine"]
+__all__ = ["Refined", "certain", "first_choice", "refine"]
 
 Array = npt.NDArray[np.float64]
 # Entropy at which gradients are taken: the mixture's loss is then close to the
@@ -51,8 +48,7 @@ class Refined:
 
 
 def refine(
-    soft: SoftModel,
-    objective: Objective,
+    losses: Losses,
     damage: Array,
     weights: Array,
     *,
@@ -69,8 +65,7 @@ def refine(
     its loss is lower; if not, the step is halved.
 
     Args:
-        soft: On a model that nobody else uses.
-        objective: The loss; on the same model.
+        losses: Of a soft model that nobody else uses.
         damage: [options] in the sites' own units.
         weights: [sites] to start from.
         entropy: Where annealing ends.
@@ -80,29 +75,19 @@ def refine(
     Raises:
         ModelError: The loss of the starting choice is not finite.
     """
-    relaxation = soft.relaxation
-    problem = relaxation.problem
+    relaxation = losses.soft.relaxation
     weights = weights / np.median(weights)
-
-    def settle(weights: Array) -> tuple[list[int], Array]:
-        scores = weights[relaxation.owner] * damage
-        logs, prices, _ = anneal(relaxation, scores, entropy, None)
-        return relaxation.round(logs, scores, prices, exact=True), np.exp(logs)
-
-    chosen, probabilities = settle(weights)
-    best = first = _loss(soft, objective, one_hot(relaxation, chosen))
-    if not np.isfinite(best):
-        raise ModelError(f"the loss of the first choice of ranks is {best}; check the criterion")
+    chosen, probabilities, first = first_choice(losses, damage, weights, entropy)
+    best = first
     step, wanted, slope_loss, prices = FIRST_STEP, None, 0.0, np.zeros(len(relaxation.axes))
-    with progress_bar("refining ranks", rounds, enabled=problem.progress) as advance:
+    with progress_bar("refining ranks", rounds, enabled=relaxation.problem.progress) as advance:
         for _ in range(rounds):
-            problem.check_deadline()
             if wanted is None:
-                wanted, slope_loss, near, prices = _wanted(soft, objective, damage, weights)
+                wanted, slope_loss, near, prices = _wanted(losses, damage, weights)
             logarithms = np.log(weights)
             trial = np.exp(logarithms + step * (wanted - logarithms))
-            found, spread = settle(trial)
-            loss = _loss(soft, objective, one_hot(relaxation, found))
+            found, spread = _settled(relaxation, trial, damage, entropy)
+            loss = losses(certain(relaxation, found))
             record.add(
                 relaxation, near, prices, soft_loss=slope_loss, loss=loss, best=min(best, loss)
             )
@@ -114,31 +99,45 @@ def refine(
             advance()
             if step < LAST_STEP:
                 break
-    return Refined(chosen, _loss(soft, objective, probabilities), best, first)
+    return Refined(chosen, losses(probabilities), best, first)
 
 
-def one_hot(relaxation: Relaxation, chosen: list[int]) -> Array:
-    """[options] certainty."""
+def first_choice(
+    losses: Losses, damage: Array, weights: Array, entropy: float
+) -> tuple[list[int], Array, float]:
+    """The choice of least weighted damage, its distribution before rounding, its loss.
+
+    Raises:
+        ModelError: The loss is not finite.
+    """
+    relaxation = losses.soft.relaxation
+    chosen, probabilities = _settled(relaxation, weights / np.median(weights), damage, entropy)
+    first = losses(certain(relaxation, chosen))
+    if not np.isfinite(first):
+        raise ModelError(f"the loss of the first choice of ranks is {first}; check the criterion")
+    return chosen, probabilities, first
+
+
+def certain(relaxation: Relaxation, chosen: list[int]) -> Array:
+    """[options] one for each chosen option."""
     sure = np.zeros(len(relaxation))
     sure[chosen] = 1.0
     return sure
 
 
-def _wanted(
-    soft: SoftModel, objective: Objective, damage: Array, weights: Array
-) -> tuple[Array, float, Array, Array]:
+def _settled(
+    relaxation: Relaxation, weights: Array, damage: Array, entropy: float
+) -> tuple[list[int], Array]:
+    scores = weights[relaxation.owner] * damage
+    logs, prices, _ = anneal(relaxation, scores, entropy, None)
+    return relaxation.round(logs, scores, prices, exact=True), np.exp(logs)
+
+
+def _wanted(losses: Losses, damage: Array, weights: Array) -> tuple[Array, float, Array, Array]:
     """Log-weights that the gradient asks for, the loss, and where it was taken."""
-    relaxation = soft.relaxation
+    relaxation = losses.soft.relaxation
     near, prices = at_entropy(relaxation, weights[relaxation.owner] * damage, LOCAL_ENTROPY)
-    gradient, loss = np.zeros(len(relaxation)), 0.0
-    for index in range(len(objective)):
-        relaxation.problem.check_deadline()
-        leaf = torch.from_numpy(near).to(soft.scores).requires_grad_()
-        with torch.enable_grad(), soft.using(leaf):
-            part = objective(lambda inputs: measure.call(soft, inputs), index)
-            (found,) = torch.autograd.grad(part, leaf)
-        gradient += found.double().cpu().numpy() / len(objective)
-        loss += float(part.detach()) / len(objective)
+    gradient, loss = losses.gradient(near)
     if not np.isfinite(gradient).all():
         warnings.warn(
             "the gradient of the loss is not finite at the current ranks: they stay as they are",
@@ -154,13 +153,3 @@ def _wanted(
     if not len(positive):
         return np.log(weights), loss, near, prices
     return np.log(np.clip(slopes / np.median(positive), *RANGE)), loss, near, prices
-
-
-def _loss(soft: SoftModel, objective: Objective, probabilities: Array) -> float:
-    """Mean loss over all batches under some probabilities."""
-    with torch.no_grad(), soft.using(torch.from_numpy(probabilities).to(soft.scores)):
-        losses = [
-            float(objective(lambda inputs: measure.call(soft, inputs), index))
-            for index in range(len(objective))
-        ]
-    return sum(losses) / len(losses)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -19,9 +17,13 @@ from rankopt.relaxation import Relaxation
 from rankopt.soft import SoftModel
 from rankopt.strategy import Problem, Strategy, Tags, check_share
 from rankopt_strategies.relaxed.annealing import Record, anneal
+from rankopt_strategies.relaxed.logs import StepLog
+from rankopt_strategies.relaxed.losses import Losses
+from rankopt_strategies.relaxed.measuring import measured
 from rankopt_strategies.relaxed.objective import Criterion, Objective, distillation, task
 from rankopt_strategies.relaxed.paper import RelaxedSettings, search_candidates
 from rankopt_strategies.relaxed.refining import refine
+from rankopt_strategies.relaxed.resuming import Checkpoint
 
 __all__ = ["Relaxed"]
 
@@ -49,12 +51,21 @@ class Relaxed(Strategy):
             given calibration inputs, else ``reconstruction``.
         entropy: Where annealing ends: mean entropy of the layers' distributions, as a
             share of the uniform one's, in (0, 1].
-        rounds: Gradients of a loss on data that are followed, at most.
+        rounds: Of a loss on data, at most.
+        slopes: Where a loss on data says what ranks are worth: ``measured`` moves one site
+            at a time, two runs of half the data for each; ``gradient`` is one pass forward
+            and backward for all sites, for models with hundreds of them.
         batch_size: Samples per batch of a distillation.
+        temperature: Of the class probabilities that a distillation compares. At 1 a few
+            samples, surely wrong, make up most of the loss; a higher one has
+            differences between choices that hold on other inputs too.
         data: For ``task``: an iterable of (inputs, targets); gone through once, then held.
         criterion: For ``task``: a scalar tensor from (output, targets).
         paper: Settings of the published search, such as `RelaxedSettings.imagenet`.
         log: A file that takes one line of JSON per step, while it runs.
+        tensorboard: A folder for the same steps as TensorBoard events (extra ``tensorboard``).
+        folder: Where a search keeps its state; one that was killed goes on from there to
+            the same result. A search without data takes seconds and keeps none.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU())
@@ -70,10 +81,14 @@ class Relaxed(Strategy):
     entropy: float = 0.02
     rounds: int = 24
     batch_size: int = 128
+    temperature: float = 4.0
     data: Iterable[Any] | None = field(default=None, repr=False)
     criterion: Criterion | None = field(default=None, repr=False)
     paper: RelaxedSettings = field(default_factory=RelaxedSettings)
+    slopes: Literal["measured", "gradient"] = "measured"
     log: str | None = None
+    tensorboard: str | None = None
+    folder: str | None = None
 
     def __post_init__(self) -> None:
         if self.mode not in ("nested", "paper"):
@@ -81,6 +96,8 @@ class Relaxed(Strategy):
         known = ("auto", "reconstruction", "distillation", "task")
         if self.objective not in known:
             raise ValueError(f"objective={self.objective!r}: expected one of {', '.join(known)}")
+        if self.slopes not in ("measured", "gradient"):
+            raise ValueError(f"slopes={self.slopes!r}: expected 'measured' or 'gradient'")
         check_share("entropy", self.entropy)
         if self.entropy == 0:
             raise ValueError("entropy=0: annealing never gets there; expected a share above 0")
@@ -88,6 +105,7 @@ class Relaxed(Strategy):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name}={value!r}: expected an integer of at least 1")
+        check_share("temperature", self.temperature, low=1e-3, high=1e3)
         given = (self.data is not None, self.criterion is not None)
         if given != (self.objective == "task",) * 2:
             raise ValueError(
@@ -102,61 +120,76 @@ class Relaxed(Strategy):
 
     def describe(self, seed: int) -> dict[str, Any]:
         """Name, settings and seed; data and criterion are no settings."""
-        values = {
-            key: getattr(self, key)
-            for key in ("mode", "objective", "entropy", "rounds", "batch_size", "log")
-        }
+        places = {key: getattr(self, key) for key in ("log", "tensorboard", "folder")}
         return {
             "name": self.name,
-            "settings": {**values, "paper": asdict(self.paper)},
+            "settings": {**self._deciding(), **places},
             "seed": seed,
         }
 
+    def _deciding(self) -> dict[str, Any]:
+        """The settings that the result depends on."""
+        names = ("mode", "objective", "entropy", "rounds", "slopes", "batch_size", "temperature")
+        return {**{name: getattr(self, name) for name in names}, "paper": asdict(self.paper)}
+
     def search(self, problem: Problem) -> RankPlan:
         """Anneal, refine on data if there is any, round; see `Strategy.search`."""
-        objective = self._objective(problem)
-        problem.prepare()
-        with _Log(self.log) as log:
+        sites = [site.name for site in problem.sites]
+        with StepLog(self.log, self.tensorboard, sites) as log:
+            objective = self._objective(problem)
+            problem.prepare()
+            checkpoint = Checkpoint(self.folder, self._deciding(), problem, objective)
+            record = Record(sites, listen=log.add, begin=log.begin)
             if self.mode == "paper":
-                return self._published(problem, objective, log)
-            return self._nested(problem, objective, log)
+                return self._published(problem, objective, record, checkpoint)
+            record.restore([])
+            if objective is None:
+                return self._without_data(problem, record)
+            return self._on_data(problem, objective, record, checkpoint)
 
-    def _nested(self, problem: Problem, objective: Objective | None, log: _Log) -> RankPlan:
-        relaxation = Relaxation(problem, soft=objective is not None)
-        record = Record([site.name for site in problem.sites], listen=log.add)
+    def _without_data(self, problem: Problem, record: Record) -> RankPlan:
+        relaxation = Relaxation(problem)
         damage = reconstruction(relaxation)
-        facts: dict[str, Any]
-        if objective is None:
-            logs, prices, _ = anneal(relaxation, damage, self.entropy, record)
-            chosen = relaxation.round(logs, damage, prices, exact=True)
-            facts = {
-                "damage": float(damage[chosen].sum()),
-                "bound": relaxation.bound(damage, prices),
-            }
-        else:
-            soft = SoftModel(objective.model, relaxation)
-            found = refine(
-                soft,
-                objective,
-                damage,
-                _first_weights(problem),
-                entropy=self.entropy,
-                rounds=self.rounds,
-                record=record,
-            )
-            chosen = found.chosen
-            facts = {
-                "soft_loss": found.soft_loss,
-                "loss": found.loss,
-                "first_loss": found.first_loss,
-            }
+        logs, prices, _ = anneal(relaxation, damage, self.entropy, record)
+        chosen = relaxation.round(logs, damage, prices, exact=True)
+        facts = {
+            "damage": float(damage[chosen].sum()),
+            "bound": relaxation.bound(damage, prices),
+        }
         plan = problem.plan(self, relaxation.options(chosen))
         return problem.annotate(plan, {self.name: {**facts, **record.summary()}})
 
-    def _published(self, problem: Problem, objective: Objective | None, log: _Log) -> RankPlan:
-        record = Record([site.name for site in problem.sites], listen=log.add)
+    def _on_data(
+        self, problem: Problem, objective: Objective, record: Record, checkpoint: Checkpoint
+    ) -> RankPlan:
+        relaxation = Relaxation(problem, soft=True)
+        losses = Losses(SoftModel(objective.model, relaxation), objective, checkpoint)
+        search = measured if self.slopes == "measured" else refine
+        found = search(
+            losses,
+            reconstruction(relaxation),
+            _first_weights(problem),
+            entropy=self.entropy,
+            rounds=self.rounds,
+            record=record,
+        )
+        facts = {
+            "soft_loss": found.soft_loss,
+            "loss": found.loss,
+            "first_loss": found.first_loss,
+        }
+        plan = problem.plan(self, relaxation.options(found.chosen))
+        return problem.annotate(plan, {self.name: {**facts, **record.summary()}})
+
+    def _published(
+        self,
+        problem: Problem,
+        objective: Objective | None,
+        record: Record,
+        checkpoint: Checkpoint,
+    ) -> RankPlan:
         with torch.enable_grad():
-            options = search_candidates(problem, self.paper, objective, record)
+            options = search_candidates(problem, self.paper, objective, record, checkpoint)
         plan = problem.plan(self, options)
         return problem.annotate(plan, {self.name: record.summary()})
 
@@ -170,7 +203,7 @@ class Relaxed(Strategy):
                 raise ModelError("objective='distillation' needs calibration=")
             return None
         else:
-            objective = distillation(problem, self.batch_size)
+            objective = distillation(problem, self.batch_size, self.temperature)
         objective.check()
         return objective
 
@@ -189,26 +222,3 @@ def _first_weights(problem: Problem) -> Array:
     """[sites] tempered sensitivities where they can be measured."""
     found = sensitivities(problem, [menu(problem, site) for site in problem.sites])
     return np.ones(len(problem.sites)) if found is None else np.array(found) ** TEMPER
-
-
-class _Log:
-    """A file of JSON lines, one per step; nothing without a path."""
-
-    def __init__(self, path: str | None) -> None:
-        self.path = path
-        self._file: Any = None
-
-    def __enter__(self) -> _Log:
-        if self.path is not None:
-            self._file = Path(self.path).open("w", encoding="utf-8")
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._file is not None:
-            self._file.close()
-
-    def add(self, step: Mapping[str, Any]) -> None:
-        """Write one step."""
-        if self._file is not None:
-            self._file.write(json.dumps(step) + "\n")
-            self._file.flush()

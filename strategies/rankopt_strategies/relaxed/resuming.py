@@ -1,0 +1,73 @@
+"""What a search leaves in a folder, to go on from after a crash."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rankopt.inputs import digest
+from rankopt.strategy import Problem
+from rankopt.training.state import load_state, make_folder, save_state
+from rankopt_strategies.relaxed.objective import Objective
+
+__all__ = ["Checkpoint"]
+
+
+class Checkpoint:
+    """The state of one search in a folder; without a folder nothing is kept.
+
+    A search under corrected budgets (on latency, on the metric) has one file for each.
+
+    Args:
+        folder: Where; made if need be.
+        settings: Of the strategy; those that change the result.
+        problem: What is searched.
+        objective: Its loss on data, if any.
+    """
+
+    def __init__(
+        self,
+        folder: str | None,
+        settings: Mapping[str, Any],
+        problem: Problem,
+        objective: Objective | None,
+    ) -> None:
+        self._folder = None if folder is None else make_folder(folder)
+        if self._folder is None:
+            return
+        budget = "none" if problem.budget is None else repr(problem.budget)
+        self._name = f"relaxed-{hashlib.sha256(budget.encode()).hexdigest()[:12]}.pt"
+        self._identity = {
+            "budget": budget,
+            "settings": json.dumps(settings, sort_keys=True),
+            "weights": problem.model.get("weights"),
+            "layers": json.dumps(
+                [[site.name, [repr(method) for method in site.methods]] for site in problem.sites]
+            ),
+            "round_to": problem.round_to,
+            "calibration": problem.calibration,
+            "data": None if objective is None else digest(objective.batches),
+        }
+
+    @property
+    def path(self) -> Path | None:
+        """The file; None where nothing is kept."""
+        return None if self._folder is None else self._folder / self._name
+
+    def load(self) -> dict[str, Any]:
+        """The state last saved; empty where there is none.
+
+        Raises:
+            CheckpointError: The file is damaged or of another search.
+        """
+        if self._folder is None:
+            return {}
+        return load_state(self._folder, self._identity, self._name) or {}
+
+    def save(self, **state: Any) -> None:
+        """Replace the state, atomically; tensors and plain values only."""
+        if self._folder is not None:
+            save_state(self._folder, self._identity, state, self._name)
