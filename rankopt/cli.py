@@ -322,7 +322,9 @@ def _seconds(seconds: float) -> Any:
 def _report(arguments: argparse.Namespace) -> int:
     import rankopt
 
-    written = {"output": arguments.output, "plot": arguments.plot}
+    written = {
+        key: path for key, path in (("output", arguments.output), ("plot", arguments.plot)) if path
+    }
     if arguments.output:
         rankopt.report(arguments.sources, arguments.output)
     if arguments.plot or not arguments.output:
@@ -336,9 +338,8 @@ def _report(arguments: argparse.Namespace) -> int:
     elif arguments.json:
         print(json.dumps(written))
     if not arguments.json:
-        for kind, path in (("report", arguments.output), ("plot", arguments.plot)):
-            if path:
-                print(f"{kind} written to {path}")
+        for kind, path in written.items():
+            print(f"{'report' if kind == 'output' else kind} written to {path}")
     return 0
 
 

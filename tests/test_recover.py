@@ -76,7 +76,7 @@ def test_mappings_and_attention():
             return {"hidden": self.layer(x)}
 
     teacher = Net().eval()
-    held = [{"x": torch.randn(16, length, 32)} for length in (5, 7, 7, 4)]
+    held = [{"x": torch.randn(64, length, 32)} for length in (5, 7, 7, 4)]
     plan = rankopt.search(teacher, "params<=40%", calibration=held)
     small = rankopt.apply(teacher, plan, calibration=held)
     done = rankopt.recover(small, teacher=teacher, calibration=held, seconds=5)

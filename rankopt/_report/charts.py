@@ -37,7 +37,7 @@ def nice_ticks(low: float, high: float, count: int = TICKS) -> list[float]:
 
     Example:
         >>> nice_ticks(0.13, 0.92)
-        [0.0, 0.25, 0.5, 0.75, 1.0]
+        [0.0, 0.2, 0.4, 0.6, 0.8, 1.0]
     """
     if not high > low:
         pad = abs(low) / 10 or 1.0

@@ -32,10 +32,11 @@ def report(source: Any, path: str | os.PathLike[str]) -> None:
 
     Example:
         >>> import tempfile
+        >>> from pathlib import Path
         >>> plan = rankopt.search(nn.Sequential(nn.Linear(64, 64)), "params<=50%")
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     rankopt.report(plan, f"{folder}/plan.html")
-        ...     open(f"{folder}/plan.html").readline().strip()
+        ...     Path(folder, "plan.html").read_text()[:15]
         '<!DOCTYPE html>'
     """
     if Path(path).suffix.lower() not in (".html", ".htm"):
