@@ -18,7 +18,7 @@ from rankopt.probe import Call
 from rankopt.profile_table import Chain, LayerTime, ProfileTable
 
 if TYPE_CHECKING:
-    from rankopt.strategy import Site
+    from rankopt.sites import Site
 
 __all__ = ["RankGrid", "SiteTimes"]
 

@@ -1,0 +1,387 @@
+"""The model and budget at hand (Problem): what a strategy may ask, and how it answers."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any, Final, Protocol
+
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor, nn
+
+from rankopt._parallel import for_each, largest_first
+from rankopt._progress import progress_bar
+from rankopt.budget import Budget
+from rankopt.decompositions.base import Basis, Decomposition, RankAxis
+from rankopt.decompositions.cache import BasisCache, shared
+from rankopt.errors import BudgetInfeasible, DeadlineExceeded
+from rankopt.latency import Measured
+from rankopt.layers import Layer
+from rankopt.moments import Moments
+from rankopt.plan import KEEP, Decision, Factors, RankPlan
+from rankopt.site_times import SiteTimes
+from rankopt.sites import LATENCY, Frontier, Option, Site, decide, figure, kept
+
+__all__ = ["Problem"]
+
+BISECTIONS: Final = 40
+# Rank tuples looked at per site and method: every pair of up to 512 x 512.
+GRID_POINTS: Final = 2**18
+
+
+class _Described(Protocol):
+    """A strategy, as far as a plan is concerned."""
+
+    def describe(self, seed: int) -> dict[str, Any]: ...
+
+
+@dataclass
+class Problem:
+    """Everything a strategy may ask about a model; nothing is computed twice.
+
+    Args:
+        layers: Every layer with a weight, in model order, refused ones included.
+        sites: The sites to decide.
+        budget: The budget; None leaves the amount to the strategy.
+        totals: Axis to figure of the whole original model.
+        weight: Gives the canonical weight of a layer.
+        seed: For strategies that draw random numbers.
+        deadline: `time.monotonic()` value after which to stop; None for never.
+        moments: Layer name to the moments of its inputs; empty without calibration.
+        calibration: Digest of the calibration inputs, for the plan.
+        times: Measures layers, dense and decomposed; None without example inputs or
+            where neither budget nor strategy asks for time.
+        measure: Times the whole model, sites taking options (one each), against the
+            dense model; None where `times` is.
+        divergence: How far the outputs on calibration inputs move when some sites
+            take options (by index) and the others stay dense; None without calibration.
+        inputs: Calibration batches, without labels; empty without calibration.
+        copy: Makes an unpacked dense model to run and differentiate, its parameters its
+            own; None if the model was never run.
+        round_to: Ranks are multiples of this, or an axis's maximum; 1 for any rank.
+        rounding: Which multiple a strategy's rank becomes: ``down``, ``nearest``, ``up``.
+        cache: Where bases are held.
+        progress: Whether to show progress bars; None decides by the terminal.
+        evaluate: Yields the user's metric of the model with some decisions carried out,
+            as (value, weight) per batch, after BatchNorm recalibration and under saved
+            generators and modes; None where the user gave none.
+        model: Class and digests of the model, as in `RankPlan.model`.
+    """
+
+    layers: tuple[Layer, ...]
+    sites: tuple[Site, ...]
+    budget: Budget | None
+    totals: Mapping[str, float]
+    weight: Callable[[Layer], Tensor]
+    seed: int = 0
+    deadline: float | None = None
+    moments: Mapping[str, Moments] = field(default_factory=dict)
+    calibration: str | None = None
+    times: SiteTimes | None = None
+    measure: Callable[[Sequence[Option]], Measured] | None = None
+    divergence: Callable[[Mapping[int, Option]], float] | None = None
+    inputs: Sequence[Any] = ()
+    copy: Callable[[], nn.Module] | None = None
+    round_to: int = 1
+    rounding: str = "down"
+    cache: BasisCache = field(default_factory=lambda: shared)
+    progress: bool | None = None
+    evaluate: Callable[[Iterable[Decision]], Iterator[tuple[float, float]]] | None = None
+    model: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._bases: dict[tuple[str, str, bool], Basis] = {}
+        self._frontiers: dict[tuple[str, str], Frontier] = {}
+
+    def with_budget(self, budget: Budget | None) -> Problem:
+        """The same problem under another budget; what is factorised already is shared."""
+        other = replace(self, budget=budget)
+        other._bases = self._bases
+        return other
+
+    # What an option costs and loses
+
+    @cached_property
+    def axes(self) -> tuple[str, ...]:
+        """The axes of `load`: those of the budget, or params without one."""
+        return ("params",) if self.budget is None else self.budget.axes
+
+    def load(self, cost: Mapping[str, Any]) -> Any:
+        """Share of the budget that `cost` uses, the mean over its axes."""
+        return sum(cost[axis] / (self._limit(axis) * len(self.axes)) for axis in self.axes)
+
+    def _limit(self, axis: str) -> float:
+        ratio = 1.0 if self.budget is None else self.budget.ratio(axis)
+        return ratio * self.totals[axis]
+
+    def basis(self, site: Site, method: Decomposition, *, data_aware: bool = True) -> Basis:
+        """The basis of a site's weight, computed on first use.
+
+        Args:
+            site: The site.
+            method: One of its methods.
+            data_aware: Whether errors are those of the output, where moments of
+                the inputs are known.
+
+        Raises:
+            DeadlineExceeded: The deadline has passed.
+        """
+        self.check_deadline()
+        moments = self.moments.get(site.name) if data_aware else None
+        key = (site.name, repr(method), moments is not None)
+        if key not in self._bases:
+            self._bases[key] = self.cache.get(method, self.weight(site.layer), moments)
+        return self._bases[key]
+
+    def prepare(self) -> None:
+        """Compute every basis now, under a progress bar."""
+        pairs = largest_first(
+            [(site, method) for site in self.sites for method in site.methods],
+            lambda pair: pair[0].layer.params,
+        )
+        if not pairs:
+            return
+        device = self.weight(pairs[0][0].layer).device
+
+        def compute(pair: tuple[Site, Decomposition]) -> None:
+            basis = self.basis(*pair)
+            basis.error([1] * len(pair[1].rank_axes(pair[0].layer)))
+
+        with progress_bar("factorising", len(pairs), enabled=self.progress) as advance:
+            for _ in for_each(compute, pairs, device=device):
+                advance()
+
+    def frontier(self, site: Site, method: Decomposition) -> Frontier:
+        """The undominated rank choices of `method` that cost less than dense."""
+        key = (site.name, repr(method))
+        if key not in self._frontiers:
+            self._frontiers[key] = self._build_frontier(site, method)
+        return self._frontiers[key]
+
+    def _build_frontier(self, site: Site, method: Decomposition) -> Frontier:
+        axes = method.rank_axes(site.layer)
+        choices = self._timed_ranks(site, method) or _thinned([self._ranks(axis) for axis in axes])
+        grids = np.meshgrid(*choices, indexing="ij", sparse=True)
+        load = np.broadcast_arrays(self.load(site.price(method, grids)), *grids)[0].ravel()
+        error = np.broadcast_to(
+            self.basis(site, method).error(grids), [len(ranks) for ranks in choices]
+        ).ravel()
+        cheaper = np.flatnonzero(load < self.load(site.cost))
+        order = cheaper[np.lexsort((error[cheaper], load[cheaper]))]
+        best = np.minimum.accumulate(error[order]) if len(order) else error[order]
+        improving = np.append(True, error[order][1:] < best[:-1]) if len(order) else order
+        chosen = order[np.asarray(improving, dtype=bool)]
+        places = np.unravel_index(chosen, [len(ranks) for ranks in choices])
+        ranks = np.stack([axis[i] for axis, i in zip(choices, places, strict=True)], axis=1)
+        return Frontier(ranks, load[chosen], error[chosen])
+
+    @staticmethod
+    def _timed_ranks(site: Site, method: Decomposition) -> list[npt.NDArray[np.int64]]:
+        """The ranks of each axis that have a measured time, under a budget on latency."""
+        if site.times is None or LATENCY not in site.cost:
+            return []
+        return list(site.times.grid(site, method).values)
+
+    def step(self, axis: RankAxis) -> int:
+        """What ranks along an axis are multiples of."""
+        both = math.lcm(self.round_to, axis.step)
+        return both if both <= axis.maximum else axis.step
+
+    def _ranks(self, axis: RankAxis) -> npt.NDArray[np.int64]:
+        """The ranks that the axis and `round_to` allow."""
+        step = self.step(axis)
+        allowed = np.arange(step, axis.maximum + 1, step)
+        return np.unique(np.append(allowed, axis.maximum)).astype(np.int64)
+
+    def rounded(self, rank: int, axis: RankAxis) -> int:
+        """`rank` as the feasible one that `round_to` and `rounding` ask for."""
+        step, maximum = self.step(axis), axis.maximum
+        if rank % step == 0 or rank == maximum:
+            return rank
+        below = rank // step * step
+        above = min(below + step, maximum)
+        if below == 0 or self.rounding == "up":
+            return above
+        if self.rounding == "nearest" and above - rank < rank - below:
+            return above
+        return below
+
+    def keep(self, site: Site, reason: str) -> Option:
+        """The option that leaves a site dense."""
+        return Option(KEEP, {}, site.cost, 0.0, reason)
+
+    def option(
+        self, site: Site, method: Decomposition, ranks: Sequence[int], reason: str = ""
+    ) -> Option:
+        """The option that decomposes a site, or `keep` where that saves nothing.
+
+        Raises:
+            LayerError: Infeasible ranks.
+        """
+        axes = method.rank_axes(site.layer)
+        wanted = tuple(int(rank) for rank in ranks)
+        chosen = tuple(
+            self.rounded(rank, axis) if 1 <= rank <= axis.maximum else rank
+            for rank, axis in zip(wanted, axes, strict=False)
+        )
+        method.check_ranks(site.layer, chosen if len(chosen) == len(wanted) else wanted)
+        if site.times is not None and LATENCY in site.cost:  # only what was timed has a price
+            chosen = site.times.grid(site, method).snap(chosen)
+        cost = site.price(method, chosen)
+        if self.load(cost) >= self.load(site.cost):
+            named = " x ".join(map(str, chosen))
+            return self.keep(site, f"{method.name} at rank {named} would save nothing")
+        # A formula that never looked at the weights has no error to state.
+        aware = site.name in self.moments
+        known = self._bases.get((site.name, repr(method), aware))
+        error = None if known is None else float(known.error(chosen))
+        args = {"ranks": list(chosen), **method.settings}
+        factors = Factors()
+        if aware:
+            factors = Factors(method.factors_kind(self.moments[site.name]), self.calibration)
+        return Option(method.name, args, cost, error, reason, factors)
+
+    def settled(self, options: Sequence[Option]) -> list[Option]:
+        """The options with fitted errors in place of estimates."""
+        settled = list(options)
+        methods = {
+            index: next(m for m in site.methods if m.name == option.method)
+            for index, (site, option) in enumerate(zip(self.sites, options, strict=True))
+            if option.error is not None and not option.keeps
+        }
+        fitted = [index for index, method in methods.items() if not method.exact_error]
+
+        def fit(index: int) -> None:
+            option = options[index]
+            basis = self.basis(self.sites[index], methods[index])
+            error = basis.fitted_error(option.args["ranks"])
+            settled[index] = replace(option, error=error)
+
+        if fitted:
+            device = self.weight(self.sites[fitted[0]].layer).device
+            largest = largest_first(fitted, lambda index: self.sites[index].layer.params)
+            with progress_bar("fitting", len(fitted), enabled=self.progress) as advance:
+                for _ in for_each(fit, largest, device=device):
+                    advance()
+        return settled
+
+    # Whole choices
+
+    def figures(self, options: Sequence[Option]) -> dict[str, float]:
+        """Whole-model figures when each site takes its option."""
+        saved = {
+            axis: sum(
+                site.cost[axis] - option.cost[axis]
+                for site, option in zip(self.sites, options, strict=True)
+            )
+            for axis in self.totals
+        }
+        return {axis: total - saved[axis] for axis, total in self.totals.items()}
+
+    def fits(self, options: Sequence[Option]) -> bool:
+        """Whether the budget holds."""
+        return self.budget is None or self.budget.fits(self.figures(options), self.totals)
+
+    def fit(self, choose: Callable[[float], Sequence[Option]]) -> tuple[float, list[Option]]:
+        """The mildest compression of a one-knob family that meets the budget.
+
+        Args:
+            choose: Options, one per site, for a knob in [0, 1]: 0 compresses
+                most, 1 least, and cost grows with the knob.
+
+        Returns:
+            The knob and its options.
+
+        Raises:
+            BudgetInfeasible: Even knob 0 exceeds the budget.
+        """
+        mild = list(choose(1.0))
+        if self.fits(mild):
+            return 1.0, mild
+        best = list(choose(0.0))
+        if not self.fits(best):
+            raise self.infeasible(best)
+        low, high = 0.0, 1.0
+        for _ in range(BISECTIONS):
+            self.check_deadline()
+            middle = (low + high) / 2
+            options = list(choose(middle))
+            if self.fits(options):
+                low, best = middle, options
+            else:
+                high = middle
+        return low, best
+
+    def infeasible(self, smallest: Sequence[Option]) -> BudgetInfeasible:
+        """The error for a budget that even the options `smallest` exceed."""
+        assert self.budget is not None
+        figures = self.figures(smallest)
+        shares = {axis: figures[axis] / self.totals[axis] for axis in self.budget.axes}
+        reached = ", ".join(f"{axis} {100 * share:.2f}%" for axis, share in shares.items())
+        free = sum(not option.keeps for option in smallest)
+        return BudgetInfeasible(
+            f"{self.budget.explain()}: cannot be met; the smallest reachable is {reached}, with "
+            f"{free} of {len(self.layers)} layers decomposed and the others kept (the plan of a "
+            "looser budget lists why); loosen the budget or free more layers",
+            shares,
+        )
+
+    def check_deadline(self) -> None:
+        """Raise `DeadlineExceeded` once the deadline has passed."""
+        if self.deadline is not None and time.monotonic() > self.deadline:
+            raise DeadlineExceeded(
+                "the search ran into its deadline before it had a plan; allow more time"
+            )
+
+    @staticmethod
+    def annotate(plan: RankPlan, facts: Mapping[str, Any]) -> RankPlan:
+        """The plan with a strategy's own findings under ``extensions``."""
+        return replace(plan, extensions={**plan.extensions, **facts})
+
+    def decisions(self, options: Sequence[Option]) -> tuple[Decision, ...]:
+        """The decisions that write options down, the layers that cannot be treated included."""
+        if len(options) != len(self.sites):
+            raise ValueError(f"{len(options)} options for {len(self.sites)} sites: give one each")
+        options = self.settled(options)
+        decided = {
+            site.name: decide(site, option)
+            for site, option in zip(self.sites, options, strict=True)
+        }
+        covered = {layer.name for site in self.sites for layer in site.layers}
+        return tuple(
+            decided[layer.name] if layer.name in decided else kept(layer)
+            for layer in self.layers
+            if layer.name in decided or layer.name not in covered
+        )
+
+    def plan(self, strategy: _Described, options: Sequence[Option]) -> RankPlan:
+        """Write the options down; `search` adds what it knows of model and machine."""
+        decisions = self.decisions(options)
+        figures = self.figures(options)
+        return RankPlan(
+            model={},
+            decisions=decisions,
+            budget=self.budget,
+            strategy=strategy.describe(self.seed),
+            totals={
+                axis: {
+                    "before": figure(axis, total),
+                    "predicted": figure(axis, figures[axis]),
+                    "measured": None,
+                }
+                for axis, total in self.totals.items()
+            },
+        )
+
+
+def _thinned(choices: Sequence[npt.NDArray[np.int64]]) -> list[npt.NDArray[np.int64]]:
+    """Ranks per axis, evenly spread so that their grid stays within `GRID_POINTS`."""
+    if math.prod(map(len, choices)) <= GRID_POINTS:
+        return list(choices)
+    most = int(GRID_POINTS ** (1 / len(choices)))
+    picks = [np.unique(np.linspace(0, len(c) - 1, min(most, len(c))).astype(int)) for c in choices]
+    return [choice[pick] for choice, pick in zip(choices, picks, strict=True)]
