@@ -1,6 +1,6 @@
-"""Second moments of layers' inputs, from one pass over calibration inputs.
+"""Second moments of layers' inputs, from few passes over calibration inputs.
 
-Memory is bounded by the moment matrices.
+Memory is bounded: by `SUM_BYTES`, and by what `rankopt.moments` keeps.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from rankopt import measure, surgery
 from rankopt._progress import progress_bar
 from rankopt.errors import CalibrationError
-from rankopt.inputs import MAX_SAMPLES, batches, run
+from rankopt.inputs import MAX_SAMPLES, batches, hold, run
 from rankopt.layers import Layer
 from rankopt.moments import Moments
 
@@ -38,6 +38,10 @@ ROWS_PER_COLUMN: Final = 8
 # Layers with more inputs than this get factors from weights alone: the moments
 # would take more than half a gigabyte.
 MAX_FEATURES: Final = 8192
+# Rows collected before their product is taken: products of few rows cost as much.
+ROWS: Final = 1024
+# Sums held at a time; more takes another pass over the inputs.
+SUM_BYTES: Final = 256 * 2**20
 # Patches unfolded at a time: 128 MB in float32.
 CHUNK_ELEMENTS: Final = 2**25
 
@@ -50,7 +54,7 @@ def collect(
     max_samples: int | None = MAX_SAMPLES,
     progress: bool | None = None,
 ) -> dict[str, Moments]:
-    """Second moments of the inputs of `layers`, in one pass in eval mode.
+    """Second moments of the inputs of `layers`, in eval mode.
 
     Args:
         model: An unpacked clone whose modules the layers name.
@@ -64,21 +68,68 @@ def collect(
             that are not finite.
     """
     layers = [layer for layer in layers if layer.group_shape[0] <= MAX_FEATURES]
+    passes = _passes(layers)
+    if len(passes) > 1:
+        data = hold(model, data, max_samples=max_samples)
+    found: dict[str, Moments] = {}
+    with progress_bar("calibrating", None, enabled=progress) as advance:
+        for part in passes:
+            found |= _collected(model, part, data, max_samples, advance)
+    return found
+
+
+def _passes(layers: Sequence[Layer]) -> list[list[Layer]]:
+    """Layers whose sums fit into `SUM_BYTES` together, in order; at least one at a time."""
+    parts: list[list[Layer]] = [[]]
+    room = SUM_BYTES
+    for layer in layers:
+        size = 8 * layer.groups * features(layer) ** 2
+        if parts[-1] and size > room:
+            parts.append([])
+            room = SUM_BYTES
+        parts[-1].append(layer)
+        room -= size
+    return parts
+
+
+def features(layer: Layer) -> int:
+    """Columns of the rows that `layer_inputs` gives for a layer."""
+    per_group, pixels = layer.group_shape[0], math.prod(layer.kernel) if layer.is_conv else 1
+    return per_group * pixels if per_group * pixels <= MAX_PATCH else per_group
+
+
+def _collected(
+    model: nn.Module,
+    layers: Sequence[Layer],
+    data: Any,
+    max_samples: int | None,
+    advance: Callable[[], None],
+) -> dict[str, Moments]:
+    """Moments of some layers from one pass."""
     modules = dict(surgery.named_modules(model))
     sums: dict[str, Tensor] = {}
     counts: dict[str, int] = {}
+    pending: dict[str, list[Tensor]] = {}
+
+    def add(name: str, least: int) -> None:
+        """Add what is pending to the sums, if it is at least so many rows."""
+        if sum(rows.shape[1] for rows in pending.get(name, ())) < least:
+            return
+        rows = torch.cat(pending.pop(name), dim=1)
+        # Products in the model's own precision, summed in float64.
+        product = (rows.mT @ rows).to(torch.float64)
+        if name in sums:
+            sums[name] += product
+        else:
+            sums[name] = product
 
     def watch(layer: Layer) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
             for part in split_batch(layer, next(iter((*args, *kwargs.values())))):
                 rows = layer_inputs(layer, part, seed=counts.get(layer.name, 0))
-                # Products in the model's own precision, summed in float64.
-                product = (rows.mT @ rows).to(torch.float64)
-                if layer.name in sums:
-                    sums[layer.name] += product
-                else:
-                    sums[layer.name] = product
                 counts[layer.name] = counts.get(layer.name, 0) + rows.shape[1]
+                pending.setdefault(layer.name, []).append(rows)
+                add(layer.name, ROWS)
 
         return hook
 
@@ -86,12 +137,7 @@ def collect(
         modules[x.name].register_forward_pre_hook(watch(x), with_kwargs=True) for x in layers
     ]
     try:
-        with (
-            torch.no_grad(),
-            measure.preserve_rng(),
-            measure.evaluation(model),
-            progress_bar("calibrating", None, enabled=progress) as advance,
-        ):
+        with torch.no_grad(), measure.preserve_rng(), measure.evaluation(model):
             for inputs, _ in batches(model, data, max_samples=max_samples):
                 run(model, inputs)
                 advance()
@@ -100,9 +146,10 @@ def collect(
             handle.remove()
     found = {}
     for layer in layers:
-        if layer.name not in sums:
+        if layer.name not in counts:
             continue
-        second = sums[layer.name] / counts[layer.name]
+        add(layer.name, 1)
+        second = sums.pop(layer.name).div_(counts[layer.name])
         if not bool(second.isfinite().all()):
             raise CalibrationError(
                 f"layer {layer.name}: its inputs on the calibration data are not finite"

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
-from typing import Final
+import tempfile
+import threading
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -16,14 +17,17 @@ __all__ = ["DAMPING", "Moments", "damped_root", "pool"]
 
 # Share of the mean eigenvalue added to a moment matrix, so that it can be inverted.
 DAMPING: Final = 1e-6
+# Larger matrices are kept on disk: those of more than 724 features, in float64.
+SPILL_BYTES: Final = 4 * 2**20
 
 
-@dataclass(frozen=True)
 class Moments:
     """Second moments E[x xᵀ] of what a layer's weight is multiplied with.
 
     The output error of an approximate weight is ‖(W − Ŵ)S‖ for any root S of the
-    moments, E[x xᵀ] = SSᵀ (arXiv 2403.07378).
+    moments, E[x xᵀ] = SSᵀ (arXiv 2403.07378). Matrices above `SPILL_BYTES` lie in an
+    unnamed temporary file and are read whenever asked for, and what is derived from
+    them is derived anew, so that a model's moments need not fit into memory at once.
 
     Args:
         second: [groups, n, n] in float64. n is in/groups times the kernel's
@@ -32,39 +36,98 @@ class Moments:
         count: Positions averaged over.
     """
 
-    second: Tensor
-    pixels: int
-    count: int
+    def __init__(self, second: Tensor, pixels: int, count: int) -> None:
+        self.pixels, self.count = pixels, count
+        self.shape = tuple(second.shape)
+        self._derived: dict[str, Any] = {}
+        nbytes = second.numel() * second.element_size()
+        self._stored = Spilled.of(second) if nbytes > SPILL_BYTES else second
 
-    @cached_property
+    @property
+    def second(self) -> Tensor:
+        """E[x xᵀ], [groups, n, n]."""
+        return self._stored.read() if isinstance(self._stored, Spilled) else self._stored
+
+    @property
     def channels(self) -> Tensor:
         """[groups, in/groups, in/groups], averaged over the kernel's pixels."""
-        size = self.second.shape[-1] // self.pixels
+        if self.pixels == 1:
+            return self.second
+        return self._kept("channels", self._averaged)
+
+    @property
+    def channel_root(self) -> Tensor:
+        """Lower root of `channels`, damped."""
+        return self._kept("channel_root", lambda: damped_root(self.channels))
+
+    @property
+    def damped(self) -> Tensor:
+        """`second`, damped so that it has an inverse."""
+
+        def damp() -> Tensor:
+            root = damped_root(self.second)
+            return root @ root.mT
+
+        return self._kept("damped", damp)
+
+    def _averaged(self) -> Tensor:
+        size = self.shape[-1] // self.pixels
         blocks = self.second.reshape(-1, size, self.pixels, size, self.pixels)
         averaged: Tensor = blocks.diagonal(dim1=2, dim2=4).mean(dim=-1)
         return averaged
 
-    @cached_property
-    def channel_root(self) -> Tensor:
-        """Lower root of `channels`, damped."""
-        return damped_root(self.channels)
-
-    @cached_property
-    def damped(self) -> Tensor:
-        """`second`, damped so that it has an inverse."""
-        root = damped_root(self.second)
-        return root @ root.mT
+    def _kept(self, name: str, derive: Callable[[], Tensor]) -> Tensor:
+        found: Tensor | None = self._derived.get(name)
+        if found is None:
+            found = derive()
+            if found.numel() * found.element_size() <= SPILL_BYTES:
+                self._derived[name] = found
+        return found
 
     @property
     def nbytes(self) -> int:
-        """Bytes held once all the derived matrices have been asked for."""
-        channels = self.second.shape[-1] // self.pixels
-        return 16 * len(self.second) * (self.second.shape[-1] ** 2 + channels**2)
+        """Bytes held in memory once all the derived matrices have been asked for."""
+        groups, size = self.shape[0], self.shape[-1]
+        whole, channels = (8 * groups * n**2 for n in (size, size // self.pixels))
+        return sum(2 * part for part in (whole, channels) if part <= SPILL_BYTES)
 
-    @cached_property
+    @property
     def key(self) -> bytes:
         """Identifies the moments in a cache."""
-        return tensor_digest(self.second)
+        if "key" not in self._derived:
+            self._derived["key"] = tensor_digest(self.second)
+        found: bytes = self._derived["key"]
+        return found
+
+
+class Spilled:
+    """A tensor in an unnamed temporary file, which goes with the object or the process."""
+
+    def __init__(self, tensor: Tensor, file: Any) -> None:
+        self._shape, self._device = tensor.shape, tensor.device
+        self._dtype, self._count = tensor.dtype, tensor.numel()
+        self._file, self._lock = file, threading.Lock()
+        weakref.finalize(self, file.close)
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> Spilled | Tensor:
+        """The tensor spilled, or itself where the disk has no room for it."""
+        file = tempfile.TemporaryFile(prefix="rankopt-")  # noqa: SIM115  closed by finalize
+        try:
+            file.write(tensor.detach().cpu().contiguous().numpy().data)
+            file.flush()
+        except OSError:
+            file.close()
+            return tensor
+        return cls(tensor, file)
+
+    def read(self) -> Tensor:
+        """The tensor, on the device it came from."""
+        with self._lock:
+            self._file.seek(0)
+            content = bytearray(self._file.read())
+        read = torch.frombuffer(content, dtype=self._dtype, count=self._count)
+        return read.reshape(self._shape).to(self._device)
 
 
 def pool(parts: Sequence[Moments]) -> Moments:
@@ -81,14 +144,14 @@ def damped_root(second: Tensor) -> Tensor:
     Damping makes rank-deficient moments (constant or dead channels) invertible;
     it is raised tenfold for as long as rounding defeats it.
     """
-    size = second.shape[-1]
     scale = second.diagonal(dim1=-2, dim2=-1).mean(dim=-1)
     # Inputs that are all zero: any positive scale will do.
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))
-    eye = torch.eye(size, dtype=second.dtype, device=second.device)
     damping = DAMPING
     while True:
-        root, info = torch.linalg.cholesky_ex(second + damping * scale[:, None, None] * eye)
+        damped = second.clone()
+        damped.diagonal(dim1=-2, dim2=-1).add_(damping * scale[:, None])
+        root, info = torch.linalg.cholesky_ex(damped)
         if not bool(info.any()):
             lower: Tensor = root
             return lower

@@ -20,7 +20,7 @@ from rankopt.moments import Moments
 __all__ = ["BranchedTucker"]
 
 # Sweeps of a fit that only tells the error.
-QUICK_SWEEPS: Final = 4
+QUICK_SWEEPS: Final = 5
 
 # (input vectors [C, p], core [p, q, K], output vectors [S, q])
 Term = tuple[Tensor, Tensor, Tensor]

@@ -19,7 +19,7 @@ from rankopt.moments import Moments
 __all__ = ["CP"]
 
 # Sweeps of a fit that only tells the error.
-QUICK_SWEEPS: Final = 8
+QUICK_SWEEPS: Final = 10
 # Squared relative error below which a start is as good as exact.
 EXACT: Final = 1e-14
 # Share of ‖T‖² below which what one more sweep gains does not pay.

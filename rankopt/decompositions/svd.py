@@ -36,6 +36,9 @@ class _Basis(base.Basis):
         gram = matrix.mT @ matrix if self._on_input else matrix @ matrix.mT
         self._vectors = base.principal_vectors(gram)
         self._parts: dict[str, base.FloatArray] = {}
+        if moments is not None:  # whose root is at hand now
+            projected = (matrix if self._on_input else matrix.mT) @ self._vectors
+            self._parts["spectrum"] = base.energy(projected, (1,))
 
     @property
     def _dense(self) -> Tensor:
@@ -71,8 +74,9 @@ class _Basis(base.Basis):
 
     def factors(self, ranks: Sequence[int]) -> dict[str, Tensor]:
         (rank,) = ranks
-        vectors, root = self._vectors[..., :rank], self._root
+        vectors = self._vectors[..., :rank]
         if self._on_input:
+            root = self._root
             first, last = vectors.mT, self._projected(rank)
             if root is not None:  # back from whitened inputs: Vᵀ S⁻¹
                 first = torch.linalg.solve_triangular(root, first, upper=False, left=False)
