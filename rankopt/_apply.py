@@ -153,6 +153,8 @@ def _computed_chains(
         moments = _moments_for(watched, plan, held, progress)
     ordered = [step for step in steps if step.decision.factors.kind == "asymmetric"]
     others = [step for step in steps if step not in ordered]
+    if not ordered and not merges:
+        watched = view  # the clone is not run again: let go of it
     chains = build_chains(view, others, factoriser(moments), progress)
     if ordered:
         assert held is not None
@@ -169,7 +171,16 @@ def fill_skeleton(view: nn.Module, plan: RankPlan) -> nn.Module:
 
     Sizes and MACs are those of the real result, which is what a search must check.
     """
-    return _emptied(view, plan, _made_by(torch.zeros))
+    zeros = torch.zeros(0)
+
+    def shared_zeros(shape: torch.Size) -> Tensor:
+        """All factors are views of one block."""
+        nonlocal zeros
+        if zeros.numel() < shape.numel():
+            zeros = torch.zeros(shape.numel())
+        return zeros[: shape.numel()].view(shape)
+
+    return _emptied(view, plan, _made_by(shared_zeros))
 
 
 def build_random(model: nn.Module, plan: RankPlan) -> nn.Module:

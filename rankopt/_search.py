@@ -175,6 +175,7 @@ def search(
             plan = find(problem)
         if asymmetric:
             plan = _asymmetric(plan)
+        problem.close()
         return opened.finish(plan, seconds=time.perf_counter() - started)
 
 

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rankopt import measure, surgery
+from rankopt._memory import give_back
 from rankopt._progress import progress_bar
 from rankopt.errors import CalibrationError
 from rankopt.inputs import MAX_SAMPLES, batches, hold, run
@@ -41,7 +42,7 @@ MAX_FEATURES: Final = 8192
 # Rows collected before their product is taken: products of few rows cost as much.
 ROWS: Final = 1024
 # Sums held at a time; more takes another pass over the inputs.
-SUM_BYTES: Final = 256 * 2**20
+SUM_BYTES: Final = 128 * 2**20
 # Patches unfolded at a time: 128 MB in float32.
 CHUNK_ELEMENTS: Final = 2**25
 
@@ -75,6 +76,7 @@ def collect(
     with progress_bar("calibrating", None, enabled=progress) as advance:
         for part in passes:
             found |= _collected(model, part, data, max_samples, advance)
+            give_back()
     return found
 
 

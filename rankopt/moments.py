@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 import threading
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Final
 
 import torch
@@ -40,8 +40,12 @@ class Moments:
         self.pixels, self.count = pixels, count
         self.shape = tuple(second.shape)
         self._derived: dict[str, Any] = {}
+        self._stored: Tensor | Spilled
         nbytes = second.numel() * second.element_size()
-        self._stored = Spilled.of(second) if nbytes > SPILL_BYTES else second
+        self._stored = second
+        if nbytes > SPILL_BYTES:
+            self._derived["key"] = tensor_digest(second)
+            self._stored = Spilled.of(second)
 
     @property
     def second(self) -> Tensor:
@@ -69,6 +73,27 @@ class Moments:
             return root @ root.mT
 
         return self._kept("damped", damp)
+
+    def output(self, weight: Tensor) -> Tensor:
+        """Moments W (E[x xᵀ] + damping) Wᵀ of the output of a weight [groups, S, n], float64."""
+        rows = weight.to(torch.float64)
+        mapped, diagonal = torch.zeros_like(rows), []
+        for start, part in self._blocks():
+            stop = start + part.shape[1]
+            mapped.baddbmm_(rows[..., start:stop], part)
+            diagonal.append(part[..., start:stop].diagonal(dim1=-2, dim2=-1))
+        scale = torch.cat(diagonal, dim=-1).mean(dim=-1)[:, None, None]
+        damping = DAMPING * torch.where(scale > 0, scale, torch.ones_like(scale))
+        return mapped @ rows.mT + damping * (rows @ rows.mT)
+
+    def _blocks(self) -> Iterator[tuple[int, Tensor]]:
+        """Rows of `second`, [groups, rows, n], with the index of the first of them."""
+        if isinstance(self._stored, Spilled) and self.shape[0] == 1:
+            step = max(1, 10 * SPILL_BYTES // (8 * self.shape[-1]))
+            for start in range(0, self.shape[-1], step):
+                yield start, self._stored.read(start, start + step)
+        else:
+            yield 0, self.second
 
     def _averaged(self) -> Tensor:
         size = self.shape[-1] // self.pixels
@@ -105,14 +130,14 @@ class Spilled:
 
     def __init__(self, tensor: Tensor, file: Any) -> None:
         self._shape, self._device = tensor.shape, tensor.device
-        self._dtype, self._count = tensor.dtype, tensor.numel()
+        self._dtype = tensor.dtype
         self._file, self._lock = file, threading.Lock()
         weakref.finalize(self, file.close)
 
     @classmethod
     def of(cls, tensor: Tensor) -> Spilled | Tensor:
         """The tensor spilled, or itself where the disk has no room for it."""
-        file = tempfile.TemporaryFile(prefix="rankopt-")  # noqa: SIM115  closed by finalize
+        file = tempfile.TemporaryFile(prefix="rankopt-", buffering=-1)  # noqa: SIM115  closed by finalize
         try:
             file.write(tensor.detach().cpu().contiguous().numpy().data)
             file.flush()
@@ -121,13 +146,17 @@ class Spilled:
             return tensor
         return cls(tensor, file)
 
-    def read(self) -> Tensor:
-        """The tensor, on the device it came from."""
+    def read(self, start: int = 0, stop: int | None = None) -> Tensor:
+        """The tensor [groups, n, n] on its device; with limits those rows of the one group."""
+        groups, rows, columns = self._shape
+        stop = rows if stop is None else min(stop, rows)
+        width = columns * self._dtype.itemsize
+        content = bytearray(groups * (stop - start) * width)
         with self._lock:
-            self._file.seek(0)
-            content = bytearray(self._file.read())
-        read = torch.frombuffer(content, dtype=self._dtype, count=self._count)
-        return read.reshape(self._shape).to(self._device)
+            self._file.seek(start * width)
+            self._file.readinto(content)
+        read = torch.frombuffer(content, dtype=self._dtype)
+        return read.reshape(groups, stop - start, columns).to(self._device)
 
 
 def pool(parts: Sequence[Moments]) -> Moments:

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor, nn
 
+from rankopt._memory import give_back
 from rankopt._parallel import for_each, largest_first
 from rankopt._progress import progress_bar
 from rankopt.budget import Budget
@@ -103,6 +104,14 @@ class Problem:
         other._bases = self._bases
         return other
 
+    def close(self) -> None:
+        """Let go of models and matrices; what was found stays in plans."""
+        self._bases.clear()
+        self._frontiers.clear()
+        self.moments, self.inputs = {}, ()
+        self.divergence = self.evaluate = self.copy = self.measure = None
+        give_back()
+
     # What an option costs and loses
 
     @cached_property
@@ -154,6 +163,7 @@ class Problem:
         with progress_bar("factorising", len(pairs), enabled=self.progress) as advance:
             for _ in for_each(compute, pairs, device=device):
                 advance()
+        give_back()
 
     def frontier(self, site: Site, method: Decomposition) -> Frontier:
         """The undominated rank choices of `method` that cost less than dense."""

@@ -31,14 +31,22 @@ class _Basis(base.Basis):
     def __init__(self, weight: Tensor, moments: Moments | None = None) -> None:
         self.weight: Tensor | None = weight
         self._moments = moments
-        matrix = self._matrix
-        self._on_input = matrix.shape[2] <= matrix.shape[1]
-        gram = matrix.mT @ matrix if self._on_input else matrix @ matrix.mT
-        self._vectors = base.principal_vectors(gram)
         self._parts: dict[str, base.FloatArray] = {}
-        if moments is not None:  # whose root is at hand now
-            projected = (matrix if self._on_input else matrix.mT) @ self._vectors
-            self._parts["spectrum"] = base.energy(projected, (1,))
+        dense = self._dense
+        self._on_input = dense.shape[2] <= dense.shape[1]
+        if moments is None:
+            gram = dense.mT @ dense if self._on_input else dense @ dense.mT
+            self._vectors = base.principal_vectors(gram)
+        elif self._on_input:
+            matrix = self._matrix  # whose root is at hand now
+            self._vectors = base.principal_vectors(matrix.mT @ matrix)
+            self._parts["spectrum"] = base.energy(matrix @ self._vectors, (1,))
+        else:  # the outputs' moments: no root of the larger side is needed
+            outputs = moments.output(dense)
+            vectors = base.principal_vectors(outputs)
+            energies = (vectors * (outputs @ vectors)).sum(dim=-2).clamp_min(0)
+            self._parts["spectrum"] = energies.cpu().numpy()
+            self._vectors = vectors.to(dense.dtype)
 
     @property
     def _dense(self) -> Tensor:
