@@ -250,9 +250,9 @@ def test_data_aware_is_closer_to_the_model():
     held = data()
     x = data(1, 64, seed=9)[0]
     distances = []
-    for calibration in (None, held):
-        plan = rankopt.search(model, BUDGET, strategy="parameter_ratio", calibration=calibration)
-        small = rankopt.apply(model, plan, calibration=calibration)
+    for inputs in (None, held):
+        plan = rankopt.search(model, BUDGET, strategy="parameter_ratio", calibration=inputs)
+        small = rankopt.apply(model, plan, calibration=inputs)
         with torch.no_grad():
             distances.append(divergence(model(x), small(x)))
     assert distances[1] < distances[0]

@@ -75,8 +75,10 @@ def test_goes_on_after_kill_9_to_the_same_result(tmp_path, mode):
     resumed = searched(tmp_path, mode, log=log)
     through = searched(tmp_path / "through", mode)
     assert resumed.decisions == through.decisions
-    for key in ("steps", "loss"):
-        assert resumed.extensions["relaxed"].get(key) == through.extensions["relaxed"].get(key)
+    found, wanted = (plan.extensions["relaxed"] for plan in (resumed, through))
+    assert found.get("steps") == wanted.get("steps")
+    # The killed process may have had other threads, and so other roundings.
+    assert found.get("loss") == pytest.approx(wanted.get("loss"), rel=1e-6)
     assert _work(torch.load(kept, weights_only=True)) > _work(before) > 0
     lines = [json.loads(line) for line in Path(log).read_text(encoding="utf-8").splitlines()]
     assert [line["step"] for line in lines] == list(range(len(lines)))
