@@ -174,11 +174,12 @@ def fill_skeleton(view: nn.Module, plan: RankPlan) -> nn.Module:
     zeros = torch.zeros(0)
 
     def shared_zeros(shape: torch.Size) -> Tensor:
-        """All factors are views of one block."""
+        """Views of one block, which several threads may ask for at a time."""
         nonlocal zeros
-        if zeros.numel() < shape.numel():
-            zeros = torch.zeros(shape.numel())
-        return zeros[: shape.numel()].view(shape)
+        block = zeros
+        if block.numel() < shape.numel():
+            block = zeros = torch.zeros(shape.numel())
+        return block[: shape.numel()].view(shape)
 
     return _emptied(view, plan, _made_by(shared_zeros))
 

@@ -78,7 +78,9 @@ def test_goes_on_after_kill_9_to_the_same_result(tmp_path, mode):
     found, wanted = (plan.extensions["relaxed"] for plan in (resumed, through))
     assert found.get("steps") == wanted.get("steps")
     # The killed process may have had other threads, and so other roundings.
-    assert found.get("loss") == pytest.approx(wanted.get("loss"), rel=1e-6)
+    assert ("loss" in found) == ("loss" in wanted) == (mode != "paper")
+    if mode != "paper":
+        assert found["loss"] == pytest.approx(wanted["loss"], rel=1e-6)
     assert _work(torch.load(kept, weights_only=True)) > _work(before) > 0
     lines = [json.loads(line) for line in Path(log).read_text(encoding="utf-8").splitlines()]
     assert [line["step"] for line in lines] == list(range(len(lines)))
