@@ -40,10 +40,8 @@ class Moments:
         self.pixels, self.count = pixels, count
         self.shape = tuple(second.shape)
         self._derived: dict[str, Any] = {}
-        self._stored: Tensor | Spilled
-        nbytes = second.numel() * second.element_size()
-        self._stored = second
-        if nbytes > SPILL_BYTES:
+        self._stored: Tensor | Spilled = second
+        if second.numel() * second.element_size() > SPILL_BYTES:
             self._derived["key"] = tensor_digest(second)
             self._stored = Spilled.of(second)
 
@@ -82,8 +80,7 @@ class Moments:
             stop = start + part.shape[1]
             mapped.baddbmm_(rows[..., start:stop], part)
             diagonal.append(part[..., start:stop].diagonal(dim1=-2, dim2=-1))
-        scale = torch.cat(diagonal, dim=-1).mean(dim=-1)[:, None, None]
-        damping = DAMPING * torch.where(scale > 0, scale, torch.ones_like(scale))
+        damping = DAMPING * _scale(torch.cat(diagonal, dim=-1))[:, None, None]
         return mapped @ rows.mT + damping * (rows @ rows.mT)
 
     def _blocks(self) -> Iterator[tuple[int, Tensor]]:
@@ -137,7 +134,7 @@ class Spilled:
     @classmethod
     def of(cls, tensor: Tensor) -> Spilled | Tensor:
         """The tensor spilled, or itself where the disk has no room for it."""
-        file = tempfile.TemporaryFile(prefix="rankopt-", buffering=-1)  # noqa: SIM115  closed by finalize
+        file = tempfile.TemporaryFile(prefix="rankopt-")  # noqa: SIM115  closed by finalize
         try:
             file.write(tensor.detach().cpu().contiguous().numpy().data)
             file.flush()
@@ -173,9 +170,7 @@ def damped_root(second: Tensor) -> Tensor:
     Damping makes rank-deficient moments (constant or dead channels) invertible;
     it is raised tenfold for as long as rounding defeats it.
     """
-    scale = second.diagonal(dim1=-2, dim2=-1).mean(dim=-1)
-    # Inputs that are all zero: any positive scale will do.
-    scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+    scale = _scale(second.diagonal(dim1=-2, dim2=-1))
     damping = DAMPING
     while True:
         damped = second.clone()
@@ -185,3 +180,9 @@ def damped_root(second: Tensor) -> Tensor:
             lower: Tensor = root
             return lower
         damping *= 10
+
+
+def _scale(diagonal: Tensor) -> Tensor:
+    """What damping is a share of, [groups]: the mean eigenvalue; 1 for inputs that are all zero."""
+    mean = diagonal.mean(dim=-1)
+    return torch.where(mean > 0, mean, torch.ones_like(mean))
