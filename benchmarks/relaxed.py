@@ -203,8 +203,8 @@ def main() -> None:
     parser.add_argument("--timing-rounds", type=int, default=15, help="of each measurement")
     parser.add_argument("--macs", default="50,30", help="percent of the MACs, for accuracy")
     parser.add_argument("--rounds", type=int, default=24, help="of the distillation")
-    parser.add_argument("--slopes", choices=("measured", "gradient"), default="measured")
-    parser.add_argument("--temperature", type=float, default=4.0, help="of the distillation")
+    parser.add_argument("--slopes", choices=("measured", "gradient"), default="gradient")
+    parser.add_argument("--temperature", type=float, default=1.0, help="of the distillation")
     parser.add_argument(
         "--held-out", action="store_true", help="accuracy on held-out training images instead"
     )

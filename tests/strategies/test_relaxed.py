@@ -210,7 +210,9 @@ def test_a_choice_of_no_finite_loss_is_not_taken():
         return loss if len(calls) <= 2 else loss * float("nan")  # the dense model, the first choice
 
     data = [(torch.randn(8, 16),) * 2]
-    strategy = Relaxed(objective="task", data=data, criterion=criterion, rounds=2)
+    strategy = Relaxed(
+        objective="task", data=data, criterion=criterion, rounds=2, slopes="measured"
+    )
     model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16))
     x = torch.randn(1, 16)
     facts = rankopt.search(model, "params<=60%", strategy=strategy, example_inputs=x).extensions[

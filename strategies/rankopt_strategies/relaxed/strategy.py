@@ -81,11 +81,11 @@ class Relaxed(Strategy):
     entropy: float = 0.02
     rounds: int = 24
     batch_size: int = 128
-    temperature: float = 4.0
+    temperature: float = 1.0
     data: Iterable[Any] | None = field(default=None, repr=False)
     criterion: Criterion | None = field(default=None, repr=False)
     paper: RelaxedSettings = field(default_factory=RelaxedSettings)
-    slopes: Literal["measured", "gradient"] = "measured"
+    slopes: Literal["measured", "gradient"] = "gradient"
     log: str | None = None
     tensorboard: str | None = None
     folder: str | None = None
