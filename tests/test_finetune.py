@@ -26,8 +26,9 @@ def accuracy_on(x, y):
 
 
 def _keep(seen, model):
+    """A metric that is best after the first epoch."""
     seen.append(snapshot(model))
-    return 0.0
+    return float(len(seen) == 2)
 
 
 @pytest.mark.parametrize("freezing", ["none", "fixed", "sequential", Sequential(parity=1)])
@@ -74,7 +75,7 @@ def test_without_labels():
 
 def test_the_best_epoch_is_kept_and_patience_ends():
     _, small, x, y = problem()
-    values, states = iter([1.0, 3.0, 2.0, 2.5, 9.0]), []
+    values, states = iter([0.5, 1.0, 3.0, 2.0, 2.5, 9.0]), []
 
     def evaluate(model):
         assert not model.training
@@ -84,8 +85,27 @@ def test_the_best_epoch_is_kept_and_patience_ends():
     done = rankopt.finetune(small, in_batches(x, y), epochs=5, evaluate=evaluate, patience=2)
     assert (len(done.history), done.best_epoch, done.metric) == (4, 1, 3.0)
     assert done.stopped == "patience"
+    assert "metric 3 after epoch 2 (0.5 before)" in str(done)
     assert "stopped early" in str(done)
-    assert equal(states[1], snapshot(small))
+    assert equal(states[2], snapshot(small))
+
+
+def test_a_run_that_only_makes_it_worse_leaves_the_weights_as_they_were():
+    _, small, x, y = problem()
+    given, values = snapshot(small), iter([4.0, 1.0, 3.0])
+    done = rankopt.finetune(
+        small, in_batches(x, y), epochs=2, evaluate=lambda model: next(values), ema=0.9
+    )
+    assert (len(done.history), done.best_epoch, done.before, done.metric) == (2, -1, 4.0, 4.0)
+    assert "no epoch was better" in str(done)
+    assert equal(given, snapshot(small))
+
+
+def test_a_metric_of_nan_before_is_no_bar():
+    _, small, x, y = problem()
+    values = iter([float("nan"), 1.0])
+    done = rankopt.finetune(small, in_batches(x, y), epochs=1, evaluate=lambda model: next(values))
+    assert (done.best_epoch, done.metric) == (0, 1.0)
 
 
 def test_accumulated_batches_are_one_large_batch():
@@ -107,8 +127,8 @@ def test_the_average_is_evaluated_and_kept():
         seen = []
         keep = functools.partial(_keep, seen)
         rankopt.finetune(small, in_batches(x, y), epochs=2, ema=ema, evaluate=keep)
-        assert equal(seen[0], snapshot(small))  # no later epoch was better
-        states[ema] = seen[0]
+        assert equal(seen[1], snapshot(small))
+        states[ema] = seen[1]
     # The trained weights are the same; only what is made of them differs.
     assert not equal(states[None], states[0.9])
     apart = [(states[None][k].float() - v.float()).norm() for k, v in states[0.9].items()]

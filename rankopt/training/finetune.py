@@ -29,21 +29,19 @@ class Training:
             training; None where labels are no classes), ``metric`` (of `evaluate`; else
             None), ``learning_rate``, ``samples_per_second``, ``seconds``, ``frozen`` (factors that
             did not train), and ``terms`` of the loss.
-        best_epoch: The epoch whose weights the model now has.
+        best_epoch: The epoch whose weights the model now has; -1 for those it started with.
+        metric: `evaluate` of the weights the model now has; None without `evaluate`.
+        before: `evaluate` of the weights it started with.
         seconds: Wall-clock time of all epochs, those before a resumption included.
         stopped: ``done``, or ``patience`` if `evaluate` had stopped improving.
     """
 
     history: tuple[dict[str, Any], ...]
     best_epoch: int
+    metric: float | None
+    before: float | None
     seconds: float
     stopped: str
-
-    @property
-    def metric(self) -> float | None:
-        """`evaluate` of the weights the model now has."""
-        found: float | None = self.history[self.best_epoch]["metric"]
-        return found
 
     def __str__(self) -> str:
         last = self.history[-1]
@@ -52,7 +50,12 @@ class Training:
         if last["accuracy"] is not None:
             parts.append(f"training accuracy {last['accuracy']:.2f}%")
         if self.metric is not None:
-            parts.append(f"metric {self.metric:.4g} after epoch {self.best_epoch + 1}")
+            where = f"after epoch {self.best_epoch + 1}"
+            if self.best_epoch < 0:
+                where = "as before: no epoch was better, so the weights are as they were"
+            else:
+                where += f" ({self.before:.4g} before)"
+            parts.append(f"metric {self.metric:.4g} {where}")
         if self.stopped == "patience":
             parts.append("stopped early")
         return ", ".join(parts)
@@ -109,8 +112,9 @@ def finetune(
         warmup: Share of all steps in which the rate rises; None for 0.05 (cosine), 0.3
             (one-cycle) or 0 (constant).
         loss: Of (output, labels); None for the model's own loss or cross-entropy.
-        evaluate: The metric of a model, higher is better, after every epoch; the weights
-            of the best epoch are kept, otherwise those of the last.
+        evaluate: The metric of a model, higher is better, after every epoch and before the
+            first; the best weights are kept, those it started with included. Without
+            it those of the last epoch.
         patience: Stop after this many epochs without a better metric.
         accumulate: Batches per optimiser step.
         clip: Largest gradient norm; None for no clipping.
@@ -187,4 +191,6 @@ def finetune(
         )
         stopped = loop.run()
     seconds = math.fsum(epoch["seconds"] for epoch in loop.history)
-    return Training(tuple(loop.history), loop.best_epoch, seconds, stopped)
+    return Training(
+        tuple(loop.history), loop.best_epoch, loop.best_metric, loop.before, seconds, stopped
+    )

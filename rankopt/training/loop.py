@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import time
 from collections.abc import Callable, Iterable
@@ -78,8 +79,9 @@ class Loop:
         self.average = self._averaged() if recipe.ema is not None else None
         self.wrapped: nn.Module | None = None
         self.history: list[dict[str, Any]] = []
-        self.best_epoch = -1
+        self.best_epoch = -1  # the weights it started with
         self.best: dict[str, Any] | None = None
+        self.before: float | None = None
         self.step = 0
 
     # Set-up
@@ -130,6 +132,8 @@ class Loop:
         try:
             with stack:
                 self._resume()
+                if not self.history:
+                    self._start()
                 while len(self.history) < self.recipe.epochs and not self._impatient():
                     good = _copied(self.plain.state_dict())
                     self._epoch(len(self.history))
@@ -146,6 +150,12 @@ class Loop:
             for parameter in self.plain.parameters():
                 parameter.grad = None
         return "patience" if len(self.history) < self.recipe.epochs else "done"
+
+    def _start(self) -> None:
+        """The metric to beat: a run never ends with worse weights than it was given."""
+        self.before = self._evaluated(self.plain)
+        if self.before is not None:
+            self.best = _copied(self.plain.state_dict())
 
     def _epoch(self, epoch: int) -> None:
         self._seed(epoch)
@@ -306,10 +316,9 @@ class Loop:
 
     def _finish_epoch(self) -> None:
         entry = self.history[-1]
-        entry["metric"] = self._evaluated()
-        metric = entry["metric"]
-        before = None if self.best is None else self.history[self.best_epoch]["metric"]
-        if metric is None or before is None or metric > before:
+        metric = entry["metric"] = self._evaluated(self._current)
+        best = self.best_metric
+        if metric is None or best is None or math.isnan(best) or metric > best:
             self.best_epoch = entry["epoch"]
             self.best = None if metric is None else _copied(self._current.state_dict())
         if self.folder is None or not self.accelerator.is_main_process:
@@ -321,6 +330,7 @@ class Loop:
             {
                 "step": self.step,
                 "history": self.history,
+                "before": self.before,
                 "best_epoch": self.best_epoch,
                 "best": self.best,
                 "model": self.plain.state_dict(),
@@ -331,10 +341,16 @@ class Loop:
         )
         files.write_record(self.folder, self._identity(), self.history)
 
-    def _evaluated(self) -> float | None:
+    @property
+    def best_metric(self) -> float | None:
+        """`evaluate` of the weights to end with."""
+        found: float | None
+        found = self.before if self.best_epoch < 0 else self.history[self.best_epoch]["metric"]
+        return found
+
+    def _evaluated(self, model: nn.Module) -> float | None:
         if self.evaluate is None:
             return None
-        model = self._current
         with torch.no_grad(), measure.preserve_rng(), measure.evaluation(model):
             value = float(self.evaluate(model))
         if self.accelerator.num_processes > 1:  # all must agree on what is best
@@ -365,6 +381,7 @@ class Loop:
         if scaler is not None and saved["scaler"] is not None:
             scaler.load_state_dict(saved["scaler"])
         self.step, self.history = saved["step"], saved["history"]
+        self.before = saved["before"]
         self.best_epoch, self.best = saved["best_epoch"], saved["best"]
 
 

@@ -22,7 +22,7 @@ from rankopt.errors import CheckpointError, RankoptError
 
 __all__ = ["CHECKPOINT", "RECORD", "fingerprint", "load_state", "save_state", "write_record"]
 
-SCHEMA: Final = "rankopt.training/1"
+SCHEMA: Final = "rankopt.training/2"
 CHECKPOINT: Final = "training.pt"
 RECORD: Final = "record.jsonl"
 
