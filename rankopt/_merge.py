@@ -13,7 +13,7 @@ from torch import nn
 from rankopt import measure, surgery
 from rankopt._apply import apply, unpacked_clone
 from rankopt._merge_widths import Choice, Widths
-from rankopt._search import environment, verify
+from rankopt._verify import environment, verify
 from rankopt.bottlenecks import Bottleneck, find_bottlenecks
 from rankopt.budget import Budget
 from rankopt.errors import BudgetError, ModelError

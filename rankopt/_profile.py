@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from rankopt import measure, surgery
-from rankopt._search import describe
+from rankopt._describe import describe
 from rankopt.candidates import cliffs, grid_values, line
 from rankopt.decompositions.base import Decomposition, RankAxis
 from rankopt.errors import LayerError, ModelError

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from rankopt import measure, surgery
 from rankopt._apply import build_with_moments, remember_plan
 from rankopt._latency_budget import ModelClock, bounds_latency, price_time, solve
-from rankopt._search import Opened, check_request, open_problem
+from rankopt._open import Opened, check_request, open_problem
 from rankopt._soft_weights import SoftSite
 from rankopt.budget import Budget
 from rankopt.decompositions.base import Decomposition

@@ -10,7 +10,7 @@ from torch import nn
 
 from rankopt import measure
 from rankopt._latency_budget import ModelClock, adopt_times, bounds_latency, price_time
-from rankopt._search import environment, open_problem
+from rankopt._open import open_problem
 from rankopt._study.reading import DEFAULT_NAME, load_optuna, quiet
 from rankopt._study.records import (
     ATTRIBUTE,
@@ -32,6 +32,7 @@ from rankopt._study.storage import (
 from rankopt._study.study import Study
 from rankopt._study.trial import Runner
 from rankopt._study.warm import WARM_STARTS, queue_warm_starts
+from rankopt._verify import environment
 from rankopt._version import __version__
 from rankopt.budget import Budget
 from rankopt.decompositions.base import Decomposition

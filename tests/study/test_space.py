@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import rankopt
-from rankopt._search import open_problem
+from rankopt._open import open_problem
 from rankopt._study.records import key_of, options_in, options_of, rows_of
 from rankopt._study.space import SPACES, make_space, stages
 from rankopt.allocation import GOOD_GAP, damage

@@ -1,0 +1,171 @@
+"""A model opened for a search: described, calibrated, and ready to check a plan."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Final
+
+from torch import nn
+
+from rankopt import measure, surgery
+from rankopt._apply import build_with_moments, collect_for
+from rankopt._describe import describe, problem_of, selected
+from rankopt._trial import TrialModel
+from rankopt._verify import environment, verify
+from rankopt.budget import Budget
+from rankopt.decompositions.base import Decomposition
+from rankopt.errors import BudgetError, ModelError, NotYetSupported
+from rankopt.inputs import MAX_SAMPLES, digest, divergence, hold, main_output, run
+from rankopt.layers import Patterns
+from rankopt.plan import RankPlan
+from rankopt.probe import Probe
+from rankopt.strategy import Option, Problem, Strategy, decide
+
+__all__ = ["Opened", "check_request", "open_problem"]
+
+# Samples on which candidate options are run to measure how far outputs move.
+DIVERGENCE_SAMPLES: Final = 256
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A described model: what searches, studies and soft models start from.
+
+    Args:
+        problem: For strategies.
+        source: The user's model, unwrapped.
+        view: The unpacked clone the problem refers to.
+        seen: What a run on the example inputs showed.
+        inputs: The example inputs.
+    """
+
+    problem: Problem
+    source: nn.Module
+    view: nn.Module
+    seen: Probe | None
+    inputs: Any
+
+    def finish(self, plan: RankPlan, *, seconds: float) -> RankPlan:
+        """Hold a strategy's plan to its budget on the built model; add model and machine.
+
+        Raises:
+            RankoptError: The plan breaks its budget.
+            ModelError: The compressed model fails.
+        """
+        skeleton = surgery.clone(self.view, share=self.view.parameters())
+        return replace(
+            verify(plan, skeleton, self.seen, self.inputs),
+            model=self.problem.model,
+            environment=environment(self.source, self.inputs),
+            seconds=round(seconds, 3),
+        )
+
+
+def open_problem(
+    model: nn.Module,
+    budget: Budget | None,
+    *,
+    example_inputs: Any = None,
+    calibration: Any = None,
+    calibration_samples: int | None = MAX_SAMPLES,
+    evaluate: Any = None,
+    batches: Sequence[Any] | None = None,
+    methods: Sequence[str | Decomposition] = Strategy.methods,
+    only: Patterns = (),
+    ignore: Patterns = (),
+    progress: bool | None = None,
+) -> Opened:
+    """Describe a model for strategies; arguments and errors as of `search`."""
+    source = surgery.unwrap(model)
+    runs = example_inputs is not None or calibration is not None
+    view, layers, seen = describe(source, example_inputs, runs=runs)
+    layers = selected(layers, only, ignore)
+    problem = problem_of(view, layers, seen, budget, methods)
+    problem.progress = progress
+    problem.model = {
+        "class": type(source).__name__,
+        "structure": measure.structure_digest(source),
+        "weights": measure.weights_digest(source),
+    }
+    problem.copy = (lambda: surgery.clone(view)) if runs else None
+    held = None
+    if calibration is not None:
+        held = hold(view, calibration, max_samples=calibration_samples)
+        _calibrate(problem, view, held)
+    if evaluate is not None:
+        trial = TrialModel(problem, view, evaluate, batches=batches, held=held)
+        problem.evaluate = trial.values
+    return Opened(problem, source, view, seen, example_inputs)
+
+
+def check_request(
+    budget: Budget | None, strategy: Strategy, inputs: Any, calibration: Any, evaluate: Any
+) -> Budget | None:
+    bounded = () if budget is None else (*budget.axes, *filter(None, [budget.minimize]))
+    if budget is None and not strategy.tags.unbudgeted:
+        raise BudgetError(
+            f"strategy {strategy.name!r} needs a budget: it has no natural amount of compression"
+        )
+    for axis, what in (
+        ("macs", "MACs depend"),
+        ("latency", "time depends"),
+        ("latency_ms", "time depends"),
+    ):
+        if axis in bounded and inputs is None:
+            raise BudgetError(
+                f"a budget on {axis} needs example_inputs: {what} on the input's size; pass a "
+                "tensor, a tuple or a dict to call the model with, or bound params instead"
+            )
+    if "latency" in strategy.tags.needs and inputs is None:
+        raise ModelError(
+            f"strategy {strategy.name!r} needs example_inputs= to time the layers with: a tensor, "
+            "a tuple or a dict to call the model with"
+        )
+    for name, value in (("calibration", calibration), ("evaluate", evaluate)):
+        if name in strategy.tags.needs and value is None:
+            raise ModelError(f"strategy {strategy.name!r} needs {name}=")
+    drops = budget is not None and budget.metric_drop is not None
+    if drops and evaluate is None:
+        raise BudgetError(
+            "a budget on metric_drop needs evaluate=: a function of a model that gives the metric"
+        )
+    if evaluate is not None and not drops and "evaluate" not in strategy.tags.needs:
+        raise NotYetSupported(
+            f"strategy {strategy.name!r} uses evaluate= only with a budget on metric_drop, such as "
+            "'metric_drop<=0.01, minimize=macs'; leave it out"
+        )
+    return budget
+
+
+def _calibrate(problem: Problem, view: nn.Module, held: Sequence[Any]) -> None:
+    """Collect what the strategy and the factors need from calibration inputs."""
+    problem.moments = collect_for(
+        view, [site.layers for site in problem.sites], held, progress=problem.progress
+    )
+    problem.calibration = digest(held)
+    problem.inputs = held
+    probes = hold(view, held, max_samples=DIVERGENCE_SAMPLES)
+    with measure.evaluation(view):
+        outputs = [main_output(run(view, inputs)) for inputs in probes]
+
+    known: dict[str, float] = {}  # a corrected latency budget asks again
+
+    def moved(options: Mapping[int, Option]) -> float:
+        key = repr([(i, o.method, dict(o.args)) for i, o in sorted(options.items())])
+        if key not in known:
+            known[key] = compute(options)
+        return known[key]
+
+    def compute(options: Mapping[int, Option]) -> float:
+        problem.check_deadline()
+        decisions = [
+            decide(problem.sites[index], option)
+            for index, option in options.items()
+            if not option.keeps
+        ]
+        model = build_with_moments(view, decisions, problem.moments).eval()
+        pairs = zip(probes, outputs, strict=True)
+        return sum(divergence(before, run(model, x)) for x, before in pairs) / len(probes)
+
+    problem.divergence = moved

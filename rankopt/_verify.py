@@ -1,0 +1,84 @@
+"""A plan held to its budget on the built model, and the machine it was made on."""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from rankopt import measure, surgery
+from rankopt._apply import fill_skeleton
+from rankopt._version import __version__
+from rankopt.errors import ModelError, RankoptError
+from rankopt.inputs import tensors_in
+from rankopt.plan import RankPlan
+from rankopt.probe import Call, Probe
+from rankopt.strategy import LATENCY
+
+__all__ = ["environment", "verify"]
+
+
+def verify(plan: RankPlan, view: nn.Module, seen: Probe | None, inputs: Any) -> RankPlan:
+    """Build the result's skeleton inside `view`, run it, and hold it to the budget."""
+    built = fill_skeleton(view, plan)
+    measured: dict[str, float] = {
+        "params": measure.count_params(built),
+        "memory": measure.count_memory(built),
+    }
+    if seen is not None:
+        inputs = measure.to_device(inputs, surgery.device_of(view))
+        with measure.evaluation(built):
+            measured["macs"] = measure.count_macs(built, inputs)
+            _run(built, inputs, "in eval mode with gradients")
+        if seen.trains:
+            built.train()
+            _run(built, inputs, "in train mode with gradients")
+    timed = plan.totals.get(LATENCY, {}).get("measured")
+    if timed is not None:
+        measured[LATENCY] = timed
+    before = {axis: float(entry["before"] or 0) for axis, entry in plan.totals.items()}
+    if plan.budget is not None and not plan.budget.fits(measured, before):
+        raise RankoptError(
+            f"strategy {plan.strategy.get('name')!r} returned a plan that breaks its budget "
+            f"({plan.budget.explain()}): measured {measured} of {before}; the model's MACs depend "
+            "on its data, or this is a defect of the strategy or of rankopt"
+        )
+    totals = {
+        axis: {**entry, "measured": measured.get(axis)} for axis, entry in plan.totals.items()
+    }
+    return replace(plan, totals=totals)
+
+
+def _run(model: nn.Module, inputs: Any, how: str) -> None:
+    try:
+        with torch.enable_grad():
+            measure.call(model, inputs)
+    except Exception as error:
+        raise ModelError(
+            f"the compressed {type(model).__name__} fails {how}: {type(error).__name__}: {error}; "
+            "keep the layers involved with ignore= and report this"
+        ) from error
+
+
+def environment(model: nn.Module, inputs: Any = None) -> dict[str, Any]:
+    """Versions, hardware and numeric settings that figures depend on."""
+    device = surgery.device_of(model)
+    facts: dict[str, Any] = {
+        "rankopt": __version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "device": str(device),
+        "threads": torch.get_num_threads(),
+        "dtype": str(next((p.dtype for p in model.parameters()), None)).removeprefix("torch."),
+    }
+    for first in list(tensors_in(inputs))[:1]:
+        facts |= {"input": list(first.shape), "memory_format": Call.of(first).memory_format}
+    if device.type == "cuda":
+        facts["gpu"] = torch.cuda.get_device_name(device)
+        facts["tf32"] = torch.backends.cuda.matmul.allow_tf32
+    else:
+        facts["isa"] = torch.backends.cpu.get_cpu_capability()
+    return facts
