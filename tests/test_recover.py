@@ -8,6 +8,7 @@ from torch import nn
 
 import rankopt
 from rankopt.errors import CalibrationError, ModelError
+from rankopt.inputs import divergence
 from rankopt.testing import planted_model
 from rankopt.training.augmentation import shift_and_mirror
 
@@ -39,6 +40,23 @@ def test_comes_closer_to_its_teacher(pair):
     assert all(torch.equal(theirs[k], v) for k, v in teacher.state_dict().items())
     assert [module.training for module in small.modules()] == modes
     assert all(parameter.grad is None for parameter in small.parameters())
+
+
+def test_autocast_is_ones_own_or_none(pair):
+    """Under a caller's autocast the weights it has cached would be those before training."""
+    teacher, small, held = pair
+    with torch.autocast("cpu", torch.bfloat16):
+        done = rankopt.recover(
+            small, teacher=teacher, calibration=held, seconds=4, precision="bf16"
+        )
+    assert done.kept
+    x = torch.cat(held)
+    with torch.no_grad():
+        after = divergence(teacher(x), small(x))
+    assert after < done.before
+    assert all(value.dtype != torch.bfloat16 for value in small.state_dict().values())
+    with pytest.raises(ValueError, match="precision='fp16'"):
+        rankopt.recover(small, teacher=teacher, calibration=held, precision="fp16")
 
 
 def test_leaves_the_model_alone_where_it_does_not_help(pair):

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from rankopt import measure
 from rankopt.errors import ModelError
 from rankopt.training.batches import check_iterable
 from rankopt.training.distillation import Distillation
@@ -61,6 +62,7 @@ class Training:
         return ", ".join(parts)
 
 
+@measure.no_autocast()
 def finetune(
     model: nn.Module,
     train: Any,
