@@ -46,8 +46,10 @@ ROUNDS: Final = 11
 # Shorter timings are repeated: below this the clock and the interpreter show.
 MIN_TIMING_MS: Final = 0.5
 WEIGHT_SCALE: Final = 0.05
-# Warm-up calls of a chain that is only looked at; others are warmed up until steady.
-LOOK_WARMUP: Final = 3
+# Warm-up calls, after one to see whether it runs, of a chain that is only looked at, or was
+# before; others are warmed up until steady.
+LOOK_WARMUP: Final = 1
+LEAST_ROUNDS: Final = 3
 # Weights of the chains of one session, which are all in memory at once.
 SESSION_BYTES: Final = 2**30
 
@@ -106,6 +108,14 @@ class LayerTime:
         rounds = min(len(mine), len(theirs))
         return Interval.of(mine[:rounds] / theirs[:rounds])
 
+    def extended(self, other: LayerTime) -> LayerTime:
+        """The same chain with more rounds."""
+        return LayerTime(
+            np.concatenate([self.chain_ms, other.chain_ms]),
+            np.concatenate([self.dense_ms, other.dense_ms]),
+            f"{self.session},{other.session}",
+        )
+
     def __add__(self, other: LayerTime) -> LayerTime:
         """One layer after another, as where a module is called twice."""
         rounds = min(len(self.chain_ms), len(other.chain_ms))
@@ -145,7 +155,7 @@ class ProfileTable:
     ) -> None:
         if mode not in MODES:
             raise ValueError(f"mode={mode!r}: expected one of {', '.join(MODES)}")
-        if isinstance(rounds, bool) or not isinstance(rounds, int) or rounds < 3:
+        if isinstance(rounds, bool) or not isinstance(rounds, int) or rounds < LEAST_ROUNDS:
             raise ValueError(f"rounds={rounds!r}: expected an integer of at least 3")
         if cuda_graph and mode != "inference":
             raise ValueError("cuda_graph=True replays inference; it has no mode='training'")
@@ -194,7 +204,7 @@ class ProfileTable:
             chains: What to time; a chain without a method is the dense layer itself.
             device: Where to run.
             rounds: Fewer than the table's own will do, as for a first look; what was
-                timed with fewer is timed again.
+                timed in fewer is timed in those it lacks.
             between: Called before each run; may raise to stop.
 
         Returns:
@@ -213,17 +223,23 @@ class ProfileTable:
         wanted = list(dict.fromkeys(chains))
         enough = min(self.rounds, rounds or self.rounds)
 
-        def lacks(chain: Chain) -> bool:
-            return chain.key not in known or len(known[chain.key].chain_ms) < enough
+        def lacks(chain: Chain) -> int:
+            return max(0, enough - (len(known[chain.key].chain_ms) if chain.key in known else 0))
 
-        for session in _sessions(layer, [chain for chain in wanted if lacks(chain)]):
-            found = self._measure(layer, call, session, device, enough, between)
-            if not lacks(Chain()):  # one dense time for all sessions
-                found.pop(DENSE)
-            known.update(found)
-            self._opened().put(
-                where, text, {name: _to_json(value) for name, value in found.items()}
-            )
+        for lacking in sorted({lacks(chain) for chain in wanted} - {0}):
+            alike = [chain for chain in wanted if lacks(chain) == lacking]
+            for session in _sessions(layer, alike):
+                found = self._measure(layer, call, session, device, lacking, between)
+                if not lacks(Chain()):  # one dense time for all sessions
+                    found.pop(DENSE)
+                found = {
+                    name: known[name].extended(more) if name in known else more
+                    for name, more in found.items()
+                }
+                known.update(found)
+                self._opened().put(
+                    where, text, {name: _to_json(value) for name, value in found.items()}
+                )
         return {chain: known[chain.key] for chain in wanted if chain.key in known}
 
     def compare(
@@ -270,7 +286,7 @@ class ProfileTable:
                     self.skipped[f"{layer.name}: {chain.key}"] = str(error).splitlines()[0]
             timings = time_interleaved(
                 runners,
-                rounds=rounds,
+                rounds=max(rounds, LEAST_ROUNDS),
                 device=device,
                 clock=self.clock,
                 max_warmup=MAX_WARMUP_CALLS if rounds == self.rounds else LOOK_WARMUP,

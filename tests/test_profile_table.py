@@ -9,7 +9,7 @@ import rankopt
 from rankopt.errors import LayerError
 from rankopt.layers import find_layers
 from rankopt.probe import Call
-from rankopt.profile_table import Chain, LayerTime, ProfileTable
+from rankopt.profile_table import LOOK_WARMUP, Chain, LayerTime, ProfileTable
 from rankopt.testing import ModelledClock
 
 CPU = torch.device("cpu")
@@ -114,12 +114,18 @@ def test_real_clocks_and_layouts():
     assert found[Chain(tucker, (4, 4))].latency_ms.median > 0
 
 
-def test_a_look_is_replaced_by_a_measurement():
+def test_a_look_is_extended_to_a_measurement():
     table = ProfileTable(clock=ModelledClock(), rounds=9)
     looked = table.time(layer(), CALL, CHAINS, device=CPU, rounds=3)
     assert len(looked[CHAINS[1]].chain_ms) == 3
+    runs = table.calls
     measured = table.time(layer(), CALL, CHAINS[:2], device=CPU)
     assert len(measured[CHAINS[1]].chain_ms) == 9
+    assert table.calls - runs == 2 * (1 + LOOK_WARMUP + 6)
+    assert measured[CHAINS[1]].session.startswith(looked[CHAINS[1]].session)
+    # Chains and the dense layer that were extended together stay comparable round by round.
+    assert measured[CHAINS[1]].session == measured[Chain()].session
+    assert measured[CHAINS[1]].dense_ms.tolist() == measured[Chain()].chain_ms.tolist()
     runs = table.calls
     kept = table.time(layer(), CALL, CHAINS[:2], device=CPU, rounds=3)
     assert len(kept[CHAINS[1]].chain_ms) == 9

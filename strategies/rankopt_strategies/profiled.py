@@ -28,7 +28,7 @@ MAX_CLIFFS = 2
 ALIKE = 0.03
 # A first look takes this many rounds; the ranks of least time per MAC then take them all.
 LOOK_ROUNDS = 3
-SHORTLIST = 4
+SHORTLIST = 3
 # Whole-model measurements after which layers that do not pay are no longer looked for.
 MAX_REVERTS = 4
 
