@@ -71,9 +71,9 @@ def pace(model: Any, small: Any, x: torch.Tensor) -> str:
 
 
 def row(
-    name: str, model: Any, budget: str, data: Any, test: Any, seconds: float, **settings: Any
+    name: str, model: Any, budget: str, data: Any, test: Any, repair: Any, **settings: Any
 ) -> list[str]:
-    """Search, apply, and optionally repair; one line of the table."""
+    """Search, apply, and repair with settings of `recover`, if any; one line of the table."""
     inputs = data[0]
     calibration = data if settings.pop("aware", True) else None
     started = time.perf_counter()
@@ -91,10 +91,10 @@ def row(
         pace(model, small, inputs[:64]),
         percent(correct(small, *test)),
     ]
-    if not seconds:
+    if not repair:
         return [*cells, "–"]
     repaired = copy.deepcopy(small)
-    rankopt.recover(repaired, teacher=model, calibration=data, seconds=seconds)
+    rankopt.recover(repaired, teacher=model, calibration=data, **repair)
     return [*cells, percent(correct(repaired, *test))]
 
 
@@ -127,6 +127,7 @@ def allocations(name: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--recover", type=float, default=120.0, help="seconds; 0 for none")
+    parser.add_argument("--precision", choices=("no", "bf16"), default="no", help="of recover")
     parser.add_argument("--rows", default="*", help="glob on the names of the plans to measure")
     parser.add_argument("--allocation", action="store_true", help="only time the allocation")
     parser.add_argument("--quick", action="store_true", help="ResNet-50 instead of ResNet-152")
@@ -146,8 +147,10 @@ def main() -> None:
     for name, budget, recovers, settings in ROWS:
         if not fnmatchcase(name, arguments.rows):
             continue
-        seconds = arguments.recover if recovers else 0.0
-        cells = row(name, model, budget, data, test, seconds, **settings)
+        repair: dict[str, Any] = {}
+        if recovers and arguments.recover:
+            repair = {"seconds": arguments.recover, "precision": arguments.precision}
+        cells = row(name, model, budget, data, test, repair, **settings)
         made.add_row(*cells)
         print(*cells, sep=" | ", flush=True)
     print(to_text(made))
