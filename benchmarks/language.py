@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import argparse
 import ast
+import random
 import re
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,21 +31,44 @@ LENGTH, STEP, BATCH = 64, 16, 32
 
 
 def sentences() -> tuple[list[str], list[str]]:
-    """Sentences for calibration and for the test, from different files."""
-    found: tuple[list[str], list[str]] = ([], [])
-    for index, path in enumerate(sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))):
-        try:
-            tree = ast.parse(path.read_text(encoding="utf-8"))
-        except (SyntaxError, UnicodeDecodeError):
-            continue
-        kinds = (ast.Module, ast.ClassDef, ast.FunctionDef)
-        for node in ast.walk(tree):
-            text = ast.get_docstring(node) if isinstance(node, kinds) else None
-            for sentence in re.split(r"(?<=[.!?])\s+|\n\s*\n", text or ""):
-                words = " ".join(sentence.split())
-                if 30 <= len(words) <= 300 and words[0].isalpha():
-                    found[index % 3 == 0].append(words)
-    return found
+    """Sentences for calibration and for the test, from different modules.
+
+    The test takes every third module of the top level, calibration the others and all packages.
+    """
+    root = Path(sysconfig.get_path("stdlib"))
+    modules = sorted(root.glob("*.py"))
+    packages = sorted(
+        path
+        for path in root.rglob("*.py")
+        if not {"site-packages", "dist-packages", "test", "tests"} & set(path.parts)
+    )
+    held = set(modules[::3])
+    test = dict.fromkeys(text for path in modules[::3] for text in _sentences(path))
+    seen = dict.fromkeys(
+        text
+        for path in dict.fromkeys([*modules, *packages])
+        if path not in held
+        for text in _sentences(path)
+        if text not in test
+    )
+    shuffled = list(seen)
+    random.Random(0).shuffle(shuffled)
+    return shuffled, list(test)
+
+
+def _sentences(path: Path) -> Iterator[str]:
+    """Of a file's docstrings."""
+    try:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+    except (SyntaxError, UnicodeDecodeError):
+        return
+    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef)
+    for node in ast.walk(tree):
+        text = ast.get_docstring(node) if isinstance(node, kinds) else None
+        for sentence in re.split(r"(?<=[.!?])\s+|\n\s*\n", text or ""):
+            words = " ".join(sentence.split())
+            if 30 <= len(words) <= 300 and words[0].isalpha():
+                yield words
 
 
 class Encoder(nn.Module):
@@ -141,14 +166,24 @@ def half(model: Encoder) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("parts", nargs="*", default=["quality", "memory"])
     parser.add_argument("--minilm", type=Path, required=True)
     parser.add_argument("--recover", type=float, default=120.0, help="seconds; 0 for none")
-    parser.add_argument("--sentences", type=int, default=CALIBRATION, help="to calibrate on")
+    parser.add_argument("--sentences", type=int, default=CALIBRATION, help="to recover on")
+    parser.add_argument("--learning-rate", type=float, help="of recover, if not its own")
     parser.add_argument("--precision", choices=("no", "bf16"), default="no", help="of recover")
     arguments = parser.parse_args()
+    if "quality" in arguments.parts:
+        quality(arguments)
+    if "memory" in arguments.parts:
+        memory(str(arguments.minilm))
+
+
+def quality(arguments: argparse.Namespace) -> None:
+    """Embeddings of the compressed encoder against the original's."""
     model, batches = minilm(arguments.minilm)
     seen, held = sentences()
-    calibration, test = batches(seen[: arguments.sentences]), batches(held[:TEST])
+    calibration, test = batches(seen[:CALIBRATION]), batches(held[:TEST])
     made = table("MiniLM-L6, half of the encoder's parameters", "plan", "cosine to the original")
 
     def row(name: str, small: nn.Module) -> None:
@@ -166,17 +201,22 @@ def main() -> None:
         done = rankopt.recover(
             small,
             teacher=model,
-            calibration=calibration,
+            calibration=batches(seen[: arguments.sentences]),
             seconds=arguments.recover,
             batch_size=BATCH,
+            learning_rate=arguments.learning_rate,
             precision=arguments.precision,
+            calibration_samples=None,
         )
         print(done, flush=True)
         row(f"default, recovered {arguments.recover:.0f} s", small)
     print(to_text(made))
+
+
+def memory(folder: str) -> None:
+    """Peak memory of a process that searches and applies."""
     made = table("search and apply with calibration", "model", "peak memory over the model's")
     settings = "example_inputs=data[0], calibration=data"
-    folder = str(arguments.minilm)
     for name, code in (("MiniLM-L6", MINILM.format(folder=folder)), ("GPT-2 (124M)", GPT2)):
         made.add_row(name, f"{peak_memory(code, settings):.2f}")
     print(to_text(made))
