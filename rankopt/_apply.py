@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from rankopt import measure, merge_fit, merge_linear, merging, surgery
 from rankopt._asymmetric import fitted_in_order
 from rankopt._chains import Fill, Step, build_chains, factoriser, steps_of
+from rankopt._memory import give_back
 from rankopt._settle import settle_norms
 from rankopt.calibration import collect
 from rankopt.errors import NotYetSupported, PlanError, RankoptWarning
-from rankopt.inputs import MAX_SAMPLES, digest, hold
+from rankopt.inputs import MAX_SAMPLES, digest, hold, run
 from rankopt.layers import (
     Layer,
     check_materialised,
@@ -149,7 +150,11 @@ def _computed_chains(
     moments: dict[str, Moments] = {}
     watched = view
     if held is not None:
-        watched = surgery.clone(view)  # a forward may write into its parameters
+        give_back()
+        watched = surgery.clone(view)
+        with torch.no_grad(), measure.preserve_rng(), measure.evaluation(watched):
+            run(watched, held[0])
+        surgery.share_unchanged(watched, view)
         moments = _moments_for(watched, plan, held, progress)
     ordered = [step for step in steps if step.decision.factors.kind == "asymmetric"]
     others = [step for step in steps if step not in ordered]

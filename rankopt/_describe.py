@@ -44,6 +44,7 @@ def describe(
         view = unpacked_clone(source, split=seen.crossed, runs=True)
         layers = find_layers(view)
         seen = probe(view, layers, example_inputs)
+    surgery.share_unchanged(view, source)
     return view, seen.annotate(layers), seen
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 from dataclasses import replace
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import nn
@@ -13,12 +13,15 @@ from rankopt import measure, surgery
 from rankopt._apply import fill_skeleton
 from rankopt._version import __version__
 from rankopt.errors import ModelError, RankoptError
-from rankopt.inputs import tensors_in
+from rankopt.inputs import shortened, tensors_in
 from rankopt.plan import RankPlan
 from rankopt.probe import Call, Probe
 from rankopt.strategy import LATENCY
 
 __all__ = ["environment", "verify"]
+
+# A run with gradients holds every activation: this many samples do. BatchNorm needs two.
+SAMPLES: Final = 2
 
 
 def verify(plan: RankPlan, view: nn.Module, seen: Probe | None, inputs: Any) -> RankPlan:
@@ -53,14 +56,21 @@ def verify(plan: RankPlan, view: nn.Module, seen: Probe | None, inputs: Any) -> 
 
 
 def _run(model: nn.Module, inputs: Any, how: str) -> None:
-    try:
-        with torch.enable_grad():
-            measure.call(model, inputs)
-    except Exception as error:
-        raise ModelError(
-            f"the compressed {type(model).__name__} fails {how}: {type(error).__name__}: {error}; "
-            "keep the layers involved with ignore= and report this"
-        ) from error
+    """Run with gradients on a few samples; on all of them if the model insists on its batch."""
+    failure: Exception | None = None
+    batched = any(tensor.dim() for tensor in tensors_in(inputs))
+    for tried in (*(shortened([inputs], SAMPLES) if batched else ()), inputs):
+        try:
+            with torch.enable_grad():
+                measure.call(model, tried)
+        except Exception as error:
+            failure = error
+        else:
+            return
+    raise ModelError(
+        f"the compressed {type(model).__name__} fails {how}: {type(failure).__name__}: {failure}; "
+        "keep the layers involved with ignore= and report this"
+    ) from failure
 
 
 def environment(model: nn.Module, inputs: Any = None) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """Second moments of layers' inputs, from few passes over calibration inputs.
 
-Memory is bounded: by `SUM_BYTES`, and by what `rankopt.moments` keeps.
+Memory is bounded: by `MOST_SUM_BYTES`, and by what `rankopt.moments` keeps.
 """
 
 from __future__ import annotations
@@ -40,9 +40,11 @@ ROWS_PER_COLUMN: Final = 8
 # would take more than half a gigabyte.
 MAX_FEATURES: Final = 8192
 # Rows collected before their product is taken: products of few rows cost as much.
-ROWS: Final = 1024
-# Sums held at a time; more takes another pass over the inputs.
-SUM_BYTES: Final = 128 * 2**20
+ROWS: Final = 512
+# Sums and pending rows held at a time, as a share of the model within limits; more takes
+# another pass over the inputs.
+SUM_SHARE: Final = 0.25
+LEAST_SUM_BYTES, MOST_SUM_BYTES = 24 * 2**20, 128 * 2**20
 # Patches unfolded at a time: 128 MB in float32.
 CHUNK_ELEMENTS: Final = 2**25
 
@@ -69,7 +71,8 @@ def collect(
             that are not finite.
     """
     layers = [layer for layer in layers if layer.group_shape[0] <= MAX_FEATURES]
-    passes = _passes(layers)
+    size = SUM_SHARE * measure.count_memory(model)
+    passes = _passes(layers, max(LEAST_SUM_BYTES, min(MOST_SUM_BYTES, size)))
     if len(passes) > 1:
         data = hold(model, data, max_samples=max_samples)
     found: dict[str, Moments] = {}
@@ -80,15 +83,16 @@ def collect(
     return found
 
 
-def _passes(layers: Sequence[Layer]) -> list[list[Layer]]:
-    """Layers whose sums fit into `SUM_BYTES` together, in order; at least one at a time."""
+def _passes(layers: Sequence[Layer], most: float) -> list[list[Layer]]:
+    """Layers whose sums and rows fit into so many bytes, in order; at least one at a time."""
     parts: list[list[Layer]] = [[]]
-    room = SUM_BYTES
+    room = most
     for layer in layers:
-        size = 8 * layer.groups * features(layer) ** 2
+        columns = features(layer)
+        size = 8 * layer.groups * columns * (columns + ROWS // 2)
         if parts[-1] and size > room:
             parts.append([])
-            room = SUM_BYTES
+            room = most
         parts[-1].append(layer)
         room -= size
     return parts
@@ -117,13 +121,14 @@ def _collected(
         """Add what is pending to the sums, if it is at least so many rows."""
         if sum(rows.shape[1] for rows in pending.get(name, ())) < least:
             return
-        rows = torch.cat(pending.pop(name), dim=1)
+        parts = pending.pop(name)
+        rows = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
         # Products in the model's own precision, summed in float64.
-        product = (rows.mT @ rows).to(torch.float64)
+        product = rows.mT @ rows
         if name in sums:
-            sums[name] += product
+            sums[name].add_(product)
         else:
-            sums[name] = product
+            sums[name] = product.to(torch.float64)
 
     def watch(layer: Layer) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:

@@ -17,8 +17,10 @@ __all__ = ["DAMPING", "Moments", "damped_root", "pool"]
 
 # Share of the mean eigenvalue added to a moment matrix, so that it can be inverted.
 DAMPING: Final = 1e-6
-# Larger matrices are kept on disk: those of more than 724 features, in float64.
-SPILL_BYTES: Final = 4 * 2**20
+# Larger matrices are kept on disk: those of more than 362 features, in float64.
+SPILL_BYTES: Final = 2**20
+# What is derived from matrices above this is derived anew: the disk has its limits too.
+KEPT_BYTES: Final = 4 * 2**20
 
 
 class Moments:
@@ -26,8 +28,8 @@ class Moments:
 
     The output error of an approximate weight is ‖(W − Ŵ)S‖ for any root S of the
     moments, E[x xᵀ] = SSᵀ (arXiv 2403.07378). Matrices above `SPILL_BYTES` lie in an
-    unnamed temporary file and are read whenever asked for, and what is derived from
-    them is derived anew, so that a model's moments need not fit into memory at once.
+    unnamed temporary file and are read whenever asked for, so that a model's moments need
+    not fit into memory at once; what is derived from them lies there up to `KEPT_BYTES`.
 
     Args:
         second: [groups, n, n] in float64. n is in/groups times the kernel's
@@ -40,10 +42,10 @@ class Moments:
         self.pixels, self.count = pixels, count
         self.shape = tuple(second.shape)
         self._derived: dict[str, Any] = {}
-        self._stored: Tensor | Spilled = second
+        self._file = _File()
         if second.numel() * second.element_size() > SPILL_BYTES:
             self._derived["key"] = tensor_digest(second)
-            self._stored = Spilled.of(second)
+        self._stored = self._file.keep(second)
 
     @property
     def second(self) -> Tensor:
@@ -99,12 +101,13 @@ class Moments:
         return averaged
 
     def _kept(self, name: str, derive: Callable[[], Tensor]) -> Tensor:
-        found: Tensor | None = self._derived.get(name)
-        if found is None:
+        if name not in self._derived:
             found = derive()
-            if found.numel() * found.element_size() <= SPILL_BYTES:
-                self._derived[name] = found
-        return found
+            if found.numel() * found.element_size() <= KEPT_BYTES:
+                self._derived[name] = self._file.keep(found)
+            return found
+        kept: Tensor | Spilled = self._derived[name]
+        return kept.read() if isinstance(kept, Spilled) else kept
 
     @property
     def nbytes(self) -> int:
@@ -122,36 +125,54 @@ class Moments:
         return found
 
 
-class Spilled:
-    """A tensor in an unnamed temporary file, which goes with the object or the process."""
+class _File:
+    """An unnamed temporary file for large tensors, made at the first of them."""
 
-    def __init__(self, tensor: Tensor, file: Any) -> None:
+    def __init__(self) -> None:
+        self._file: Any = None
+        self._end = 0
+        self._lock = threading.Lock()
+
+    def keep(self, tensor: Tensor) -> Tensor | Spilled:
+        """The tensor spilled; itself if it is small, or where the disk has no room for it."""
+        size = tensor.numel() * tensor.element_size()
+        if size <= SPILL_BYTES:
+            return tensor
+        with self._lock:
+            try:
+                if self._file is None:
+                    self._file = tempfile.TemporaryFile(prefix="rankopt-")  # noqa: SIM115
+                    weakref.finalize(self, self._file.close)
+                self._file.seek(self._end)
+                self._file.write(tensor.detach().cpu().contiguous().numpy().data)
+                self._file.flush()
+            except OSError:
+                return tensor
+            start, self._end = self._end, self._end + size
+        return Spilled(tensor, self, start)
+
+    def read(self, start: int, size: int) -> bytearray:
+        content = bytearray(size)
+        with self._lock:
+            self._file.seek(start)
+            self._file.readinto(content)
+        return content
+
+
+class Spilled:
+    """A tensor [groups, n, m] in a `_File`, which lasts as long as the tensors in it."""
+
+    def __init__(self, tensor: Tensor, file: _File, start: int) -> None:
         self._shape, self._device = tensor.shape, tensor.device
         self._dtype = tensor.dtype
-        self._file, self._lock = file, threading.Lock()
-        weakref.finalize(self, file.close)
-
-    @classmethod
-    def of(cls, tensor: Tensor) -> Spilled | Tensor:
-        """The tensor spilled, or itself where the disk has no room for it."""
-        file = tempfile.TemporaryFile(prefix="rankopt-")  # noqa: SIM115  closed by finalize
-        try:
-            file.write(tensor.detach().cpu().contiguous().numpy().data)
-            file.flush()
-        except OSError:
-            file.close()
-            return tensor
-        return cls(tensor, file)
+        self._file, self._start = file, start
 
     def read(self, start: int = 0, stop: int | None = None) -> Tensor:
-        """The tensor [groups, n, n] on its device; with limits those rows of the one group."""
+        """The tensor on its device; with limits those rows of the one group."""
         groups, rows, columns = self._shape
         stop = rows if stop is None else min(stop, rows)
         width = columns * self._dtype.itemsize
-        content = bytearray(groups * (stop - start) * width)
-        with self._lock:
-            self._file.seek(start * width)
-            self._file.readinto(content)
+        content = self._file.read(self._start + start * width, groups * (stop - start) * width)
         read = torch.frombuffer(content, dtype=self._dtype)
         return read.reshape(groups, stop - start, columns).to(self._device)
 

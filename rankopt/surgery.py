@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rankopt._memory import give_back
 from rankopt.errors import ModelError
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "named_modules",
     "normalised",
     "replace",
+    "share_unchanged",
     "unwrap",
 ]
 
@@ -88,6 +90,27 @@ def clone(
             f"{type(model).__name__} cannot be copied ({error}); "
             "make it deep-copyable, or use rankopt.apply_ which works in place"
         ) from error
+
+
+def share_unchanged(copy: nn.Module, original: nn.Module) -> None:
+    """Let a copy that has been run refer to the parameters it still has in common.
+
+    A forward may write into its parameters (renormed embeddings, merged adapters), so a
+    model is run as a copy; where the first run left them alone, one of them is enough.
+    """
+    theirs = dict(named_modules(original))
+    for name, module in named_modules(copy):
+        held = theirs[name]._parameters if name in theirs else {}
+        for key, mine in module._parameters.items():
+            other = held.get(key)
+            if mine is None or other is None or mine is other:
+                continue
+            alike = (mine.shape, mine.dtype, mine.device, mine.requires_grad) == (
+                (other.shape, other.dtype, other.device, other.requires_grad)
+            )
+            if alike and torch.equal(mine, other):
+                module._parameters[key] = other
+    give_back()
 
 
 def copy_parameters(model: nn.Module, foreign: Iterable[Tensor]) -> None:
