@@ -113,8 +113,8 @@ def test_a_schedule_that_freezes_everything():
 
     with pytest.raises(ModelError, match="phase 1 of .*Everything.* freezes every parameter"):
         rankopt.finetune(bare, train, freezing=Everything(), epochs=3, evaluate=keep)
-    assert len(seen) == 1
-    assert equal(seen[0], snapshot(bare))  # as the complete epoch left them
+    assert len(seen) == 2  # before, and after the first epoch
+    assert equal(seen[1], snapshot(bare))  # as the complete epoch left them
     assert all(p.requires_grad and p.grad is None for p in bare.parameters())
     # Where norms and biases remain, they train.
     _, small, x, y = problem(count=64)
