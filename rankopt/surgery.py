@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,9 @@ __all__ = [
     "share_unchanged",
     "unwrap",
 ]
+
+# Where modules come from whose forward only reads parameters.
+READERS: Final = ("torch.nn.", "transformers.pytorch_utils")
 
 
 def normalised(name: str) -> str:
@@ -96,11 +99,14 @@ def share_unchanged(copy: nn.Module, original: nn.Module) -> None:
     """Let a copy that has been run refer to the parameters it still has in common.
 
     A forward may write into its parameters (renormed embeddings, merged adapters), so a
-    model is run as a copy; where the first run left them alone, one of them is enough.
+    model is run as a copy; where the first run left them alone, and they belong to a module
+    whose forward is known never to write, one of them is enough.
     """
     theirs = dict(named_modules(original))
     for name, module in named_modules(copy):
-        held = theirs[name]._parameters if name in theirs else {}
+        known = type(module).__module__.startswith(READERS)
+        writes = getattr(module, "max_norm", None) is not None  # an embedding that renorms
+        held = theirs[name]._parameters if name in theirs and known and not writes else {}
         for key, mine in module._parameters.items():
             other = held.get(key)
             if mine is None or other is None or mine is other:
@@ -108,7 +114,8 @@ def share_unchanged(copy: nn.Module, original: nn.Module) -> None:
             alike = (mine.shape, mine.dtype, mine.device, mine.requires_grad) == (
                 (other.shape, other.dtype, other.device, other.requires_grad)
             )
-            if alike and torch.equal(mine, other):
+            untouched = mine._version == 0  # an adapter may have written and restored it
+            if alike and untouched and torch.equal(mine, other):
                 module._parameters[key] = other
     give_back()
 

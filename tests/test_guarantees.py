@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from torch import nn
 
 import rankopt
+from rankopt import surgery
 from rankopt.errors import CheckpointError, RankoptWarning
 from rankopt.inputs import hold
 from rankopt.norms import recalibrate
@@ -257,3 +259,48 @@ def test_root_attention_with_cross_inputs():
     plan = rankopt.search(model, "params<=80%", strategy="energy", example_inputs=inputs)
     assert "q_proj" in plan.layer_names
     assert rankopt.apply(model, plan)(*inputs)[0].shape == (2, 5, 32)
+
+
+class Clipped(nn.Linear):
+    """Writes into its weight once it has seen a large input."""
+
+    def forward(self, x):
+        """The linear layer, clipped to the weights of a critic."""
+        if x.abs().max() > 10:
+            self.weight.data.clamp_(-1e-3, 1e-3)
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("make", [
+    lambda: (nn.Sequential(nn.Embedding(50, 32, max_norm=1.0), nn.Linear(32, 32)),
+             torch.zeros(8, 3, dtype=torch.int64), torch.randint(1, 50, (64, 3))),
+    lambda: (nn.Sequential(Clipped(32, 32), nn.Linear(32, 32)),
+             torch.randn(4, 32).clamp(-1, 1), 100 * torch.randn(64, 32)),
+])  # fmt: skip
+def test_weights_that_only_calibration_inputs_change_stay_as_they_were(make):
+    torch.manual_seed(0)
+    model, example, others = make()
+    model[0].weight.data.mul_(3)
+    model[0].weight.data[0] = 0.01
+    before = copy.deepcopy(model.state_dict())
+    data = [example, others]
+    plan = rankopt.search(model, "params<=80%", example_inputs=example, calibration=data, only="1")
+    rankopt.apply(model, plan, calibration=data)
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+
+
+def test_a_run_that_wrote_nothing_leaves_one_set_of_weights():
+    model = nn.Sequential(nn.Linear(8, 8), nn.Embedding(4, 8, max_norm=1.0), nn.BatchNorm1d(8))
+    twin = surgery.clone(model)
+    with torch.no_grad():
+        twin[2].weight.add_(1)
+    surgery.share_unchanged(twin, model)
+    assert twin[0].weight is model[0].weight
+    assert twin[1].weight is not model[1].weight
+    assert twin[2].weight is not model[2].weight
+    assert twin[2].bias is model[2].bias
+    twin = surgery.clone(model)
+    with torch.no_grad():
+        twin[0].weight.mul_(2).mul_(0.5)
+    surgery.share_unchanged(twin, model)
+    assert twin[0].weight is not model[0].weight
