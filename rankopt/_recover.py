@@ -95,8 +95,8 @@ def recover(
         batch_size: Samples per step.
         learning_rate: Adam's, at the start; None for 1e-3 where BatchNorm holds the scale of
             what the layers pass on, 3e-4 elsewhere.
-        precision: ``bf16`` trains under autocast, with about twice the steps in the same time
-            where the processor multiplies bfloat16; weights and what is measured keep theirs.
+        precision: ``bf16`` trains under autocast, with more steps in the same time where the
+            processor multiplies bfloat16; weights and what is measured keep theirs.
         augment: A function of (inputs, generator); ``auto`` shifts and mirrors
             4-d floating-point inputs, ``none`` leaves inputs alone.
         calibration_samples: Where to stop reading.
