@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 import rankopt
 from rankopt.allocation import GOOD_GAP, allocate
 from rankopt.errors import BudgetInfeasible, ModelError
-from rankopt.testing import _squared_error, planted_inputs, planted_model
+from rankopt.testing import planted_inputs, planted_model, squared_error
 from rankopt_strategies.knapsack import Knapsack
 
 
@@ -71,7 +71,7 @@ def test_beats_uniform_ranks_by_its_own_measure():
             planted_model(noise=0.4), "macs<=50%", strategy=strategy, example_inputs=x
         )
         model = planted_model(noise=0.4)
-        damage[plan.strategy["name"]] = sum(_squared_error(model, d) for d in plan.changes)
+        damage[plan.strategy["name"]] = sum(squared_error(model, d) for d in plan.changes)
     assert damage["knapsack"] <= min(damage.values()) + 1e-9
 
 

@@ -7,13 +7,12 @@ import json
 import signal
 import sys
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
+from rankopt._commands.options import INTERRUPTED, model_and_inputs, show_plan
 from rankopt.errors import RankoptError
 
 __all__ = ["add_study"]
-
-INTERRUPTED: Final = 130
 
 
 def add_study(
@@ -106,12 +105,11 @@ def _claimed(arguments: argparse.Namespace, *, share: bool = False) -> Any:
 def _open(arguments: argparse.Namespace, device: Any, *, create: bool, **more: Any) -> Any:
     """The study named by a command line, with the model and data named there too."""
     import rankopt
-    from rankopt._specs import default_input, load_callable, load_model, parse_input
+    from rankopt._specs import load_callable
     from rankopt._study.reading import DEFAULT_NAME
     from rankopt._study.storage import DEFAULT_STORAGE, HEARTBEAT_SECONDS
 
-    model = load_model(arguments.model, arguments.weights, seed=arguments.seed)
-    inputs = parse_input(arguments.input) if arguments.input else default_input(arguments.model)
+    model, inputs = model_and_inputs(arguments)
     try:
         model = model.to(device)
     except (RuntimeError, AssertionError) as error:
@@ -197,13 +195,8 @@ def _best(arguments: argparse.Namespace) -> int:
         plan = study.best(arguments.budget)
     if arguments.output:
         plan.save(arguments.output)
-    if arguments.json:
-        print(plan.to_json(), end="")
-        return 0
-    from rankopt._report.tables import plan_table, show, totals_table
-
-    show(plan_table(plan), totals_table(plan))
-    if arguments.output:
+    show_plan(plan, arguments)
+    if arguments.output and not arguments.json:
         print(f"plan written to {arguments.output}")
     return 0
 

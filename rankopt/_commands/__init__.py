@@ -1,0 +1,1 @@
+"""The subcommands of `rankopt`, one module per group."""

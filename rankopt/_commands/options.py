@@ -1,0 +1,81 @@
+"""What several commands share: naming a model, settings, showing a plan."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from typing import Any, Final
+
+from rankopt.errors import RankoptError
+
+__all__ = [
+    "INTERRUPTED",
+    "common_options",
+    "model_and_inputs",
+    "model_options",
+    "settings",
+    "show_plan",
+]
+
+INTERRUPTED: Final = 130
+
+
+def common_options() -> argparse.ArgumentParser:
+    """Options of every command."""
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--json", action="store_true", help="print JSON on standard output")
+    common.add_argument("--traceback", action="store_true", help="show where an error came from")
+    return common
+
+
+def model_options(common: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Options that name a model, after those of every command."""
+    model = argparse.ArgumentParser(add_help=False, parents=[common])
+    model.add_argument("model", metavar="MODEL", help="torchvision:NAME or FILE.py:CALLABLE")
+    model.add_argument("--weights", metavar="FILE", help="state dict to load into the model")
+    model.add_argument(
+        "--input", metavar="SHAPE", help="example input, 1,3,224,224[:dtype]; torchvision has one"
+    )
+    model.add_argument("--channels-last", action="store_true", help="memory format of both")
+    model.add_argument("--seed", type=int, default=0)
+    return model
+
+
+def model_and_inputs(arguments: argparse.Namespace) -> tuple[Any, Any]:
+    """The model a command line names, and its example inputs if there are any."""
+    from rankopt._specs import default_input, load_model, parse_input
+
+    model = load_model(arguments.model, arguments.weights, seed=arguments.seed)
+    inputs = parse_input(arguments.input) if arguments.input else default_input(arguments.model)
+    if arguments.channels_last:
+        import torch
+
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        if inputs is not None and inputs.dim() == 4:
+            inputs = inputs.contiguous(memory_format=torch.channels_last)
+    return model, inputs
+
+
+def settings(pairs: Sequence[str]) -> dict[str, Any]:
+    """``KEY=VALUE`` of ``--set``; values are JSON, or text."""
+    found: dict[str, Any] = {}
+    for pair in pairs:
+        key, separator, text = pair.partition("=")
+        if not separator or not key:
+            raise RankoptError(f"--set {pair!r}: expected KEY=VALUE")
+        try:
+            found[key] = json.loads(text)
+        except json.JSONDecodeError:
+            found[key] = text
+    return found
+
+
+def show_plan(plan: Any, arguments: argparse.Namespace) -> None:
+    """Print a plan as tables, or as JSON."""
+    if arguments.json:
+        print(plan.to_json(), end="")
+        return
+    from rankopt._report.tables import plan_table, show, totals_table
+
+    show(plan_table(plan), totals_table(plan))

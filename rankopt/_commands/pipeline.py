@@ -1,0 +1,135 @@
+"""``rankopt compress`` and ``report``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from rankopt._commands.options import model_and_inputs, settings, show_plan
+from rankopt.errors import RankoptError
+
+__all__ = ["add_pipeline"]
+
+
+def add_pipeline(
+    commands: Any, common: argparse.ArgumentParser, model: argparse.ArgumentParser
+) -> None:
+    """Add the commands to a parser's subcommands.
+
+    Args:
+        commands: From `argparse.ArgumentParser.add_subparsers`.
+        common: Options of every command.
+        model: Options that name a model.
+    """
+    compress = commands.add_parser(
+        "compress", parents=[model], help="search, apply, recover, fine-tune, verify, save"
+    )
+    compress.add_argument("--budget", help="such as 'macs<=50%%'")
+    compress.add_argument("--strategy", default=None, help="see `rankopt strategies`")
+    compress.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of the strategy"
+    )
+    compress.add_argument(
+        "--train", metavar="FILE.py:CALLABLE", help="makes the labelled batches or DataLoader"
+    )
+    compress.add_argument(
+        "--calibration", metavar="FILE.py:CALLABLE", help="makes unlabelled inputs; else --train's"
+    )
+    compress.add_argument("--evaluate", metavar="FILE.py:CALLABLE", help="metric of a model")
+    compress.add_argument("--recover", type=float, metavar="SECONDS", help="0 leaves it out")
+    compress.add_argument("--epochs", type=int, metavar="N", help="of fine-tuning; 0 for none")
+    compress.add_argument("--learning-rate", type=float, metavar="RATE")
+    compress.add_argument("--freezing", help="none, fixed or sequential (default)")
+    compress.add_argument("--rounds", type=int, default=1, metavar="N", help="steps to the budget")
+    compress.add_argument("--folder", metavar="FOLDER", help="work folder, to go on from")
+    compress.add_argument("-o", "--output", metavar="OUT.safetensors", required=True)
+    compress.set_defaults(run=_compress)
+
+    report = commands.add_parser(
+        "report", parents=[common], help="show plans and runs, as tables or one HTML page"
+    )
+    report.add_argument(
+        "sources",
+        nargs="+",
+        metavar="PLAN|RUN",
+        help="plan, checkpoint, record.jsonl, or the folder of finetune or compress",
+    )
+    report.add_argument("-o", "--output", metavar="REPORT.html", help="the page to write")
+    report.add_argument("--plot", metavar="FILE.html", help="draw how the ranks moved (plotly)")
+    report.set_defaults(run=_report)
+
+
+def _compress(arguments: argparse.Namespace) -> int:
+    import rankopt
+    from rankopt._search import DEFAULT_STRATEGY
+    from rankopt._specs import load_callable
+    from rankopt.registry import strategies
+
+    name = arguments.strategy or DEFAULT_STRATEGY
+    search = {"strategy": strategies.create(name, **settings(arguments.set))}
+    tuning = {
+        key: getattr(arguments, key)
+        for key in ("epochs", "learning_rate", "freezing")
+        if getattr(arguments, key) is not None
+    }
+    made = {
+        key: load_callable(getattr(arguments, key))() if getattr(arguments, key) else None
+        for key in ("train", "calibration")
+    }
+    model, inputs = model_and_inputs(arguments)
+    done = rankopt.compress(
+        model,
+        arguments.budget,
+        example_inputs=inputs,
+        train=made["train"],
+        calibration=made["calibration"],
+        evaluate=load_callable(arguments.evaluate) if arguments.evaluate else None,
+        rounds=arguments.rounds,
+        search=search,
+        recover=None if arguments.recover is None else _seconds(arguments.recover),
+        finetune=False if arguments.epochs == 0 else tuning or None,
+        output=arguments.output,
+        folder=arguments.folder,
+        seed=arguments.seed,
+    )
+    print(json.dumps(done.to_dict()) if arguments.json else f"{done}\n{done.path} written")
+    return 0
+
+
+def _seconds(seconds: float) -> Any:
+    return {"seconds": seconds} if seconds else False
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    import rankopt
+
+    written = {
+        key: path for key, path in (("output", arguments.output), ("plot", arguments.plot)) if path
+    }
+    if arguments.output:
+        rankopt.report(arguments.sources, arguments.output)
+    if arguments.plot or not arguments.output:
+        plan = rankopt.RankPlan.load(_only_plan(arguments.sources))
+    if arguments.plot:
+        from rankopt._report.figures import write_ranks
+
+        write_ranks(plan, arguments.plot)
+    if not arguments.output:
+        show_plan(plan, arguments)
+    elif arguments.json:
+        print(json.dumps(written))
+    if not arguments.json:
+        for kind, path in written.items():
+            print(f"{'report' if kind == 'output' else kind} written to {path}")
+    return 0
+
+
+def _only_plan(sources: Sequence[str]) -> str:
+    """The one plan that a terminal or a plot can show."""
+    if len(sources) != 1:
+        raise RankoptError(
+            f"{len(sources)} sources: tables and plots show one plan; -o REPORT.html takes several"
+        )
+    return sources[0]

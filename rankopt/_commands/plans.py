@@ -1,0 +1,166 @@
+"""``rankopt search``, ``apply``, ``compare`` and ``profile``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import Any
+
+from rankopt._commands.options import model_and_inputs, settings, show_plan
+from rankopt.errors import RankoptError
+
+__all__ = ["add_plans"]
+
+
+def add_plans(commands: Any, model: argparse.ArgumentParser) -> None:
+    """Add the commands to a parser's subcommands.
+
+    Args:
+        commands: From `argparse.ArgumentParser.add_subparsers`.
+        model: Options that name a model.
+    """
+    search = commands.add_parser("search", parents=[model], help="choose ranks, write a plan")
+    search.add_argument("--budget", help="such as 'macs<=50%%'; left out, the strategy decides")
+    search.add_argument("--strategy", default=None, help="see `rankopt strategies`")
+    search.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of the strategy"
+    )
+    search.add_argument("--methods", help="decompositions to allow, comma-separated")
+    search.add_argument("--only", action="append", default=[], metavar="GLOB")
+    search.add_argument("--ignore", action="append", default=[], metavar="GLOB")
+    search.add_argument("--round-to", type=int, default=1, metavar="N", help="multiples of N only")
+    search.add_argument("--timeout", type=float, metavar="SECONDS")
+    search.add_argument("-o", "--output", metavar="PLAN.json", help="where to write the plan")
+    search.set_defaults(run=_search)
+
+    apply = commands.add_parser("apply", parents=[model], help="carry out a plan")
+    apply.add_argument("plan", metavar="PLAN.json")
+    apply.add_argument("-o", "--output", metavar="OUT.safetensors", required=True)
+    apply.set_defaults(run=_apply)
+
+    compare = commands.add_parser("compare", parents=[model], help="count and time a result")
+    compare.add_argument("artefact", metavar="ARTEFACT", help="from `rankopt apply`, or a plan")
+    compare.add_argument("--evaluate", metavar="FILE.py:CALLABLE", help="metric of a model")
+    compare.add_argument("--rounds", type=int, default=30, help="timing rounds")
+    compare.add_argument("--training", action="store_true", help="time forward and backward")
+    compare.set_defaults(run=_compare)
+
+    profile = commands.add_parser("profile", parents=[model], help="time a layer against rank")
+    profile.add_argument("--layer", required=True, metavar="NAME", help="full module name")
+    profile.add_argument("--method", help="decomposition; the first that applies if left out")
+    profile.add_argument("--ranks", metavar="R,R,...|FIRST:LAST[:STEP]", help="which to time")
+    profile.add_argument("--rounds", type=int, default=None, help="interleaved rounds")
+    profile.add_argument("--training", action="store_true", help="forward and backward")
+    profile.add_argument("--plot", metavar="FILE.html", help="draw time against rank (plotly)")
+    profile.set_defaults(run=_profile)
+
+
+def _search(arguments: argparse.Namespace) -> int:
+    import rankopt
+    from rankopt._search import DEFAULT_STRATEGY
+    from rankopt.registry import strategies
+
+    name = arguments.strategy or DEFAULT_STRATEGY
+    strategy = strategies.create(name, **settings(arguments.set))
+    model, inputs = model_and_inputs(arguments)
+    plan = rankopt.search(
+        model,
+        arguments.budget,
+        strategy=strategy,
+        example_inputs=inputs,
+        methods=arguments.methods.split(",") if arguments.methods else None,
+        only=arguments.only,
+        ignore=arguments.ignore,
+        round_to=arguments.round_to,
+        seed=arguments.seed,
+        timeout=arguments.timeout,
+    )
+    if arguments.output:
+        plan.save(arguments.output)
+    show_plan(plan, arguments)
+    if arguments.output and not arguments.json:
+        print(f"plan written to {arguments.output}")
+    return 0
+
+
+def _apply(arguments: argparse.Namespace) -> int:
+    import rankopt
+
+    plan = rankopt.RankPlan.load(arguments.plan)
+    model, _ = model_and_inputs(arguments)
+    small = rankopt.apply(model, plan)
+    rankopt.save(small, arguments.output)
+    result = rankopt.compare(model, small)
+    if arguments.json:
+        print(json.dumps({"output": arguments.output, **result.to_dict()}))
+        return 0
+    from rankopt._report.tables import count
+
+    params = result.params
+    print(
+        f"{arguments.output}: {len(plan.changes)} sites decomposed, "
+        f"{count(params.before)} to {count(params.after)} parameters ({100 * params.ratio:.1f}%)"
+    )
+    return 0
+
+
+def _compare(arguments: argparse.Namespace) -> int:
+    import rankopt
+    from rankopt._specs import load_callable
+
+    model, inputs = model_and_inputs(arguments)
+    if arguments.artefact.endswith(".json"):
+        small = rankopt.apply(model, rankopt.RankPlan.load(arguments.artefact))
+    else:
+        small = rankopt.load(model, arguments.artefact)
+    evaluate = load_callable(arguments.evaluate) if arguments.evaluate else None
+    result = rankopt.compare(
+        model,
+        small,
+        example_inputs=inputs,
+        evaluate=evaluate,
+        rounds=arguments.rounds,
+        mode="training" if arguments.training else "inference",
+        seed=arguments.seed,
+    )
+    print(json.dumps(result.to_dict()) if arguments.json else result)
+    return 0
+
+
+def _profile(arguments: argparse.Namespace) -> int:
+    import rankopt
+    from rankopt.profile_table import ROUNDS
+
+    model, inputs = model_and_inputs(arguments)
+    if inputs is None:
+        raise RankoptError("profile needs --input SHAPE, such as 1,3,224,224, to run the model")
+    found = rankopt.profile(
+        model,
+        arguments.layer,
+        example_inputs=inputs,
+        method=arguments.method,
+        ranks=_ranks(arguments.ranks),
+        table=rankopt.ProfileTable(
+            mode="training" if arguments.training else "inference",
+            rounds=ROUNDS if arguments.rounds is None else arguments.rounds,
+        ),
+    )
+    if arguments.plot:
+        found.plot(arguments.plot)
+    print(json.dumps(found.to_dict()) if arguments.json else found)
+    if arguments.plot and not arguments.json:
+        print(f"plot written to {arguments.plot}")
+    return 0
+
+
+def _ranks(text: str | None) -> list[int] | None:
+    """``8,16,32`` or ``1:512`` or ``8:512:8``, the last rank included."""
+    if text is None:
+        return None
+    try:
+        if ":" not in text:
+            return [int(part) for part in text.split(",")]
+        first, last, *step = (int(part) for part in text.split(":"))
+        return list(range(first, last + 1, *step))
+    except (ValueError, TypeError) as error:
+        raise RankoptError(f"--ranks {text!r}: expected 8,16,32 or 8:512:8") from error

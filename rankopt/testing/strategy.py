@@ -1,0 +1,236 @@
+"""The contract of a strategy: budgets, determinism, and the model left alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import random
+from typing import Any, Final
+
+import numpy as np
+import torch
+from torch import nn
+
+import rankopt
+from rankopt import measure
+from rankopt._modelled_clock import ModelledClock
+from rankopt.errors import BudgetInfeasible, DeadlineExceeded
+from rankopt.layers import canonical_weight, find_layers
+from rankopt.plan import Decision, RankPlan
+from rankopt.profile_table import ProfileTable
+from rankopt.registry import strategies
+from rankopt.strategy import Strategy, Tags
+from rankopt.testing.check import Check
+from rankopt.testing.planted import planted_inputs, planted_model
+
+__all__ = ["check_strategy", "squared_error", "strategy_checks"]
+
+# Rounding of Gram-based errors in float64: square roots of 1e-16 relative energies.
+FLOAT64_ERROR: Final = 1e-6
+
+
+def check_strategy(strategy: Strategy | str, **search_arguments: Any) -> None:
+    """Run every check of the strategy contract; AssertionError names the first to fail.
+
+    Args:
+        strategy: An instance, or a registered name.
+        search_arguments: Passed on to every `rankopt.search`, such as `calibration=`.
+    """
+    for check in strategy_checks(strategy, **search_arguments):
+        check()
+
+
+def strategy_checks(strategy: Strategy | str, **search_arguments: Any) -> list[Check]:
+    """The checks that apply to a strategy, by its tags."""
+    made = strategies.create(strategy)
+    suite = _StrategySuite(made, search_arguments)
+    checks = [
+        suite.has_name_and_tags,
+        suite.settings_are_frozen,
+        suite.meets_budgets,
+        suite.refuses_infeasible_budgets,
+        suite.leaves_the_model_alone,
+        suite.leaves_generators_alone,
+        suite.chooses_feasible_ranks,
+        suite.leaves_ignored_layers,
+        suite.plan_round_trips,
+        suite.plan_applies,
+        suite.stops_at_the_deadline,
+        suite.survives_interrupts,
+    ]
+    if made.tags.deterministic:
+        checks.append(suite.is_deterministic)
+    if made.tags.monotone:
+        checks.append(suite.is_monotone)
+    if made.tags.unbudgeted:
+        checks.append(suite.answers_without_a_budget)
+    return [Check(made.name, check.__name__, check) for check in checks]
+
+
+class _StrategySuite:
+    BUDGETS: Final = ("params<=60%", "macs<=50%", "memory<=70%, macs<=60%")
+
+    def __init__(self, strategy: Strategy, arguments: dict[str, Any]) -> None:
+        self.strategy, self.arguments = strategy, arguments
+        self.timed = "latency" in strategy.tags.needs
+        if self.timed:  # decisions are compared, so times must not vary
+            table = ProfileTable(clock=ModelledClock(), rounds=3)
+            self.arguments = {"profile": table, **arguments}
+
+    def plan(self, budget: str | None, model: nn.Module | None = None, **more: Any) -> RankPlan:
+        return rankopt.search(
+            planted_model() if model is None else model,
+            budget,
+            strategy=self.strategy,
+            **{"example_inputs": planted_inputs(), **self.arguments, **more},
+        )
+
+    def has_name_and_tags(self) -> None:
+        assert isinstance(self.strategy.name, str) and self.strategy.name, "name is no text"
+        assert isinstance(self.strategy.tags, Tags), "tags is no rankopt.Tags"
+        known = {"calibration", "evaluate", "latency"}
+        assert self.strategy.tags.needs <= known, f"needs beyond {sorted(known)}"
+
+    def settings_are_frozen(self) -> None:
+        assert dataclasses.is_dataclass(self.strategy), "not a dataclass"
+        parameters = type(self.strategy).__dataclass_params__
+        assert parameters.frozen, "the dataclass is not frozen"
+
+    def meets_budgets(self) -> None:
+        for budget in self.BUDGETS:
+            plan = self.plan(budget)
+            assert plan.budget is not None
+            for axis in plan.budget.axes:
+                entry = plan.totals[axis]
+                assert entry["measured"] == entry["predicted"], f"{axis} misjudged under {budget}"
+                share = float(entry["measured"] or 0) / float(entry["before"] or 1)
+                assert share <= plan.budget.ratio(axis), f"{budget}: {axis} is {share:.4f}"
+
+    def refuses_infeasible_budgets(self) -> None:
+        try:
+            self.plan("macs<=0.1%")
+        except BudgetInfeasible as error:
+            assert 0.001 < error.smallest["macs"] <= 1, f"smallest is {error.smallest}"
+        else:
+            raise AssertionError("a budget of 0.1% of the MACs was accepted")
+
+    def leaves_the_model_alone(self) -> None:
+        model = planted_model()
+        model.train()
+        model.get_submodule("norm").eval()
+        model.get_submodule("head").weight.requires_grad_(False)
+        before = _snapshot(model)
+        # Without a run the weights are shared.
+        for inputs in (planted_inputs(), *(() if self.timed else (None,))):
+            self.plan(self.BUDGETS[0], model, example_inputs=inputs)
+            assert _snapshot(model) == before, "weights, buffers, modes, hooks or flags changed"
+
+    def leaves_generators_alone(self) -> None:
+        model = planted_model()
+        before = _generators()
+        self.plan(self.BUDGETS[0], model)
+        assert _generators() == before, "a global random generator moved"
+
+    def chooses_feasible_ranks(self) -> None:
+        model = planted_model()
+        layers = {layer.name: layer for layer in find_layers(model)}
+        for decision in self.plan(self.BUDGETS[1], model).changes:
+            settings = {key: value for key, value in decision.args.items() if key != "ranks"}
+            method = rankopt.decompositions.create(decision.method, **settings)
+            method.check_ranks(layers[decision.targets[0]], decision.ranks)
+
+    def leaves_ignored_layers(self) -> None:
+        plan = self.plan("params<=90%", ignore=["hid*"])
+        assert plan["hidden"].keeps, "an ignored layer was decomposed"
+
+    def plan_round_trips(self) -> None:
+        plan = self.plan(self.BUDGETS[0])
+        assert RankPlan.from_json(plan.to_json()) == plan, "JSON does not give the plan back"
+
+    def plan_applies(self) -> None:
+        model = planted_model()
+        plan = self.plan(self.BUDGETS[0], model)
+        small = rankopt.apply(model, plan, **_sources(self.arguments, plan))
+        assert measure.count_params(small) == plan.totals["params"]["measured"]
+        with torch.no_grad():
+            assert small(planted_inputs()).isfinite().all(), "outputs are not finite"
+
+    def stops_at_the_deadline(self) -> None:
+        try:
+            self.plan(self.BUDGETS[0], timeout=0.0)
+        except DeadlineExceeded:
+            return
+
+    def survives_interrupts(self) -> None:
+        model = planted_model()
+        before = _snapshot(model)
+
+        class Interrupting(type(self.strategy)):  # type: ignore[misc]
+            def search(self, problem: Any) -> RankPlan:
+                super().search(problem)
+                raise KeyboardInterrupt
+
+        values = {f.name: getattr(self.strategy, f.name) for f in dataclasses.fields(self.strategy)}  # type: ignore[arg-type]
+        interrupting = Interrupting(**values)
+        try:
+            rankopt.search(
+                model,
+                self.BUDGETS[0],
+                strategy=interrupting,
+                **{"example_inputs": planted_inputs(), **self.arguments},
+            )
+        except KeyboardInterrupt:
+            assert _snapshot(model) == before, "an interrupt left the model changed"
+        else:
+            raise AssertionError("KeyboardInterrupt was swallowed")
+
+    def is_deterministic(self) -> None:
+        first, second = self.plan(self.BUDGETS[1]), self.plan(self.BUDGETS[1])
+        assert first.decisions == second.decisions, "the same seed gave other decisions"
+
+    def is_monotone(self) -> None:
+        errors = []
+        for share in (40, 50, 65, 80):
+            model = planted_model()
+            plan = self.plan(f"params<={share}%", model)
+            errors.append(sum(squared_error(model, decision) for decision in plan.changes))
+        pairs = itertools.pairwise(errors)
+        assert all(b <= a + FLOAT64_ERROR for a, b in pairs), f"errors by budget: {errors}"
+
+    def answers_without_a_budget(self) -> None:
+        plan = self.plan(None)
+        assert plan.budget is None
+        assert plan.changes, "nothing was decomposed"
+
+
+def squared_error(model: nn.Module, decision: Decision) -> float:
+    """‖W − Ŵ‖² / ‖W‖² of one decision, whatever the plan says of it."""
+    settings = {key: value for key, value in decision.args.items() if key != "ranks"}
+    method = rankopt.decompositions.create(decision.method, **settings)
+    weight = canonical_weight(model.get_submodule(decision.targets[0]))
+    return float(method.prepare(weight).error(decision.ranks)) ** 2
+
+
+def _sources(arguments: dict[str, Any], plan: RankPlan) -> dict[str, Any]:
+    needs = any(decision.factors.kind != "weights" for decision in plan)
+    return {"calibration": arguments["calibration"]} if needs else {}
+
+
+def _snapshot(model: nn.Module) -> dict[str, Any]:
+    return {
+        "state": measure.weights_digest(model),
+        "modes": [module.training for module in model.modules()],
+        "classes": [type(module) for module in model.modules()],
+        "hooks": [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()],
+        "flags": [parameter.requires_grad for parameter in model.parameters()],
+        "grads": [parameter.grad is None for parameter in model.parameters()],
+        "identity": [id(parameter) for parameter in model.parameters()],
+    }
+
+
+def _generators() -> tuple[Any, ...]:
+    return (
+        torch.get_rng_state().numpy().tobytes(),
+        random.getstate(),
+        np.random.get_state()[1].tobytes(),  # type: ignore[index]
+    )
