@@ -328,7 +328,7 @@ def main() -> None:
     parser.add_argument("--labels", type=float, default=0.5, help="weight of the labels' loss")
     parser.add_argument("--logits", type=float, default=0.5, help="weight of the teacher's")
     parser.add_argument("--precision", choices=("no", "bf16"), default="no")
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
     unknown = set(arguments.variants) - set(VARIANTS)
     if unknown:
         parser.error(f"unknown variant {', '.join(sorted(unknown))}; known: {', '.join(VARIANTS)}")

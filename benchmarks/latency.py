@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from torch import nn
 import rankopt
 from benchmarks.foundation import make
 from rankopt._report.tables import table, to_text
+from rankopt.decompositions import BranchedTucker
 from rankopt.errors import BudgetInfeasible, RankoptWarning
 from rankopt.latency import Interval
 from rankopt_strategies import ParameterRatio, Profiled
@@ -126,13 +128,14 @@ def check(arguments: argparse.Namespace) -> None:
     print(duel(small, model, x, arguments, max(5, arguments.rounds // arguments.batch[0])))
 
 
-def checked(plan: rankopt.RankPlan, batch: int, clock: str) -> str:
+def checked(plan: rankopt.RankPlan, batch: int, arguments: argparse.Namespace) -> str:
     """`check` in another process."""
     with tempfile.TemporaryDirectory() as folder:
         path = f"{folder}/plan.json"
         plan.save(path)
         command = [sys.executable, "-m", "benchmarks.latency", "check", "--plan", path]
-        command += ["--batch", str(batch), "--clock", clock]
+        command += ["--batch", str(batch), "--clock", arguments.clock]
+        command += ["--rounds", str(arguments.rounds)]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
     return done.stdout.strip()
 
@@ -147,18 +150,29 @@ def whole_rows(arguments: argparse.Namespace, batch: int) -> None:
         "search",
     )  # fmt: skip
     shared = fresh(arguments, rounds=7)
-    plans: list[tuple[str, str | None, Any]] = [
-        ("vanilla 2x", None, ParameterRatio(2.0)),
-        ("profiled, from 2x", None, Profiled()),
-        ("knapsack, macs<=50%", "macs<=50%", "knapsack"),
-        ("knapsack, latency<=70%", "latency<=70%", "knapsack"),
+
+    def searched(budget: str | None, strategy: Any, methods: Any = None) -> rankopt.RankPlan:
+        return rankopt.search(
+            model, budget, strategy=strategy, methods=methods, example_inputs=x, profile=shared
+        )
+
+    def branched(branches: int) -> rankopt.RankPlan:
+        methods = ("svd", BranchedTucker(branches=branches))
+        return searched(None, ParameterRatio(2.0), methods)
+
+    plans: list[tuple[str, Callable[[], rankopt.RankPlan]]] = [
+        ("vanilla 2x", lambda: searched(None, ParameterRatio(2.0))),
+        ("branched 2x, N=2", lambda: branched(2)),
+        ("branched 2x, N=4", lambda: branched(4)),
+        ("merged 2x", lambda: rankopt.merge_plan(model, example_inputs=x)),
+        ("profiled, from 2x", lambda: searched(None, Profiled())),
+        ("knapsack, macs<=50%", lambda: searched("macs<=50%", "knapsack")),
+        ("knapsack, latency<=70%", lambda: searched("latency<=70%", "knapsack")),
     ]
-    for name, budget, strategy in (plan for plan in plans if arguments.only in plan[0]):
+    for name, make_plan in (plan for plan in plans if arguments.only in plan[0]):
         started = time.perf_counter()
         try:
-            plan = rankopt.search(
-                model, budget, strategy=strategy, example_inputs=x, profile=shared
-            )
+            plan = make_plan()
         except BudgetInfeasible as error:
             print(name, error, sep=": ", flush=True)
             continue
@@ -175,7 +189,7 @@ def whole_rows(arguments: argparse.Namespace, batch: int) -> None:
             f"{1 / ratio.median:.2f} [{1 / ratio.high:.2f}, {1 / ratio.low:.2f}]",
             f"{share / ratio.median:.2f}",
             ", ".join(f"{r['predicted']:.2f}→{r['measured']:.2f}" for r in found) or "–",
-            checked(plan, batch, arguments.clock) if found else "–",
+            checked(plan, batch, arguments) if found else "–",
             f"{seconds:.0f} s",
         ]
         made.add_row(*cells)
@@ -196,7 +210,7 @@ def small_rows(arguments: argparse.Namespace) -> None:
     made = table(
         f"ResNet-20, CIFAR-10 (JPEG), batch 64, {torch.get_num_threads()} thread(s), "
         f"{arguments.clock} clock, {len(test[0])} validation images",
-        "plan", "macs", "time / dense", "accuracy", "reached",
+        "plan", "macs", "time / dense", "accuracy", "recovered", "reached",
     )  # fmt: skip
     print("dense", percent(correct(model, *test)), sep=" | ", flush=True)
     shared = fresh(arguments, rounds=9)
@@ -216,7 +230,7 @@ def small_rows(arguments: argparse.Namespace) -> None:
                 profile=shared,
             )
         except BudgetInfeasible as error:
-            made.add_row(name, "–", "–", "–", str(error))
+            made.add_row(name, *"––––", str(error))
             print(name, error, sep=" | ", flush=True)
             continue
         small = rankopt.apply(model, plan, calibration=data)
@@ -226,11 +240,22 @@ def small_rows(arguments: argparse.Namespace) -> None:
             f"{100 * float(entry['measured'] or 0) / float(entry['before'] or 1):.1f}%",
             str(duel(small, model, x, arguments, DUEL_ROUNDS)),
             percent(correct(small, *test)),
+            percent(correct(recovered(small, model, data, arguments), *test)),
             f"{len(plan.changes)} layers decomposed",
         ]
         made.add_row(*cells)
         print(*cells, sep=" | ", flush=True)
     print(to_text(made, width=150))
+
+
+def recovered(small: Any, dense: Any, data: Any, arguments: argparse.Namespace) -> Any:
+    """After the label-free repair, if there is to be one."""
+    if arguments.recover:
+        done = rankopt.recover(
+            small, teacher=dense, calibration=data, seconds=arguments.recover, precision="bf16"
+        )
+        print(done, flush=True)
+    return small
 
 
 def main() -> None:
@@ -241,6 +266,7 @@ def main() -> None:
     parser.add_argument("--clock", choices=["wall", "process"], default="wall")
     parser.add_argument("--quick", action="store_true", help="four layers, fewer images")
     parser.add_argument("--only", default="", help="rows whose name contains this")
+    parser.add_argument("--recover", type=float, default=0.0, help="seconds, for resnet20")
     parser.add_argument("--plan", help="of `check`, which `resnet50` calls in another process")
     arguments = parser.parse_args()
     if arguments.clock == "process":

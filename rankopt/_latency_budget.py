@@ -36,8 +36,6 @@ SLACK: Final = 0.04
 # Bounds on the share of a predicted saving that is believed to come true.
 MIN_REALISED, MAX_REALISED = 0.05, 2.0
 CLOSE: Final = 0.003
-
-
 # More rounds are timed, this often at most, while an interval is wider than this share.
 MAX_EXTENSIONS: Final = 3
 WIDTH: Final = 0.04
@@ -252,7 +250,9 @@ def _corrected(done: list[_Round], share: float) -> float | None:
     last = done[-1]
     saved, promised = 1 - last.measured.ratio.median, 1 - last.predicted
     realised = min(MAX_REALISED, max(MIN_REALISED, saved / promised if promised > 0 else 1.0))
-    spread = last.measured.ratio.high - last.measured.ratio.median
+    # A burst of noise widens one interval, not the next one.
+    ratio = last.measured.ratio
+    spread = min(ratio.high - ratio.median, WIDTH * ratio.median)
     asked = min(1.0, 1 - (1 - AIM * share + spread) / realised)
     met = [entry.asked for entry in done if entry.met]
     missed = [entry.asked for entry in done if not entry.met]

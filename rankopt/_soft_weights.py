@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from rankopt.decompositions.base import Basis, Decomposition
 from rankopt.decompositions.projection import Projection, survival
+from rankopt.decompositions.rebuild import rebuild
 from rankopt.layers import Layer, stored_weight
 from rankopt.relaxation import Menu, Relaxation
 
 __all__ = ["SoftSite"]
+
+# Where among the options of a method, by cost, its factors are fitted beforehand.
+ANCHORS: Final = (0.25, 0.75)
 
 
 class SoftSite(nn.Module):
@@ -31,13 +38,17 @@ class SoftSite(nn.Module):
                 continue
             basis = problem.basis(menu.site, method)
             ranks = np.array([menu.ranks[i] for i in places])
-            maxima = [axis.maximum for axis in method.rank_axes(menu.site.layer)]
-            self.truncations.append(_Truncations(basis.projection(), places, ranks, maxima))
+            if method.soft:
+                maxima = [axis.maximum for axis in method.rank_axes(menu.site.layer)]
+                self.truncations.append(_Truncations(basis.projection(), places, ranks, maxima))
+            else:
+                weight = _canonical(self.layers[0], _stored(model, self.layers[0]).detach())
+                fitted = _Fitted(method, menu.site.layer, basis, weight)
+                self.truncations.append(_Interpolations(fitted, places, ranks))
         self.dense = menu.methods.index(None) if None in menu.methods else None
 
     def forward(self, model: nn.Module, probabilities: Tensor) -> dict[str, Tensor]:
-        module: Any = model.get_submodule(self.layers[0].name)
-        dense = _canonical(self.layers[0], module.weight)
+        dense = _canonical(self.layers[0], _stored(model, self.layers[0]))
         mixed = torch.zeros_like(dense)
         if self.dense is not None:
             mixed = probabilities[self.dense].to(dense.dtype) * dense
@@ -74,6 +85,78 @@ class _Truncations(nn.Module):
         mass = mass.index_add(0, self.cells, probabilities[self.places])
         soft: Tensor = self.projection(weight, survival(mass.reshape(self.maxima)))
         return soft
+
+
+@dataclass(frozen=True)
+class _Fitted:
+    """What fits of a canonical weight leave out of it."""
+
+    method: Decomposition
+    layer: Layer
+    basis: Basis
+    weight: Tensor
+
+    def residual(self, ranks: Sequence[int]) -> Tensor:
+        """W − Ŵ, [groups, out, in, *kernel]."""
+        factors = self.basis.factors(ranks)
+        return self.weight - rebuild(self.method, self.layer, ranks, factors).to(self.weight)
+
+    def interpolated(self, ranks: npt.NDArray[np.int64]) -> tuple[Tensor, Tensor]:
+        """Residuals [anchors, …] and the shares [options, anchors] that options have of them.
+
+        Anchors are two of the options; their residuals are interpolated over the logarithm of
+        the chain's size and scaled to each option's own error.
+
+        Args:
+            ranks: Of the options, [options, axes], by ascending cost.
+        """
+        places = sorted({round(share * (len(ranks) - 1)) for share in ANCHORS})
+        anchors = [tuple(map(int, ranks[place])) for place in places]
+        columns = tuple(ranks.T)
+        counts: npt.NDArray[np.int64] = self.method.params(self.layer, columns)
+        sizes = np.log(counts.astype(float))
+        order = np.argsort(sizes[places])
+        hats = np.stack(
+            [np.interp(sizes, sizes[places][order], row[order]) for row in np.eye(len(places))], 1
+        )
+        lost = np.array([max(self.basis.fitted_error(anchor), 1e-12) for anchor in anchors])
+        shares = np.asarray(self.basis.error(columns))[:, None] * hats / lost
+        residuals = torch.stack([self.residual(anchor) for anchor in anchors])
+        return residuals, torch.from_numpy(shares).to(residuals)
+
+
+class _Interpolations(nn.Module):
+    """Some options of a site whose factors are fitted anew for every rank.
+
+    Mixed, they are interpolated between a few fits. An option that is certain has the
+    factors of its own fit, so that its loss is that of the plan.
+    """
+
+    places: Tensor
+    residuals: Tensor
+    shares: Tensor
+
+    def __init__(self, fitted: _Fitted, places: list[int], ranks: npt.NDArray[np.int64]) -> None:
+        super().__init__()
+        self.fitted, self.ranks = fitted, ranks
+        residuals, shares = fitted.interpolated(ranks)
+        held = {"residuals": residuals, "shares": shares, "places": torch.tensor(places)}
+        for name, value in held.items():
+            self.register_buffer(name, value.to(residuals.device), persistent=False)
+
+    def forward(self, weight: Tensor, probabilities: Tensor) -> Tensor:
+        mine = probabilities[self.places].to(weight)
+        certain = (mine == 1).nonzero()
+        if len(certain) and not mine.requires_grad:
+            return weight - self.fitted.residual(self.ranks[int(certain[0])])
+        left_out = torch.einsum("a,a...->...", mine @ self.shares, self.residuals)
+        return mine.sum() * weight - left_out
+
+
+def _stored(model: nn.Module, layer: Layer) -> Tensor:
+    module: Any = model.get_submodule(layer.name)
+    weight: Tensor = module.weight
+    return weight
 
 
 def _canonical(layer: Layer, weight: Tensor) -> Tensor:

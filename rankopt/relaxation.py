@@ -59,7 +59,8 @@ class Relaxation:
 
     Args:
         problem: The model and a budget.
-        soft: Whether to leave out methods that cannot mix ranks (`Decomposition.soft`).
+        soft: Whether to leave out methods that cannot mix the ranks of a weight that
+                trains (`Decomposition.soft`).
 
     Attributes:
         menus: One per site.
@@ -317,14 +318,14 @@ def _check_soft(problem: Problem) -> None:
     left_out = ", ".join(sorted(name for name, soft in methods.items() if not soft))
     if not any(methods.values()):
         raise ModelError(
-            f"{left_out} cannot mix ranks, so no gradient reaches them; allow svd, "
-            "tucker2 or spatial_svd (methods=), or choose ranks without data"
+            f"{left_out} cannot mix ranks of a weight that trains; allow svd, tucker2 or "
+            "spatial_svd (methods=), or choose ranks by rankopt.search"
         )
     if left_out:
         warnings.warn(
-            f"{left_out} left out: factors that are fitted anew for every rank cannot be mixed, so "
-            "a loss on data has no slope along their ranks; to have them chosen by their own "
-            "damage use strategy 'knapsack', or relaxed with objective='reconstruction'",
+            f"{left_out} left out: factors that are fitted anew for every rank cannot be mixed in "
+            "a weight that trains; rankopt.search, with strategy 'knapsack' or 'relaxed', chooses "
+            "among them",
             RankoptWarning,
             stacklevel=4,
         )

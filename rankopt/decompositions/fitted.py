@@ -19,6 +19,8 @@ __all__ = ["FittedBasis"]
 
 # Loads, as shares of the dense weight's, at which errors are fitted.
 ANCHORS: Final = (0.2, 0.6)
+# Chains that are held, each smaller than the weight.
+KEPT_FITS: Final = 4
 # Relative ridge of the least squares problem for the last factor.
 _RIDGE: Final = 1e-10
 
@@ -43,7 +45,8 @@ class FittedBasis(base.Basis):
     def __init__(self, weight: Tensor, moments: Moments | None) -> None:
         self.weight: Tensor | None = weight
         self._moments = moments
-        self._parts: dict[Any, Any] = {}
+        self._parts: dict[str, Any] = {}
+        self._fits: dict[tuple[int, ...], tuple[dict[str, Tensor], float]] = {}
         self._held = weight.numel()
         self._lock = threading.Lock()
 
@@ -131,9 +134,11 @@ class FittedBasis(base.Basis):
     def _solved(self, ranks: Sequence[int]) -> tuple[dict[str, Tensor], float]:
         key = tuple(int(rank) for rank in ranks)
         with self._lock:
-            if key not in self._parts:
-                self._parts[key] = self._solve(key, thorough=True)
-            found: tuple[dict[str, Tensor], float] = self._parts[key]
+            # The latest last: a search may ask for many.
+            found = self._fits.pop(key, None) or self._solve(key, thorough=True)
+            self._fits[key] = found
+            if len(self._fits) > KEPT_FITS:
+                del self._fits[next(iter(self._fits))]
         return found
 
     def _solve(self, ranks: Sequence[int], *, thorough: bool) -> tuple[dict[str, Tensor], float]:
@@ -211,8 +216,7 @@ class FittedBasis(base.Basis):
 
     @property
     def nbytes(self) -> int:
-        # A few fitted chains, each smaller than the weight.
-        return 2 * 8 * self._held
+        return KEPT_FITS // 2 * 8 * self._held
 
 
 def _solved(gram: Tensor, cross: Tensor) -> Tensor:

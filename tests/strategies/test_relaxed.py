@@ -222,15 +222,6 @@ def test_a_choice_of_no_finite_loss_is_not_taken():
     assert len(calls) > 4
 
 
-def test_fitted_factors_are_left_out_of_a_search_on_data():
-    arguments = {"calibration": [planted_inputs(32)], "strategy": Relaxed(rounds=1)}
-    with pytest.warns(RankoptWarning, match="cp, tt left out: factors that are fitted anew"):
-        plan = plan_for("macs<=60%", methods=("svd", "tucker2", "cp", "tt"), **arguments)
-    assert {decision.method for decision in plan.changes} <= {"svd", "tucker2"}
-    with pytest.raises(ModelError, match="cp cannot mix ranks, so no gradient reaches them"):
-        plan_for("macs<=60%", methods=("cp",), **arguments)
-
-
 def test_a_measured_search_on_measured_time():
     table = rankopt.ProfileTable(clock=ModelledClock(), rounds=3)
     plan = plan_for(

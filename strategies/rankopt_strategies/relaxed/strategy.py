@@ -162,7 +162,7 @@ class Relaxed(Strategy):
     def _on_data(
         self, problem: Problem, objective: Objective, record: Record, checkpoint: Checkpoint
     ) -> RankPlan:
-        relaxation = Relaxation(problem, soft=True)
+        relaxation = Relaxation(problem)
         losses = Losses(SoftModel(objective.model, relaxation), objective, checkpoint)
         search = measured if self.slopes == "measured" else refine
         found = search(
