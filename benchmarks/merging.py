@@ -98,7 +98,8 @@ def train(model: nn.Module, x: Tensor, y: Tensor, seconds: float) -> int:
             rate = LEARNING_RATE * min(spent / 0.2, 1) * 0.5 * (1 + math.cos(math.pi * spent))
             for group in optimiser.param_groups:
                 group["lr"] = rate
-            loss = F.cross_entropy(model(shift_and_mirror(x[part], generator)), y[part])
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = F.cross_entropy(model(shift_and_mirror(x[part], generator)), y[part])
             optimiser.zero_grad()
             loss.backward()
             optimiser.step()

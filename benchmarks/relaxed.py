@@ -25,8 +25,6 @@ from rankopt.errors import BudgetInfeasible
 from rankopt_strategies import Knapsack, Relaxed
 
 IMAGE = torch.zeros(1, 3, 224, 224)
-# Those that mix ranks differentiably: the same choice for both strategies.
-METHODS = ("svd", "tucker2", "spatial_svd")
 
 
 def shares(plan: rankopt.RankPlan) -> dict[str, float]:
@@ -84,7 +82,11 @@ def shapes(names: list[str], budgets: list[str]) -> None:
             ours = rankopt.search(model, budget, strategy="relaxed", example_inputs=IMAGE)
             facts = {"model": name, "budget": budget, "under": under(ours)}
             theirs = rankopt.search(
-                model, budget, strategy=Knapsack("equal"), example_inputs=IMAGE, methods=METHODS
+                model,
+                budget,
+                strategy=Knapsack("equal"),
+                example_inputs=IMAGE,
+                methods=Relaxed.methods,
             )
             found = ours.extensions["relaxed"]
             show(
@@ -150,7 +152,7 @@ print(json.dumps([seconds, (peak() - base) / 2**20, shares(plan)["macs"], damage
              damage=damage, updates=updates)  # fmt: skip
 
 
-def accuracy(relaxed: Relaxed, budgets: list[str], *, held_out: bool) -> None:
+def accuracy(relaxed: Relaxed, budgets: list[str], methods: list[str], *, held_out: bool) -> None:
     """ResNet-20, 1,024 unlabelled images: distillation against the knapsack, applied.
 
     With `held_out`, on training images that no search sees, to choose settings by.
@@ -168,7 +170,7 @@ def accuracy(relaxed: Relaxed, budgets: list[str], *, held_out: bool) -> None:
                 strategy=strategy,
                 example_inputs=data[0][:64],
                 calibration=data,
-                methods=METHODS,
+                methods=methods,
             )
             small = rankopt.apply(model, plan, calibration=data)
             right[name] = correct(small, x, y).double()
@@ -206,6 +208,9 @@ def main() -> None:
     parser.add_argument("--slopes", choices=("measured", "gradient"), default="gradient")
     parser.add_argument("--temperature", type=float, default=1.0, help="of the distillation")
     parser.add_argument(
+        "--methods", default="svd,tucker2,spatial_svd", help="of both strategies, for accuracy"
+    )
+    parser.add_argument(
         "--held-out", action="store_true", help="accuracy on held-out training images instead"
     )
     parser.add_argument("--updates", type=int, default=100, help="of the published mode")
@@ -224,7 +229,7 @@ def main() -> None:
         relaxed = Relaxed(
             rounds=arguments.rounds, slopes=arguments.slopes, temperature=arguments.temperature
         )
-        accuracy(relaxed, budgets, held_out=arguments.held_out)
+        accuracy(relaxed, budgets, arguments.methods.split(","), held_out=arguments.held_out)
 
 
 if __name__ == "__main__":

@@ -122,6 +122,11 @@ class _Fitted:
         lost = np.array([max(self.basis.fitted_error(anchor), 1e-12) for anchor in anchors])
         shares = np.asarray(self.basis.error(columns))[:, None] * hats / lost
         residuals = torch.stack([self.residual(anchor) for anchor in anchors])
+        # They are not parallel: their mean is shorter than the mean of their lengths.
+        flat = residuals.flatten(1).double()
+        gram = (flat @ flat.mT).cpu().numpy()
+        lengths = np.sqrt(np.einsum("oa,ab,ob->o", shares, gram, shares))
+        shares *= (shares @ np.sqrt(gram.diagonal()) / np.maximum(lengths, 1e-30))[:, None]
         return residuals, torch.from_numpy(shares).to(residuals)
 
 
