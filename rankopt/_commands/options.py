@@ -12,6 +12,7 @@ from rankopt.errors import RankoptError
 __all__ = [
     "INTERRUPTED",
     "common_options",
+    "give_plan",
     "model_and_inputs",
     "model_options",
     "settings",
@@ -79,3 +80,13 @@ def show_plan(plan: Any, arguments: argparse.Namespace) -> None:
     from rankopt._report.tables import plan_table, show, totals_table
 
     show(plan_table(plan), totals_table(plan))
+
+
+def give_plan(plan: Any, arguments: argparse.Namespace) -> int:
+    """Write a plan to ``--output`` if there is one, show it, return the exit code."""
+    if arguments.output:
+        plan.save(arguments.output)
+    show_plan(plan, arguments)
+    if arguments.output and not arguments.json:
+        print(f"plan written to {arguments.output}")
+    return 0

@@ -6,7 +6,7 @@ import argparse
 import json
 from typing import Any
 
-from rankopt._commands.options import model_and_inputs, settings, show_plan
+from rankopt._commands.options import give_plan, model_and_inputs, settings
 from rankopt.errors import RankoptError
 
 __all__ = ["add_plans"]
@@ -75,12 +75,7 @@ def _search(arguments: argparse.Namespace) -> int:
         seed=arguments.seed,
         timeout=arguments.timeout,
     )
-    if arguments.output:
-        plan.save(arguments.output)
-    show_plan(plan, arguments)
-    if arguments.output and not arguments.json:
-        print(f"plan written to {arguments.output}")
-    return 0
+    return give_plan(plan, arguments)
 
 
 def _apply(arguments: argparse.Namespace) -> int:

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from rankopt._commands.options import INTERRUPTED, model_and_inputs, show_plan
+from rankopt._commands.options import INTERRUPTED, give_plan, model_and_inputs
 from rankopt.errors import RankoptError
 
 __all__ = ["add_study"]
@@ -193,12 +193,7 @@ def _status(arguments: argparse.Namespace) -> int:
 def _best(arguments: argparse.Namespace) -> int:
     with _load(arguments) as study:
         plan = study.best(arguments.budget)
-    if arguments.output:
-        plan.save(arguments.output)
-    show_plan(plan, arguments)
-    if arguments.output and not arguments.json:
-        print(f"plan written to {arguments.output}")
-    return 0
+    return give_plan(plan, arguments)
 
 
 def _export(arguments: argparse.Namespace) -> int:
