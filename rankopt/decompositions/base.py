@@ -99,7 +99,8 @@ class Decomposition(ABC):
         nested: Whether the factors of a smaller rank are a slice of a larger one's.
         exact_error: Whether `Basis.error` is exact without fitting; otherwise it is
             an estimate and `Basis.fitted_error` the truth.
-        soft: Whether the basis can mix ranks differentiably, by `Basis.projection`.
+        soft: Whether the basis can mix ranks of a weight that trains, by `Basis.projection`;
+            of others, a search on data interpolates between fits at a few ranks.
     """
 
     name: ClassVar[str]
