@@ -9,7 +9,9 @@ import torch
 from torch import nn
 
 import rankopt
+from rankopt._latency_budget import _corrected, _Round
 from rankopt.errors import BudgetError, BudgetInfeasible, DeadlineExceeded, RankoptWarning
+from rankopt.latency import Interval, Measured
 from rankopt.testing import ModelledClock, Operations, planted_inputs, planted_model
 
 
@@ -94,6 +96,19 @@ def test_slack_is_used_up():
     assert rounds[0]["high"] < 0.71
     assert plan.extensions["latency"]["high"] > rounds[0]["high"]
     assert plan.extensions["latency"]["high"] <= 0.75
+
+
+def test_a_burst_of_noise_does_not_ask_for_a_much_faster_plan():
+    def measured(*ratio):
+        found = Interval(*ratio)
+        return Measured(found, found, found)
+
+    plan = searched("latency<=80%")
+    calm, burst = (
+        _corrected([_Round(plan, 0.69, 0.69, measured(0.73, 0.71, high), False)], 0.7)
+        for high in (0.745, 0.9)
+    )
+    assert 0.55 < burst <= calm < 0.69
 
 
 def test_infeasible_says_what_was_reached():
