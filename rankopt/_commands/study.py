@@ -193,7 +193,16 @@ def _status(arguments: argparse.Namespace) -> int:
 def _best(arguments: argparse.Namespace) -> int:
     with _load(arguments) as study:
         plan = study.best(arguments.budget)
-    return give_plan(plan, arguments)
+    code = give_plan(plan, arguments)
+    lead = plan.extensions["study"].get("lead")
+    if lead and not arguments.json:
+        error = lead["standard_error"]
+        known = f" ± {error:.3g} (standard error)" if error is not None else ""
+        print(
+            f"{lead['gain']:+.3g}{known} against {lead['over']} (trial {lead['trial']}), the best "
+            "plan here that the study began with"
+        )
+    return code
 
 
 def _export(arguments: argparse.Namespace) -> int:

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final
 
+import numpy as np
+
 from rankopt._metric_drop import lost
 from rankopt._study.reading import record_of
 from rankopt._study.records import Point, to_plan
@@ -186,6 +188,26 @@ class Front:
             least,
         )
 
+    def lead(self, point: Seen, budget: Budget | None) -> dict[str, Any] | None:
+        """How far a sampled point is above the best queued plan within the budget.
+
+        Returns:
+            Trial and name of that plan, the gain (positive is better) and its standard error, from
+            the batches both were evaluated on; None for a queued plan, or where none fits.
+        """
+        queued = [other for other in self.fitting(budget) if other.warm is not None]
+        if point.warm is not None or not queued:
+            return None
+        other = self.best_of(queued)
+        sign = 1 if self.maximise else -1
+        error = _paired_error(point.record.get("batches", ()), other.record.get("batches", ()))
+        return {
+            "over": other.warm,
+            "trial": other.trial,
+            "gain": sign * (point.metric - other.metric),
+            "standard_error": error,
+        }
+
     def _check(self, budget: Budget | None) -> None:
         known = {*self.dense, "metric_drop"} | ({"latency_ms"} if LATENCY in self.dense else set())
         unknown = [axis for axis in (budget.axes if budget else ()) if axis not in known]
@@ -202,3 +224,15 @@ class Front:
             raise StudyError("metric_drop needs the dense model's metric, whose trial has not run")
         drop = budget.metric_drop or 0.0
         return [point for point in points if lost(budget, dense, point.metric) <= drop]
+
+
+def _paired_error(ours: Sequence[Any], theirs: Sequence[Any]) -> float | None:
+    """Standard error of the difference of two weighted means over the same batches."""
+    if len(ours) != len(theirs) or len(ours) < 2:
+        return None
+    differences, weights = np.array(
+        [(a - b, w) for (a, w), (b, _) in zip(ours, theirs, strict=True)]
+    ).T
+    shares = weights / weights.sum()
+    away = shares * (differences - shares @ differences)
+    return float(np.sqrt(len(ours) / (len(ours) - 1) * (away @ away)))

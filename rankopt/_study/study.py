@@ -295,8 +295,10 @@ class Study:
 
         With ``metric_drop`` it is the smallest plan whose metric is close enough to the
         dense model's. The metric is the one its trial measured: the best of many is
-        flattered by chance, so report it on data the study has not seen. A time is within
-        a budget if the upper end of its measured interval is.
+        flattered by chance, so report it on data the study has not seen. Its lead over the best
+        of the plans the study began with is in ``plan.extensions["study"]["lead"]``, with the
+        standard error over the batches. A time is within a budget if the upper end of its
+        measured interval is.
 
         Args:
             budget: As of `rankopt.search`; None takes the study's own.
@@ -311,7 +313,11 @@ class Study:
             raise nothing_yet(self.optuna)
         if self._times_models:
             front = self.measure()._front()
-        plan = replace(front.best(wanted).plan(self.request), budget=wanted)
+        chosen = front.best(wanted)
+        plan = replace(chosen.plan(self.request), budget=wanted)
+        if wanted is None or wanted.metric_drop is None:
+            facts = {**plan.extensions["study"], "lead": front.lead(chosen, wanted)}
+            plan = replace(plan, extensions={**plan.extensions, "study": facts})
         return plan if self._finish is None else self._finish(plan)
 
     def figures(self) -> dict[str, Any]:
