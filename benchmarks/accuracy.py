@@ -251,8 +251,11 @@ class Bench:
             "final_epochs": arguments.final_epochs if name not in ("control", "full") else 0,
         }
         # Of the layers' own terms the control has none; logits suit both.
-        terms = Distillation(labels=arguments.labels, weights=0, outputs=0, logits=arguments.logits)
-        if arguments.logits:
+        outputs = 0 if name == "control" else arguments.outputs
+        terms = Distillation(
+            labels=arguments.labels, weights=0, outputs=outputs, logits=arguments.logits
+        )
+        if arguments.logits or outputs:
             freezing |= {"teacher": self.trained(), "distillation": terms}
         label = self.label(name)
         training = self.tuned(
@@ -330,6 +333,7 @@ def main() -> None:
     parser.add_argument("--ema", type=float, default=None)
     parser.add_argument("--labels", type=float, default=0.5, help="weight of the labels' loss")
     parser.add_argument("--logits", type=float, default=0.5, help="weight of the teacher's")
+    parser.add_argument("--outputs", type=float, default=0, help="weight of the layers' outputs")
     parser.add_argument("--precision", choices=("no", "bf16"), default="no")
     arguments = parser.parse_intermixed_args()
     unknown = set(arguments.variants) - set(VARIANTS)
