@@ -101,8 +101,8 @@ def compare(
     modes and random generators are as before afterwards.
 
     Args:
-        original: The dense model.
-        compressed: The compressed one.
+        original: The dense model; wrapped by `torch.compile` it is timed compiled.
+        compressed: The compressed one, likewise.
         example_inputs: A tensor, a tuple or a mapping; without it, only
             parameters and memory are compared.
         evaluate: The task's metric of a model, higher or lower.
@@ -113,7 +113,8 @@ def compare(
         seed: Orders the rounds.
 
     Raises:
-        ModelError: A model fails on the inputs.
+        ModelError: A model fails on the inputs, or training steps of a compiled model
+            are to be timed.
         ValueError: An unknown mode, or too few rounds.
 
     Example:
@@ -136,6 +137,7 @@ def compare(
             inputs = measure.to_device(example_inputs, device)
             timed = [original, compressed]
             if mode == "training":  # statistics of the user's BatchNorm are not to move
+                _check_eager(original, compressed)
                 timed = [surgery.clone(model).train() for model in models]
             try:
                 figures["macs"] = Figure(*(_macs(model, inputs) for model in models))
@@ -154,6 +156,16 @@ def compare(
             figures["latency_after_ms"] = timings.interval("after")
             figures["latency_ratio"] = timings.ratio("after", "before")
     return Comparison(**figures)
+
+
+def _check_eager(*models: nn.Module) -> None:
+    for model in models:
+        if surgery.unwrap(model) is not model:
+            raise ModelError(
+                f"{type(surgery.unwrap(model)).__name__} is wrapped, by torch.compile say, and "
+                "mode='training' times copies, which would run without the wrapper; give the plain "
+                "models, or time functions of your own with rankopt.latency.time_interleaved"
+            )
 
 
 def _macs(model: nn.Module, inputs: Any) -> int:

@@ -58,6 +58,26 @@ def comparison(low, median, high):
     return rankopt.Comparison(figure, figure, latency_ratio=Interval(median, low, high))
 
 
+def test_compiled_models_are_timed_compiled():
+    runs = []
+
+    def backend(graph, inputs):
+        def run(*arguments):
+            runs.append(1)
+            return graph.forward(*arguments)
+
+        return run
+
+    model = planted_model()
+    small = rankopt.apply(model, rankopt.search(model, "params<=60%"))
+    pair = torch.compile(model, backend=backend), torch.compile(small, backend=backend)
+    found = rankopt.compare(*pair, example_inputs=planted_inputs(), rounds=5)
+    assert len(runs) >= 10
+    assert found.params.ratio <= 0.6
+    with pytest.raises(ModelError, match="would run without the wrapper; give the plain models"):
+        rankopt.compare(*pair, example_inputs=planted_inputs(), rounds=5, mode="training")
+
+
 def test_verdicts_are_plain():
     assert comparison(0.4, 0.5, 0.52).verdict == "2.00x as fast as the original"
     assert "takes 1.50 times as long" in comparison(1.4, 1.5, 1.6).verdict
