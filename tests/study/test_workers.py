@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import faulthandler
+import itertools
 import json
 import multiprocessing
 import os
@@ -71,10 +73,18 @@ def create(task, storage, capsys, *more):
     return json.loads(capsys.readouterr().out)
 
 
-def work(argv):
-    sys.exit(main(argv))
+def work(argv, stacks):
+    """Run the command; where it has not ended long after it should have, say where it is."""
+    with Path(stacks).open("w") as file:
+        faulthandler.dump_traceback_later(100, file=file)
+        try:
+            code = main(argv)
+        finally:
+            faulthandler.cancel_dump_traceback_later()
+    sys.exit(code)
 
 
+NUMBERS = itertools.count()
 # A process that has imported torch once and forks every worker: seconds less for each.
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["torch", "optuna", "rankopt.cli", "torch.utils.flop_counter"])
@@ -82,14 +92,17 @@ PROCESSES.set_forkserver_preload(["torch", "optuna", "rankopt.cli", "torch.utils
 
 def start(task, storage, trials):
     argv = ["study", "worker", *arguments(task, storage, "--n-trials", str(trials), "--json")]
-    process = PROCESSES.Process(target=work, args=(argv,))
+    stacks = task.parent / f"stacks-{next(NUMBERS)}.txt"
+    process = PROCESSES.Process(target=work, args=(argv, stacks))
+    process.stacks = stacks
     process.start()
     return process
 
 
 def finish(process, code=0):
     process.join(timeout=120)
-    assert process.exitcode == code
+    found = process.stacks.read_text() if process.stacks.exists() else "not begun"
+    assert process.exitcode == code, f"a worker is at\n{found}"
 
 
 def kill(process):
