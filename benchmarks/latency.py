@@ -240,7 +240,7 @@ def small_rows(arguments: argparse.Namespace) -> None:
             f"{100 * float(entry['measured'] or 0) / float(entry['before'] or 1):.1f}%",
             str(duel(small, model, x, arguments, DUEL_ROUNDS)),
             percent(correct(small, *test)),
-            percent(correct(recovered(small, model, data, arguments), *test)),
+            recovered(small, model, data, test, arguments),
             f"{len(plan.changes)} layers decomposed",
         ]
         made.add_row(*cells)
@@ -248,14 +248,18 @@ def small_rows(arguments: argparse.Namespace) -> None:
     print(to_text(made, width=150))
 
 
-def recovered(small: Any, dense: Any, data: Any, arguments: argparse.Namespace) -> Any:
-    """After the label-free repair, if there is to be one."""
-    if arguments.recover:
-        done = rankopt.recover(
-            small, teacher=dense, calibration=data, seconds=arguments.recover, precision="bf16"
-        )
-        print(done, flush=True)
-    return small
+def recovered(small: Any, dense: Any, data: Any, test: Any, arguments: argparse.Namespace) -> str:
+    """Accuracy after the label-free repair, if there is to be one."""
+    if not arguments.recover:
+        return "–"
+    done = rankopt.recover(
+        small, teacher=dense, calibration=data, seconds=arguments.recover, precision="bf16"
+    )
+    print(done, flush=True)
+    from benchmarks.calibrated import percent
+    from benchmarks.cifar import correct
+
+    return percent(correct(small, *test))
 
 
 def main() -> None:

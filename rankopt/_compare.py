@@ -160,11 +160,11 @@ def compare(
 
 def _check_eager(*models: nn.Module) -> None:
     for model in models:
-        if surgery.unwrap(model) is not model:
+        if hasattr(model, "_orig_mod"):
             raise ModelError(
-                f"{type(surgery.unwrap(model)).__name__} is wrapped, by torch.compile say, and "
-                "mode='training' times copies, which would run without the wrapper; give the plain "
-                "models, or time functions of your own with rankopt.latency.time_interleaved"
+                f"{type(model._orig_mod).__name__} is compiled, and mode='training' times copies, "
+                "which would run without torch.compile; give the plain models, or time functions "
+                "of your own with rankopt.latency.time_interleaved"
             )
 
 

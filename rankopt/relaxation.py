@@ -60,7 +60,7 @@ class Relaxation:
     Args:
         problem: The model and a budget.
         soft: Whether to leave out methods that cannot mix the ranks of a weight that
-                trains (`Decomposition.soft`).
+            trains (`Decomposition.soft`).
 
     Attributes:
         menus: One per site.

@@ -19,7 +19,7 @@ __all__ = ["FittedBasis"]
 
 # Loads, as shares of the dense weight's, at which errors are fitted.
 ANCHORS: Final = (0.2, 0.6)
-# Chains that are held, each smaller than the weight.
+# Chains that are held, in float64, each about half the weight's size.
 KEPT_FITS: Final = 4
 # Relative ridge of the least squares problem for the last factor.
 _RIDGE: Final = 1e-10
@@ -216,7 +216,7 @@ class FittedBasis(base.Basis):
 
     @property
     def nbytes(self) -> int:
-        return KEPT_FITS // 2 * 8 * self._held
+        return KEPT_FITS * 8 * self._held // 2
 
 
 def _solved(gram: Tensor, cross: Tensor) -> Tensor:

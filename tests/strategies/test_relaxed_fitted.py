@@ -30,6 +30,10 @@ def soft_model(*methods):
         return model, SoftModel(model, Relaxation(problem))
 
 
+def site_of(relaxation, name="conv"):
+    return [menu.site.name for menu in relaxation.menus].index(name)
+
+
 def certain(relaxation, site, place):
     """The first option of every site but one."""
     sure = torch.zeros(len(relaxation), dtype=torch.float64)
@@ -44,7 +48,7 @@ def certain(relaxation, site, place):
 def test_a_certain_option_has_the_weight_of_its_own_fit(method):
     model, soft = soft_model("svd", method)
     relaxation = soft.relaxation
-    site = next(i for i, m in enumerate(relaxation.menus) if m.site.name == "conv")
+    site = site_of(relaxation)
     menu = relaxation.menus[site]
     place = next(i for i, found in enumerate(menu.methods) if found and found.name == method)
     place += (len(menu) - place) // 2
@@ -64,10 +68,8 @@ def test_a_certain_option_has_the_weight_of_its_own_fit(method):
 def test_a_mixture_leaves_out_what_its_options_leave_out(method):
     model, soft = soft_model(method)
     relaxation = soft.relaxation
-    menu, start = next(
-        (m, s) for m, s in zip(relaxation.menus, relaxation.starts, strict=True)
-        if m.site.name == "conv"
-    )  # fmt: skip
+    site = site_of(relaxation)
+    menu, start = relaxation.menus[site], relaxation.starts[site]
     dense = canonical_weight(model.get_submodule("conv")).flatten(0, 1)
     weights = torch.rand(len(menu), generator=torch.Generator().manual_seed(0)).double()
     shares = torch.zeros(len(relaxation), dtype=torch.float64)
@@ -91,7 +93,7 @@ def test_a_mixture_leaves_out_what_its_options_leave_out(method):
 def test_one_interpolated_option_leaves_out_its_own_error(method):
     model, soft = soft_model(method)
     relaxation = soft.relaxation
-    site = next(i for i, m in enumerate(relaxation.menus) if m.site.name == "conv")
+    site = site_of(relaxation)
     dense = canonical_weight(model.get_submodule("conv")).flatten(0, 1)
     menu = relaxation.menus[site]
     for place in range(0, len(menu) - 1, 1 + len(menu) // 8):
