@@ -357,6 +357,7 @@ def _settings(table: ProfileTable) -> dict[str, Any]:
         "mode": table.mode,
         "rounds": table.rounds,
         "cuda_graph": table.cuda_graph,
+        "compile": table.compile,
         "clock": table.clock_name,
     }
 

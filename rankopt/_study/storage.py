@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 __all__ = [
     "DEFAULT_STORAGE",
     "HEARTBEAT_SECONDS",
+    "LOST",
     "Leases",
     "close_storage",
     "open_storage",
@@ -39,6 +40,7 @@ HEARTBEAT_SECONDS: Final = 20
 SQLITE_SECONDS: Final = 60
 MAX_RETRIES: Final = 3
 LEASE: Final = "lease"
+LOST: Final = "lost"  # the numbers of the trials that held a configuration when workers died
 WORKER: Final = "worker"
 
 
@@ -213,7 +215,7 @@ def retry(study: optuna.Study, trial: optuna.trial.FrozenTrial) -> None:
     """
     import optuna
 
-    history = [*trial.user_attrs.get("lost", []), trial.number]
+    history = [*trial.user_attrs.get(LOST, []), trial.number]
     if len(history) > MAX_RETRIES:
         return
     kept = {k: v for k, v in trial.user_attrs.items() if k in ("plan", "warm")}
@@ -222,7 +224,7 @@ def retry(study: optuna.Study, trial: optuna.trial.FrozenTrial) -> None:
             state=optuna.trial.TrialState.WAITING,
             params=trial.params,
             distributions=trial.distributions,
-            user_attrs={**kept, "lost": history},
+            user_attrs={**kept, LOST: history},
             system_attrs={k: v for k, v in trial.system_attrs.items() if k == "fixed_params"},
         )
     )
@@ -254,8 +256,12 @@ class Leases:
         if self._memory:
             yield
             return
+        if self._beats:
+            # Optuna's thread keeps the database's heartbeat. The first beat is recorded here:
+            # a worker killed before that thread got to it would hold its trial for ever.
+            self.study._storage.record_heartbeat(trial._trial_id)  # type: ignore[attr-defined]
         trial.set_user_attr(WORKER, worker)
-        if self._beats:  # Optuna keeps the database's own heartbeat
+        if self._beats:
             yield
             return
         stop = threading.Event()

@@ -16,6 +16,7 @@ from rankopt._study.front import Front, Seen, timed, timed_key, timing_of
 from rankopt._study.reading import counts, load_optuna, nothing_yet, quiet
 from rankopt._study.records import Point, read_request
 from rankopt._study.storage import (
+    LOST,
     Leases,
     close_storage,
     open_storage,
@@ -149,17 +150,18 @@ class Study:
             done = 0
             while end is None or time.monotonic() < end:
                 self._leases.reap()
-                finished, running = self._counts()
+                finished, running, given_up = self._counts()
                 for _ in range(finished - done):
                     advance(self._summary())
                 done = finished
-                if n_trials is not None and finished + running >= n_trials:
+                enough = n_trials is not None and finished + running >= n_trials
+                if enough and not given_up:
                     if not running:
                         break
                     time.sleep(POLL_SECONDS)
                     continue
                 self._run_one()
-            finished, _ = self._counts()
+            finished, *_ = self._counts()
             for _ in range(finished - done):
                 advance(self._summary())
         if self._times_models:
@@ -234,13 +236,20 @@ class Study:
                 retry(self.optuna, self.optuna.trials[claimed[0]])
             raise
 
-    def _counts(self) -> tuple[int, int]:
-        """Trials that count as done, and trials that run."""
+    def _counts(self) -> tuple[int, int, int]:
+        """Trials that count as done, that run, and that wait after a worker lost them.
+
+        The last are run even where other workers have made up the number meanwhile: they
+        may be a plan that the study was to begin with.
+        """
         from optuna.trial import TrialState
 
         trials = self.optuna.get_trials(deepcopy=False)
         running = sum(trial.state == TrialState.RUNNING for trial in trials)
-        return sum(counts(trial) for trial in trials), running
+        given_up = sum(
+            trial.state == TrialState.WAITING and LOST in trial.user_attrs for trial in trials
+        )
+        return sum(counts(trial) for trial in trials), running, given_up
 
     def _summary(self) -> str:
         front = self._front()
