@@ -93,6 +93,7 @@ def compare(
     rounds: int = 30,
     mode: Mode = "inference",
     cuda_graph: bool = False,
+    compile: bool = False,
     seed: int = 0,
 ) -> Comparison:
     """Count and time two models side by side; prints as a table.
@@ -110,11 +111,12 @@ def compare(
         mode: What is timed: ``inference``, or ``training``, forward and backward on
             copies of both models in train mode.
         cuda_graph: Whether to time replays of CUDA graphs (inference on CUDA).
+        compile: Whether to time both under `torch.compile`, compiled anew.
         seed: Orders the rounds.
 
     Raises:
         ModelError: A model fails on the inputs, or training steps of a compiled model
-            are to be timed.
+            are to be timed without `compile`.
         ValueError: An unknown mode, or too few rounds.
 
     Example:
@@ -135,14 +137,15 @@ def compare(
             measure.check_inputs(example_inputs)
             device = surgery.device_of(models[0])
             inputs = measure.to_device(example_inputs, device)
-            timed = [original, compressed]
+            timed = models if compile else [original, compressed]
             if mode == "training":  # statistics of the user's BatchNorm are not to move
-                _check_eager(original, compressed)
+                if not compile:
+                    _check_eager(original, compressed)
                 timed = [surgery.clone(model).train() for model in models]
             try:
                 figures["macs"] = Figure(*(_macs(model, inputs) for model in models))
                 runners = {
-                    name: runner(model, inputs, mode=mode, cuda_graph=cuda_graph)
+                    name: runner(model, inputs, mode=mode, cuda_graph=cuda_graph, compile=compile)
                     for name, model in zip(("before", "after"), timed, strict=True)
                 }
                 timings = time_interleaved(runners, rounds=rounds, device=device, seed=seed)
@@ -150,7 +153,11 @@ def compare(
                 raise ModelError(f"a model fails on example_inputs: {error}") from error
             first = next(tensors_in(inputs), None)
             figures["conditions"] = conditions(
-                device, first if first is None else Call.of(first), mode, cuda_graph=cuda_graph
+                device,
+                None if first is None else Call.of(first),
+                mode,
+                cuda_graph=cuda_graph,
+                compile=compile,
             )
             figures["latency_before_ms"] = timings.interval("before")
             figures["latency_after_ms"] = timings.interval("after")
@@ -163,8 +170,8 @@ def _check_eager(*models: nn.Module) -> None:
         if hasattr(model, "_orig_mod"):
             raise ModelError(
                 f"{type(model._orig_mod).__name__} is compiled, and mode='training' times copies, "
-                "which would run without torch.compile; give the plain models, or time functions "
-                "of your own with rankopt.latency.time_interleaved"
+                "which would run without torch.compile; pass compile=True to compile the copies, "
+                "or give the plain models"
             )
 
 

@@ -21,10 +21,13 @@ def conditions(
     mode: str,
     *,
     cuda_graph: bool = False,
+    compile: bool = False,
     clock: str = "wall",
 ) -> dict[str, str]:
     """The circumstances of a timing, as the cache stores them."""
     settings: dict[str, Any] = {"clock": clock, "cuda_graph": cuda_graph}
+    if compile:
+        settings["compile"] = True
     if device.type == "cuda":
         settings["tf32"] = [
             torch.backends.cuda.matmul.allow_tf32,

@@ -6,11 +6,13 @@ paired ratio to the baseline, and the median ratio comes with a bootstrap interv
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import FunctionType
 from typing import Any, Final, Literal, TypeAlias, get_args
 
 import numpy as np
@@ -47,6 +49,7 @@ MAX_WARMUP_CALLS: Final = 20
 # An interval wider than this share of its median decides nothing.
 NOISY_WIDTH: Final = 0.10
 MAX_REPEATS: Final = 100
+_NUMBERS = itertools.count()
 
 
 @dataclass(frozen=True)
@@ -166,7 +169,12 @@ def time_interleaved(
 
 
 def runner(
-    module: nn.Module, inputs: Any, *, mode: Mode = "inference", cuda_graph: bool = False
+    module: nn.Module,
+    inputs: Any,
+    *,
+    mode: Mode = "inference",
+    cuda_graph: bool = False,
+    compile: bool = False,
 ) -> Callable[[], Any]:
     """A function that runs `module` once on `inputs`, to be timed.
 
@@ -176,16 +184,19 @@ def runner(
         mode: ``inference`` without gradients, or ``training``: forward, and backward
             to the parameters and to floating-point inputs; no ``grad`` is left behind.
         cuda_graph: Whether to capture one inference call and replay it (CUDA only).
+        compile: Whether to run it under `torch.compile`, for these shapes; the first call
+            compiles.
 
     Raises:
         ValueError: An unknown mode, or a graph that cannot be captured.
     """
     if mode not in MODES:
         raise ValueError(f"mode={mode!r}: expected one of {', '.join(MODES)}")
+    forward = _compiled(module) if compile else module
 
     def infer() -> None:
         with torch.no_grad():
-            measure.call(module, inputs)
+            measure.call(forward, inputs)
 
     if mode == "inference":
         return _graphed(infer) if cuda_graph else infer
@@ -199,11 +210,26 @@ def runner(
 
     def step() -> None:
         with torch.enable_grad():
-            outputs = [x for x in tensors_in(measure.call(module, leaves)) if x.requires_grad]
+            outputs = [x for x in tensors_in(measure.call(forward, leaves)) if x.requires_grad]
             ones = [torch.ones_like(output) for output in outputs]
             torch.autograd.grad(outputs, wanted, ones, allow_unused=True)
 
     return step
+
+
+def _compiled(module: nn.Module) -> Callable[..., Any]:
+    """`module` under `torch.compile`, with a compilation cache of its own.
+
+    Dynamo keeps what it compiled on the code object. Modules of one class would share one:
+    lookups slower with each, and silently eager beyond ``recompile_limit`` of them.
+    """
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return module(*args, **kwargs)
+
+    code = forward.__code__.replace(co_name=f"forward_{next(_NUMBERS)}")
+    own = FunctionType(code, forward.__globals__, code.co_name, None, forward.__closure__)
+    return torch.compile(own, dynamic=False)
 
 
 def _graphed(function: Callable[[], None]) -> Callable[[], Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -62,7 +62,7 @@ def count_macs(model: nn.Module, example_inputs: Any) -> int:
     return int(counter.get_total_flops()) // 2
 
 
-def call(model: nn.Module, example_inputs: Any) -> Any:
+def call(model: Callable[..., Any], example_inputs: Any) -> Any:
     """Call `model` with a tensor, a tuple (positional) or a mapping (keywords)."""
     if isinstance(example_inputs, Mapping):
         return model(**example_inputs)

@@ -135,6 +135,8 @@ class ProfileTable:
         mode: ``inference`` or ``training`` (forward and backward).
         rounds: Interleaved rounds per measurement, at least 3.
         cuda_graph: Whether to time replays of CUDA graphs (inference on CUDA).
+        compile: Whether layers, chains and whole models run under `torch.compile`, each
+            compiled by itself: seconds for each.
         clock: ``wall`` (CUDA events on a GPU), ``process`` for CPU time on one thread, which
             a busy machine disturbs less (see `rankopt.latency.process_ms`), or a function
             that runs another and returns milliseconds, whose times are not stored on disk.
@@ -151,6 +153,7 @@ class ProfileTable:
         mode: Mode = "inference",
         rounds: int = ROUNDS,
         cuda_graph: bool = False,
+        compile: bool = False,
         clock: Literal["wall", "process"] | Clock = "wall",
     ) -> None:
         if mode not in MODES:
@@ -161,7 +164,8 @@ class ProfileTable:
             raise ValueError("cuda_graph=True replays inference; it has no mode='training'")
         if not callable(clock) and clock not in ("wall", "process"):
             raise ValueError(f"clock={clock!r}: expected 'wall', 'process' or a function")
-        self.mode, self.rounds, self.cuda_graph = mode, rounds, cuda_graph
+        self.mode, self.rounds = mode, rounds
+        self.cuda_graph, self.compile = cuda_graph, compile
         self.clock_name = "custom" if callable(clock) else clock
         self.clock: Clock | None = process_ms if clock == "process" else None
         if callable(clock):
@@ -183,7 +187,12 @@ class ProfileTable:
         if self.clock_name == "process" and device.type != "cpu":
             raise ValueError(f"clock='process' is CPU time, the model is on {device}; use 'wall'")
         return conditions(
-            device, call, self.mode, cuda_graph=self.cuda_graph, clock=self.clock_name
+            device,
+            call,
+            self.mode,
+            cuda_graph=self.cuda_graph,
+            compile=self.compile,
+            clock=self.clock_name,
         )
 
     def time(
@@ -247,11 +256,13 @@ class ProfileTable:
     ) -> Timings:
         """Time whole models side by side, each in its mode for this table."""
         with measure.preserve_rng():
-            runners = {
-                name: runner(model, inputs, mode=self.mode, cuda_graph=self.cuda_graph)
-                for name, model in models.items()
-            }
+            runners = {name: self._runner_of(model, inputs) for name, model in models.items()}
             return time_interleaved(runners, rounds=self.rounds, device=device, clock=self.clock)
+
+    def _runner_of(self, module: nn.Module, inputs: Any) -> Callable[[], Any]:
+        return runner(
+            module, inputs, mode=self.mode, cuda_graph=self.cuda_graph, compile=self.compile
+        )
 
     def _opened(self) -> ProfileStore:
         if self._store is None:
@@ -310,7 +321,7 @@ class ProfileTable:
         """A function that runs the chain once; it has run once already."""
         module = _build(layer, chain, call, device)
         module.train(self.mode == "training")
-        run = runner(module, inputs, mode=self.mode, cuda_graph=self.cuda_graph)
+        run = self._runner_of(module, inputs)
         between()
         try:
             run()

@@ -74,7 +74,7 @@ def test_compiled_models_are_timed_compiled():
     found = rankopt.compare(*pair, example_inputs=planted_inputs(), rounds=5)
     assert len(runs) >= 10
     assert found.params.ratio <= 0.6
-    with pytest.raises(ModelError, match="would run without torch.compile; give the plain models"):
+    with pytest.raises(ModelError, match="would run without torch.compile; pass compile=True"):
         rankopt.compare(*pair, example_inputs=planted_inputs(), rounds=5, mode="training")
 
 

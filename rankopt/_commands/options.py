@@ -17,6 +17,8 @@ __all__ = [
     "model_options",
     "settings",
     "show_plan",
+    "timing",
+    "timing_options",
 ]
 
 INTERRUPTED: Final = 130
@@ -41,6 +43,18 @@ def model_options(common: argparse.ArgumentParser) -> argparse.ArgumentParser:
     model.add_argument("--channels-last", action="store_true", help="memory format of both")
     model.add_argument("--seed", type=int, default=0)
     return model
+
+
+def timing_options(command: argparse.ArgumentParser) -> None:
+    """Options that say what is timed."""
+    command.add_argument("--training", action="store_true", help="time forward and backward")
+    command.add_argument("--compile", action="store_true", help="time under torch.compile")
+
+
+def timing(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What `timing_options` say, for `rankopt.compare` and `rankopt.ProfileTable`."""
+    mode = "training" if arguments.training else "inference"
+    return {"mode": mode, "compile": arguments.compile}
 
 
 def model_and_inputs(arguments: argparse.Namespace) -> tuple[Any, Any]:

@@ -6,7 +6,13 @@ import argparse
 import json
 from typing import Any
 
-from rankopt._commands.options import give_plan, model_and_inputs, settings
+from rankopt._commands.options import (
+    give_plan,
+    model_and_inputs,
+    settings,
+    timing,
+    timing_options,
+)
 from rankopt.errors import RankoptError
 
 __all__ = ["add_plans"]
@@ -30,6 +36,7 @@ def add_plans(commands: Any, model: argparse.ArgumentParser) -> None:
     search.add_argument("--ignore", action="append", default=[], metavar="GLOB")
     search.add_argument("--round-to", type=int, default=1, metavar="N", help="multiples of N only")
     search.add_argument("--timeout", type=float, metavar="SECONDS")
+    timing_options(search)
     search.add_argument("-o", "--output", metavar="PLAN.json", help="where to write the plan")
     search.set_defaults(run=_search)
 
@@ -42,7 +49,7 @@ def add_plans(commands: Any, model: argparse.ArgumentParser) -> None:
     compare.add_argument("artefact", metavar="ARTEFACT", help="from `rankopt apply`, or a plan")
     compare.add_argument("--evaluate", metavar="FILE.py:CALLABLE", help="metric of a model")
     compare.add_argument("--rounds", type=int, default=30, help="timing rounds")
-    compare.add_argument("--training", action="store_true", help="time forward and backward")
+    timing_options(compare)
     compare.set_defaults(run=_compare)
 
     profile = commands.add_parser("profile", parents=[model], help="time a layer against rank")
@@ -50,7 +57,7 @@ def add_plans(commands: Any, model: argparse.ArgumentParser) -> None:
     profile.add_argument("--method", help="decomposition; the first that applies if left out")
     profile.add_argument("--ranks", metavar="R,R,...|FIRST:LAST[:STEP]", help="which to time")
     profile.add_argument("--rounds", type=int, default=None, help="interleaved rounds")
-    profile.add_argument("--training", action="store_true", help="forward and backward")
+    timing_options(profile)
     profile.add_argument("--plot", metavar="FILE.html", help="draw time against rank (plotly)")
     profile.set_defaults(run=_profile)
 
@@ -74,6 +81,7 @@ def _search(arguments: argparse.Namespace) -> int:
         round_to=arguments.round_to,
         seed=arguments.seed,
         timeout=arguments.timeout,
+        profile=rankopt.ProfileTable(**timing(arguments)),
     )
     return give_plan(plan, arguments)
 
@@ -115,7 +123,7 @@ def _compare(arguments: argparse.Namespace) -> int:
         example_inputs=inputs,
         evaluate=evaluate,
         rounds=arguments.rounds,
-        mode="training" if arguments.training else "inference",
+        **timing(arguments),
         seed=arguments.seed,
     )
     print(json.dumps(result.to_dict()) if arguments.json else result)
@@ -136,8 +144,7 @@ def _profile(arguments: argparse.Namespace) -> int:
         method=arguments.method,
         ranks=_ranks(arguments.ranks),
         table=rankopt.ProfileTable(
-            mode="training" if arguments.training else "inference",
-            rounds=ROUNDS if arguments.rounds is None else arguments.rounds,
+            rounds=ROUNDS if arguments.rounds is None else arguments.rounds, **timing(arguments)
         ),
     )
     if arguments.plot:

@@ -9,7 +9,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from rankopt._commands.options import INTERRUPTED, give_plan, model_and_inputs
+from rankopt._commands.options import (
+    INTERRUPTED,
+    give_plan,
+    model_and_inputs,
+    timing,
+    timing_options,
+)
 from rankopt.errors import RankoptError
 
 __all__ = ["add_study"]
@@ -70,6 +76,7 @@ def add_study(
     create.add_argument("--only", action="append", metavar="GLOB")
     create.add_argument("--ignore", action="append", metavar="GLOB")
     create.add_argument("--round-to", type=int, metavar="N")
+    timing_options(create)
     create.set_defaults(run=_create)
 
     worker = actions.add_parser("worker", parents=[model, where, data], help="run trials")
@@ -130,6 +137,8 @@ def _open(arguments: argparse.Namespace, device: Any, *, create: bool, **more: A
 
 
 def _create(arguments: argparse.Namespace) -> int:
+    import rankopt
+
     # Only times need a device of their own.
     share = arguments.objective != "latency" and "latency" not in (arguments.budget or "")
     with (
@@ -138,6 +147,7 @@ def _create(arguments: argparse.Namespace) -> int:
             arguments,
             device,
             create=True,
+            profile=rankopt.ProfileTable(**timing(arguments)),
             budget=arguments.budget,
             objective=arguments.objective,
             direction=arguments.direction,
