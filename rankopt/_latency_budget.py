@@ -28,17 +28,18 @@ from rankopt.strategy import LATENCY, Option, Problem, Strategy, decide
 
 __all__ = ["ModelClock", "adopt_times", "bounds_latency", "price_time", "solve"]
 
-MAX_ROUNDS: Final = 5
+MAX_ROUNDS: Final = 6
 # Aim this far below the budget, so that the next measurement still meets it.
-AIM: Final = 0.98
-# A plan that meets the budget and leaves less than this unused is good enough.
-SLACK: Final = 0.04
+AIM: Final = 0.99
+# A plan that meets the budget and leaves less than this unused, or less than the noise of
+# its own measurement, is good enough.
+SLACK: Final = 0.01
 # Bounds on the share of a predicted saving that is believed to come true.
 MIN_REALISED, MAX_REALISED = 0.05, 2.0
 CLOSE: Final = 0.003
 # More rounds are timed, this often at most, while an interval is wider than this share.
-MAX_EXTENSIONS: Final = 3
-WIDTH: Final = 0.04
+MAX_EXTENSIONS: Final = 5
+WIDTH: Final = 0.03
 
 
 class ModelClock:
@@ -168,6 +169,12 @@ class _Round:
     def used(self) -> float:
         return self.measured.ratio.high
 
+    @property
+    def slack(self) -> float:
+        """What may stay unused: less than this is not worth another plan, or not to be told."""
+        ratio = self.measured.ratio
+        return max(SLACK, min(ratio.high - ratio.median, WIDTH))
+
 
 def bounds_latency(budget: Budget | None) -> bool:
     """Whether `budget` is on time: as a share, in milliseconds, or to be made small."""
@@ -209,7 +216,7 @@ def solve(
         same = [entry for entry in done if entry.plan.decisions == plan.decisions]
         measured = same[0].measured if same else measure(plan)
         done.append(_judged(plan, asked, measured, budget, dense_ms))
-        spent = done[-1].used >= share - SLACK or not plan.changes or same
+        spent = done[-1].used >= share - done[-1].slack or not plan.changes or same
         if done[-1].met and spent:
             break
         following = _corrected(done, share)
