@@ -1,8 +1,8 @@
 """Time as measured: ranks found by few timings, and whole models under a budget on latency.
 
 Run: python -m benchmarks.latency [layers] [resnet50] [resnet20] [--batch 1 8] [--quick]
-[--clock process]. ``resnet20`` needs the development data (see `benchmarks.cifar`). On a machine
-shared with other work use ``--clock process``: CPU time on one thread.
+[--clock process] [--compile]. ``resnet20`` needs the development data (see `benchmarks.cifar`).
+On a machine shared with other work use ``--clock process``: CPU time on one thread.
 """
 
 from __future__ import annotations
@@ -47,7 +47,9 @@ DUEL_ROUNDS = 40
 
 
 def fresh(arguments: argparse.Namespace, rounds: int) -> rankopt.ProfileTable:
-    return rankopt.ProfileTable(":memory:", clock=arguments.clock, rounds=rounds)
+    return rankopt.ProfileTable(
+        ":memory:", clock=arguments.clock, rounds=rounds, compile=arguments.compile
+    )
 
 
 def duel(
@@ -135,7 +137,7 @@ def checked(plan: rankopt.RankPlan, batch: int, arguments: argparse.Namespace) -
         plan.save(path)
         command = [sys.executable, "-m", "benchmarks.latency", "check", "--plan", path]
         command += ["--batch", str(batch), "--clock", arguments.clock]
-        command += ["--rounds", str(arguments.rounds)]
+        command += ["--rounds", str(arguments.rounds)] + ["--compile"] * arguments.compile
         done = subprocess.run(command, capture_output=True, text=True, check=True)
     return done.stdout.strip()
 
@@ -145,7 +147,7 @@ def whole_rows(arguments: argparse.Namespace, batch: int) -> None:
     model, x = resnet50(batch)
     made = table(
         f"ResNet-50, batch {batch}, channels_last, {torch.get_num_threads()} thread(s), "
-        f"{arguments.clock} clock",
+        f"{arguments.clock} clock" + ", under torch.compile" * arguments.compile,
         "plan", "macs", "time / dense", "throughput x", "realised", "predicted", "another process",
         "search",
     )  # fmt: skip
@@ -268,6 +270,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--rounds", type=int, default=30, help="of the final measurement")
     parser.add_argument("--clock", choices=["wall", "process"], default="wall")
+    parser.add_argument("--compile", action="store_true", help="under torch.compile")
     parser.add_argument("--quick", action="store_true", help="four layers, fewer images")
     parser.add_argument("--only", default="", help="rows whose name contains this")
     parser.add_argument("--recover", type=float, default=0.0, help="seconds, for resnet20")

@@ -12,17 +12,19 @@ from pathlib import Path
 from typing import Any
 
 import optuna
-from torch import Tensor
+from torch import Tensor, nn
 
 import rankopt
 from benchmarks.cifar import correct
 from rankopt._report.tables import table, to_text
 
-__all__ = ["Case", "compare", "hypervolume", "joined"]
+__all__ = ["METRICS", "Case", "compare", "hypervolume", "joined"]
 
 # Budgets at which the warm starts have plans.
 SHARES = (0.7, 0.5, 0.35)
 WARM_ONLY = "warm starts only"
+METRICS = ("accuracy", "loss", "agreement")
+TEMPERATURE = 4.0
 
 
 def hypervolume(points: Sequence[tuple[float, float]], floor: float) -> float:
@@ -48,9 +50,13 @@ class Case:
         name: Of the files in the folder.
         model: Trained.
         calibration: Batches of inputs.
-        batches: (inputs, labels) that trials are evaluated on, one after another.
+        batches: (inputs, targets) that trials are evaluated on, one after another; targets are
+            labels, or the dense model's logits for the metric ``agreement``.
         test: Inputs and labels that no search sees.
         warm_starts: Strategies.
+        metric: What trials are searched by: ``accuracy`` in percent, ``loss`` (cross-entropy,
+            negated) or ``agreement`` (divergence from the dense model's softened classes,
+            negated). Reported is accuracy in any case.
     """
 
     name: str
@@ -59,6 +65,7 @@ class Case:
     batches: list[tuple[Tensor, Tensor]]
     test: tuple[Tensor, Tensor]
     warm_starts: tuple[str, ...]
+    metric: str = "accuracy"
 
     @property
     def searched(self) -> int:
@@ -66,9 +73,16 @@ class Case:
         return sum(len(y) for _, y in self.batches)
 
     def evaluate(self, model: Any, batch: tuple[Tensor, Tensor]) -> tuple[float, float]:
-        """Percent right of a batch, and its size."""
+        """The metric of a batch, and its size."""
         x, y = batch
-        return 100 * float((model(x).argmax(1) == y).double().mean()), float(len(y))
+        found = model(x)
+        if self.metric == "accuracy":
+            return 100 * float((found.argmax(1) == y).double().mean()), float(len(y))
+        if self.metric == "loss":
+            return -float(nn.functional.cross_entropy(found, y)), float(len(y))
+        ours, theirs = ((logits / TEMPERATURE).log_softmax(1) for logits in (found, y))
+        loss = nn.functional.kl_div(ours, theirs, log_target=True, reduction="batchmean")
+        return -(TEMPERATURE**2) * float(loss), float(len(y))
 
     def study(self, storage: Any, name: str, **more: Any) -> Any:
         """A study of this case."""
@@ -100,7 +114,7 @@ class Folder:
 
     def __init__(self, path: Path, case: Case, minutes: float | None) -> None:
         path.mkdir(parents=True, exist_ok=True)
-        label = f"{case.name}-{case.searched}"
+        label = f"{case.name}-{case.searched}" + f"-{case.metric}" * (case.metric != "accuracy")
         self.storage, self.figures = path / f"{label}.journal", path / f"{label}.json"
         self.end = math.inf if minutes is None else time.monotonic() + 60 * minutes
 
@@ -222,8 +236,9 @@ def _show(
     known = kept.known()
     made = table(
         f"{case.name}: {trials} trials, median of seeds (lowest to highest); searched on "
-        f"{case.searched} images, reported on {len(case.test[1])}; dense {known['dense']:.2f}, "
-        f"floor {floor:.2f}; ± standard error of the difference to the warm starts",
+        f"{case.searched} images by {case.metric}, reported on {len(case.test[1])}; "
+        f"dense {known['dense']:.2f}, floor {floor:.2f}; "
+        "± standard error of the difference to the warm starts",
         "space, sampler", "seeds", "hypervolume", *(f"macs<={share:.0%}" for share in SHARES),
         "s/trial",
     )  # fmt: skip

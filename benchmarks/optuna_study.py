@@ -27,12 +27,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import rankopt
 from benchmarks.cifar import images, resnet20
 from benchmarks.foundation import make
-from benchmarks.optuna_fronts import Case, compare
+from benchmarks.optuna_fronts import METRICS, Case, compare
 from rankopt import _demo
 from rankopt._report.tables import table, to_text
 from rankopt._study.warm import WARM_STARTS
@@ -49,9 +49,9 @@ def digits(arguments: Any) -> None:
     model = _demo.DigitsNet()
     _demo.train(model, x, y)
     model.eval()
-    searched = _batches(x[128:628], y[128:628], 50)
+    searched = _batches(arguments, model, x[128:628], y[128:628], 50)
     calibration = list(torch.split(x[:128], 128))
-    case = Case("digits", model, calibration, searched, (test_x, test_y), _warm(arguments))
+    case = Case("digits", model, calibration, searched, (test_x, test_y), *_how(arguments))
     _compare(case, arguments)
 
 
@@ -65,9 +65,9 @@ def cifar(arguments: Any) -> None:
         "cifar",
         model,
         [_last(part) for part in torch.split(inputs[: arguments.calibration_images], 100)],
-        _batches(_last(searched[0]), searched[1], BATCH),
+        _batches(arguments, model, _last(searched[0]), searched[1], BATCH),
         (_last(test[0]), test[1]),
-        _warm(arguments),
+        *_how(arguments),
     )
     _compare(case, arguments)
 
@@ -76,12 +76,17 @@ def _last(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last)
 
 
-def _batches(x: Tensor, y: Tensor, size: int) -> list[tuple[Tensor, Tensor]]:
-    return list(zip(torch.split(x, size), torch.split(y, size), strict=True))
+def _batches(
+    arguments: Any, model: nn.Module, x: Tensor, y: Tensor, size: int
+) -> list[tuple[Tensor, Tensor]]:
+    if arguments.metric != "agreement":
+        return list(zip(torch.split(x, size), torch.split(y, size), strict=True))
+    with torch.no_grad():
+        return [(part, model(part)) for part in torch.split(x, size)]
 
 
-def _warm(arguments: Any) -> tuple[str, ...]:
-    return tuple(arguments.warm_starts.split(","))
+def _how(arguments: Any) -> tuple[tuple[str, ...], str]:
+    return tuple(arguments.warm_starts.split(",")), arguments.metric
 
 
 def _compare(case: Case, arguments: Any) -> None:
@@ -210,6 +215,7 @@ def main() -> None:
     parser.add_argument("--samplers", default="tpe,local,random")
     parser.add_argument("--spaces", default="warp", help="of warp, tilt, stage, layer")
     parser.add_argument("--warm-starts", default=",".join(WARM_STARTS))
+    parser.add_argument("--metric", choices=METRICS, default="accuracy", help="searched by")
     parser.add_argument("--search-images", type=int, default=2000)
     parser.add_argument("--calibration-images", type=int, default=200)
     parser.add_argument("--test-images", type=int, default=5000)
