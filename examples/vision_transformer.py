@@ -1,4 +1,4 @@
-"""Halve the parameters of torchvision's ViT-shaped model, attention included."""
+"""Cut the parameters of torchvision's ViT-shaped model to 60%, attention included."""
 
 import torch
 

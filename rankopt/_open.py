@@ -22,7 +22,7 @@ from rankopt.plan import RankPlan
 from rankopt.probe import Probe
 from rankopt.strategy import Option, Problem, Strategy, decide
 
-__all__ = ["Opened", "check_request", "open_problem"]
+__all__ = ["Opened", "check_request", "open_problem", "uses_metric"]
 
 # Samples on which candidate options are run to measure how far outputs move.
 DIVERGENCE_SAMPLES: Final = 256
@@ -99,6 +99,12 @@ def open_problem(
     return Opened(problem, source, view, seen, example_inputs)
 
 
+def uses_metric(budget: Budget | None, strategy: Strategy) -> bool:
+    """Whether a search calls `evaluate`."""
+    drops = budget is not None and budget.metric_drop is not None
+    return drops or "evaluate" in strategy.tags.needs
+
+
 def check_request(
     budget: Budget | None, strategy: Strategy, inputs: Any, calibration: Any, evaluate: Any
 ) -> Budget | None:
@@ -130,7 +136,7 @@ def check_request(
         raise BudgetError(
             "a budget on metric_drop needs evaluate=: a function of a model that gives the metric"
         )
-    if evaluate is not None and not drops and "evaluate" not in strategy.tags.needs:
+    if evaluate is not None and not uses_metric(budget, strategy):
         raise NotYetSupported(
             f"strategy {strategy.name!r} uses evaluate= only with a budget on metric_drop, such as "
             "'metric_drop<=0.01, minimize=macs'; leave it out"

@@ -99,7 +99,12 @@ def search(
         ModelError: No layer can be decomposed, or the model fails on the inputs.
         LayerError: A weight holds NaN or infinity.
         EvaluationError: `evaluate` raised, gave no finite number or changed the model.
-        NotYetSupported: The budget's machinery is not built yet.
+        CalibrationError: `calibration` is empty, or the model fails on it.
+        RegistryError: No strategy or decomposition of that name.
+        DeadlineExceeded: `timeout` passed before there was a plan.
+        NotYetSupported: `evaluate` without a budget on ``metric_drop`` or a strategy that
+            uses it.
+        ValueError: `round_to` or `rounding` out of range.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU())

@@ -17,10 +17,12 @@ from rankopt import checkpoint as files
 from rankopt._compare import Comparison, compare
 from rankopt._files import write_text
 from rankopt._fold import fold
+from rankopt._open import uses_metric
 from rankopt.budget import Budget
 from rankopt.errors import CheckpointError, ModelError, RankoptError
 from rankopt.inputs import hold, tensors_in
 from rankopt.plan import RankPlan
+from rankopt.registry import strategies
 from rankopt.training.finetune import finetune as train_on
 
 __all__ = ["RESULT", "WORK", "Run", "Stage"]
@@ -160,6 +162,10 @@ class Run:
                 "progress": self.progress,
                 **(how or {}),
             }
+            if self.evaluate is not None and uses_metric(
+                budget, strategies.create(settings.get("strategy", _search.DEFAULT_STRATEGY))
+            ):
+                settings.setdefault("evaluate", self.evaluate)
             return _search.search(source, budget, **settings)
 
         key = f"search{tag}"

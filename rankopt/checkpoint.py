@@ -18,7 +18,7 @@ from rankopt._files import atomic_path, write_text
 from rankopt.errors import CheckpointError, PlanError
 from rankopt.plan import RankPlan
 
-__all__ = ["load", "load_plan", "save"]
+__all__ = ["check_target", "load", "load_plan", "save"]
 
 MAX_SHARD_BYTES: Final = 5 * 10**9
 _PLAN, _ALIASES, _LAYOUTS = "rankopt.plan", "rankopt.aliases", "rankopt.layouts"
@@ -27,6 +27,20 @@ _LAYOUT_NAMES: Final = {
     "channels_last": torch.channels_last,
     "channels_last_3d": torch.channels_last_3d,
 }
+
+
+def check_target(path: str | os.PathLike[str]) -> Path:
+    """The path of a file to be written, before there is anything to write.
+
+    Raises:
+        CheckpointError: It has another suffix than ``.safetensors``, or no folder to lie in.
+    """
+    target = Path(path)
+    if target.suffix != ".safetensors":
+        raise CheckpointError(f"{target}: name the file *.safetensors")
+    if not target.absolute().parent.is_dir():
+        raise CheckpointError(f"{target}: its folder does not exist; create it first")
+    return target
 
 
 def save(
@@ -48,14 +62,13 @@ def save(
         max_shard_bytes: Largest file.
 
     Raises:
-        CheckpointError: The model carries no plan, or state that is no tensor.
+        CheckpointError: The model carries no plan, or state that is no tensor, or see
+            `check_target`.
         RankoptError: The folder cannot be written.
     """
     from safetensors.torch import save_file
 
-    target = Path(path)
-    if target.suffix != ".safetensors":
-        raise CheckpointError(f"{target}: name the file *.safetensors")
+    target = check_target(path)
     plan = plan or plan_of(model)
     if plan is None:
         raise CheckpointError(

@@ -38,7 +38,7 @@ def recalibrate(
 
     Args:
         model: Its BatchNorm layers are changed; dropout stays off.
-        data: See `batches`.
+        data: An iterable of inputs, as `calibration` of `rankopt.search`.
         teacher: The dense model, with BatchNorm layers of the same names.
         statistics: The teacher's `norm_statistics` on these inputs, if known already.
         max_samples: Where to stop.
@@ -47,7 +47,7 @@ def recalibrate(
         The number of layers changed; 0 for a model without BatchNorm.
 
     Raises:
-        CalibrationError: See `batches`.
+        CalibrationError: It is empty, or no iterable of inputs.
 
     Example:
         >>> net = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8))

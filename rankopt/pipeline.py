@@ -105,7 +105,8 @@ def compress(
         calibration: Unlabelled inputs; None takes them from `train`.
         calibration_samples: How many of them.
         train: Labelled data, see `rankopt.finetune`; without it there is no fine-tuning.
-        evaluate: The metric of a model, higher is better, after every stage.
+        evaluate: The metric of a model, shown after every stage, and for searches that use
+            one: budgets on ``metric_drop`` and strategies such as ``optuna``.
         rounds: Approach the budget in so many steps of equal ratio, each recovered and
             fine-tuned (arXiv 1903.09973); later rounds decompose the model as trained so far.
         search: Settings of `rankopt.search`, or a function.
@@ -153,11 +154,13 @@ def compress(
         )
     if isinstance(finetune, Mapping) and train is None:
         raise ValueError("finetune= needs train=, the labelled data")
+    if isinstance(recover, Mapping) and calibration is None and train is None:
+        raise ValueError("recover= needs calibration= or train=, inputs to repair it with")
     budgets = _budgets(Budget.parse(budget), rounds)
     with ExitStack() as stack:
         kept = None if folder is None else make_folder(folder)
         work = Path(kept or stack.enter_context(tempfile.TemporaryDirectory()))
-        path = Path(output) if output is not None else work / "compressed.safetensors"
+        path = files.check_target(work / "compressed.safetensors" if output is None else output)
         run = Run(model, work, evaluate, seed, progress)
         run.calibrate(calibration, train, calibration_samples, example_inputs)
         run.begin([None if b is None else b.to_dict() for b in budgets], stages)

@@ -178,7 +178,7 @@ class RankPlan:
         decisions: One per site.
         totals: Axis to ``{"before", "predicted", "measured"}`` for the whole
             model; ``measured`` is read off the built model, null if it was not built.
-        extensions: Anything else; rankopt never reads it.
+        extensions: Findings of strategies and studies, for reports; `apply` never reads it.
 
     Example:
         >>> layer = Decision(("fc",), ((10, 64),), "svd", {"ranks": [8]})

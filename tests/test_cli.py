@@ -67,6 +67,22 @@ def test_search_apply_compare(spec, tmp_path, capsys):
     assert json.loads(capsys.readouterr().out)["macs"] is None
 
 
+def test_calibration_and_evaluate(spec, tmp_path, capsys):
+    """A plan made with data is applied and compared with the same, all from the shell."""
+    plan, out = tmp_path / "plan.json", tmp_path / "out.safetensors"
+    data = ("--calibration", spec.replace(":build", ":train"))
+    metric = ("--evaluate", spec.replace(":build", ":accuracy"))
+    wanted = ("--budget", "metric_drop<=0.5, minimize=params", "-o", plan)
+    assert run("search", spec, *wanted, *INPUT, *data, *metric) == 0
+    assert run("apply", spec, plan, "-o", out) == 1
+    assert "calibration" in capsys.readouterr().err
+    assert run("apply", spec, plan, *data, "-o", out) == 0
+    assert run("compare", spec, plan, *data) == 0
+    broken = ("--calibration", spec.replace(":build", ":broken"))
+    assert run("apply", spec, plan, *broken, "-o", out) == 1
+    assert "failed: RuntimeError: no data today" in capsys.readouterr().err
+
+
 def test_compress(spec, tmp_path, capsys):
     out = tmp_path / "out.safetensors"
     there = spec.replace(":build", "")
@@ -203,7 +219,7 @@ def test_interrupt_leaves_nothing(spec, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(rankopt, "search", interrupted)
     before = sorted(tmp_path.iterdir())
     assert run("search", spec, "--budget", "params<=50%", "-o", tmp_path / "p.json") == 130
-    assert "nothing was written" in capsys.readouterr().err
+    assert "no output was written" in capsys.readouterr().err
     assert sorted(tmp_path.iterdir()) == before
 
 

@@ -140,6 +140,9 @@ def test_rounds_reach_the_budget_in_steps(task, tmp_path):
         ({"search": 3}, ValueError, "search=3"),
         ({"recover": True}, ValueError, "recover=True: .*or False"),
         ({"finetune": {"epochs": 2}}, ValueError, "finetune= needs train="),
+        ({"recover": {"seconds": 2}}, ValueError, "recover= needs calibration= or train="),
+        ({"output": "m.pt"}, CheckpointError, r"name the file \*.safetensors"),
+        ({"output": "/nowhere/m.safetensors"}, CheckpointError, "folder does not exist"),
         ({"search": lambda model, budget: 3}, ModelError, "search returned a int"),
         ({"apply": lambda model, plan: 3}, ModelError, "apply returned a int"),
         ({"budget": "latency_ms<=8", "rounds": 2}, BudgetError, "latency_ms is not"),
@@ -149,6 +152,17 @@ def test_bad_requests(settings, error, message):
     settings = {"budget": "params<=50%", **settings}
     with pytest.raises(error, match=message):
         rankopt.compress(planted_model(), settings.pop("budget"), **settings)
+
+
+@pytest.mark.parametrize("strategy", ["knapsack", rankopt.strategies.create("knapsack")])
+def test_a_search_that_uses_the_metric_is_given_it(task, strategy):
+    dense, train, evaluate = task
+    done = rankopt.compress(
+        dense, "metric_drop<=5, minimize=params", train=train, evaluate=evaluate,
+        search={"strategy": strategy}, recover=False, finetune=False,
+    )  # fmt: skip
+    assert done.comparison.params.ratio < 1
+    assert done.comparison.metric.after >= done.comparison.metric.before - 5
 
 
 def test_a_result_above_its_budget_is_refused():

@@ -11,8 +11,11 @@ from rankopt.errors import RankoptError
 
 __all__ = [
     "INTERRUPTED",
+    "calibration_option",
     "common_options",
+    "function",
     "give_plan",
+    "made",
     "model_and_inputs",
     "model_options",
     "settings",
@@ -36,13 +39,22 @@ def model_options(common: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Options that name a model, after those of every command."""
     model = argparse.ArgumentParser(add_help=False, parents=[common])
     model.add_argument("model", metavar="MODEL", help="torchvision:NAME or FILE.py:CALLABLE")
-    model.add_argument("--weights", metavar="FILE", help="state dict to load into the model")
+    model.add_argument(
+        "--weights",
+        metavar="FILE|NAME",
+        help="state dict to load; for torchvision also a name such as DEFAULT; random without",
+    )
     model.add_argument(
         "--input", metavar="SHAPE", help="example input, 1,3,224,224[:dtype]; torchvision has one"
     )
     model.add_argument("--channels-last", action="store_true", help="memory format of both")
     model.add_argument("--seed", type=int, default=0)
     return model
+
+
+def calibration_option(command: argparse.ArgumentParser, what: str) -> None:
+    """Inputs that factors and errors of layers' outputs come from."""
+    command.add_argument("--calibration", metavar="FILE.py:CALLABLE", help=what)
 
 
 def timing_options(command: argparse.ArgumentParser) -> None:
@@ -70,6 +82,27 @@ def model_and_inputs(arguments: argparse.Namespace) -> tuple[Any, Any]:
         if inputs is not None and inputs.dim() == 4:
             inputs = inputs.contiguous(memory_format=torch.channels_last)
     return model, inputs
+
+
+def made(spec: str | None) -> Any:
+    """What the function that a command line names returns: data; None without a name."""
+    from rankopt._specs import load_callable
+
+    if spec is None:
+        return None
+    try:
+        return load_callable(spec)()
+    except RankoptError:
+        raise
+    except Exception as error:
+        raise RankoptError(f"{spec} failed: {type(error).__name__}: {error}") from error
+
+
+def function(spec: str | None) -> Any:
+    """The function that a command line names; None without a name."""
+    from rankopt._specs import load_callable
+
+    return None if spec is None else load_callable(spec)
 
 
 def settings(pairs: Sequence[str]) -> dict[str, Any]:

@@ -7,7 +7,14 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from rankopt._commands.options import model_and_inputs, settings, show_plan
+from rankopt._commands.options import (
+    calibration_option,
+    function,
+    made,
+    model_and_inputs,
+    settings,
+    show_plan,
+)
 from rankopt.errors import RankoptError
 
 __all__ = ["add_pipeline"]
@@ -34,9 +41,7 @@ def add_pipeline(
     compress.add_argument(
         "--train", metavar="FILE.py:CALLABLE", help="makes the labelled batches or DataLoader"
     )
-    compress.add_argument(
-        "--calibration", metavar="FILE.py:CALLABLE", help="makes unlabelled inputs; else --train's"
-    )
+    calibration_option(compress, "makes unlabelled inputs; else --train's")
     compress.add_argument("--evaluate", metavar="FILE.py:CALLABLE", help="metric of a model")
     compress.add_argument("--recover", type=float, metavar="SECONDS", help="0 leaves it out")
     compress.add_argument("--epochs", type=int, metavar="N", help="of fine-tuning; 0 for none")
@@ -54,7 +59,7 @@ def add_pipeline(
         "sources",
         nargs="+",
         metavar="PLAN|RUN",
-        help="plan, checkpoint, record.jsonl, or the folder of finetune or compress",
+        help="plan; with -o also checkpoint, record.jsonl, or the folder of finetune or compress",
     )
     report.add_argument("-o", "--output", metavar="REPORT.html", help="the page to write")
     report.add_argument("--plot", metavar="FILE.html", help="draw how the ranks moved (plotly)")
@@ -64,7 +69,6 @@ def add_pipeline(
 def _compress(arguments: argparse.Namespace) -> int:
     import rankopt
     from rankopt._search import DEFAULT_STRATEGY
-    from rankopt._specs import load_callable
     from rankopt.registry import strategies
 
     name = arguments.strategy or DEFAULT_STRATEGY
@@ -74,18 +78,14 @@ def _compress(arguments: argparse.Namespace) -> int:
         for key in ("epochs", "learning_rate", "freezing")
         if getattr(arguments, key) is not None
     }
-    made = {
-        key: load_callable(getattr(arguments, key))() if getattr(arguments, key) else None
-        for key in ("train", "calibration")
-    }
     model, inputs = model_and_inputs(arguments)
     done = rankopt.compress(
         model,
         arguments.budget,
         example_inputs=inputs,
-        train=made["train"],
-        calibration=made["calibration"],
-        evaluate=load_callable(arguments.evaluate) if arguments.evaluate else None,
+        train=made(arguments.train),
+        calibration=made(arguments.calibration),
+        evaluate=function(arguments.evaluate),
         rounds=arguments.rounds,
         search=search,
         recover=None if arguments.recover is None else _seconds(arguments.recover),

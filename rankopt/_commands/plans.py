@@ -7,7 +7,10 @@ import json
 from typing import Any
 
 from rankopt._commands.options import (
+    calibration_option,
+    function,
     give_plan,
+    made,
     model_and_inputs,
     settings,
     timing,
@@ -36,6 +39,10 @@ def add_plans(commands: Any, model: argparse.ArgumentParser) -> None:
     search.add_argument("--ignore", action="append", default=[], metavar="GLOB")
     search.add_argument("--round-to", type=int, default=1, metavar="N", help="multiples of N only")
     search.add_argument("--timeout", type=float, metavar="SECONDS")
+    search.add_argument(
+        "--evaluate", metavar="FILE.py:CALLABLE", help="metric of a model, for metric_drop budgets"
+    )
+    calibration_option(search, "makes unlabelled inputs, for better ranks and factors")
     timing_options(search)
     search.add_argument("-o", "--output", metavar="PLAN.json", help="where to write the plan")
     search.set_defaults(run=_search)
@@ -43,12 +50,14 @@ def add_plans(commands: Any, model: argparse.ArgumentParser) -> None:
     apply = commands.add_parser("apply", parents=[model], help="carry out a plan")
     apply.add_argument("plan", metavar="PLAN.json")
     apply.add_argument("-o", "--output", metavar="OUT.safetensors", required=True)
+    calibration_option(apply, "makes the inputs that the plan was made with")
     apply.set_defaults(run=_apply)
 
     compare = commands.add_parser("compare", parents=[model], help="count and time a result")
     compare.add_argument("artefact", metavar="ARTEFACT", help="from `rankopt apply`, or a plan")
     compare.add_argument("--evaluate", metavar="FILE.py:CALLABLE", help="metric of a model")
     compare.add_argument("--rounds", type=int, default=30, help="timing rounds")
+    calibration_option(compare, "makes the inputs that a plan was made with")
     timing_options(compare)
     compare.set_defaults(run=_compare)
 
@@ -82,6 +91,8 @@ def _search(arguments: argparse.Namespace) -> int:
         seed=arguments.seed,
         timeout=arguments.timeout,
         profile=rankopt.ProfileTable(**timing(arguments)),
+        calibration=made(arguments.calibration),
+        evaluate=function(arguments.evaluate),
     )
     return give_plan(plan, arguments)
 
@@ -91,7 +102,7 @@ def _apply(arguments: argparse.Namespace) -> int:
 
     plan = rankopt.RankPlan.load(arguments.plan)
     model, _ = model_and_inputs(arguments)
-    small = rankopt.apply(model, plan)
+    small = rankopt.apply(model, plan, calibration=made(arguments.calibration))
     rankopt.save(small, arguments.output)
     result = rankopt.compare(model, small)
     if arguments.json:
@@ -109,19 +120,18 @@ def _apply(arguments: argparse.Namespace) -> int:
 
 def _compare(arguments: argparse.Namespace) -> int:
     import rankopt
-    from rankopt._specs import load_callable
 
     model, inputs = model_and_inputs(arguments)
     if arguments.artefact.endswith(".json"):
-        small = rankopt.apply(model, rankopt.RankPlan.load(arguments.artefact))
+        plan = rankopt.RankPlan.load(arguments.artefact)
+        small = rankopt.apply(model, plan, calibration=made(arguments.calibration))
     else:
         small = rankopt.load(model, arguments.artefact)
-    evaluate = load_callable(arguments.evaluate) if arguments.evaluate else None
     result = rankopt.compare(
         model,
         small,
         example_inputs=inputs,
-        evaluate=evaluate,
+        evaluate=function(arguments.evaluate),
         rounds=arguments.rounds,
         **timing(arguments),
         seed=arguments.seed,

@@ -11,7 +11,10 @@ from typing import Any
 
 from rankopt._commands.options import (
     INTERRUPTED,
+    calibration_option,
+    function,
     give_plan,
+    made,
     model_and_inputs,
     timing,
     timing_options,
@@ -48,7 +51,7 @@ def add_study(
         metavar="FILE.py:CALLABLE",
         help="gives the batches of evaluate(model, batch)",
     )
-    data.add_argument("--calibration", metavar="FILE.py:CALLABLE", help="gives calibration inputs")
+    calibration_option(data, "makes unlabelled inputs, for better ranks and factors")
     data.add_argument(
         "--device", default="auto",
         help="auto (a CUDA device that no other worker here has, else the CPU), cpu or cuda:N",
@@ -112,7 +115,6 @@ def _claimed(arguments: argparse.Namespace, *, share: bool = False) -> Any:
 def _open(arguments: argparse.Namespace, device: Any, *, create: bool, **more: Any) -> Any:
     """The study named by a command line, with the model and data named there too."""
     import rankopt
-    from rankopt._specs import load_callable
     from rankopt._study.reading import DEFAULT_NAME
     from rankopt._study.storage import DEFAULT_STORAGE, HEARTBEAT_SECONDS
 
@@ -123,9 +125,9 @@ def _open(arguments: argparse.Namespace, device: Any, *, create: bool, **more: A
         raise RankoptError(f"--device {device}: {str(error).splitlines()[0]}") from error
     return rankopt.study(
         model,
-        evaluate=load_callable(arguments.evaluate),
-        batches=load_callable(arguments.batches)() if arguments.batches else None,
-        calibration=load_callable(arguments.calibration)() if arguments.calibration else None,
+        evaluate=function(arguments.evaluate),
+        batches=made(arguments.batches),
+        calibration=made(arguments.calibration),
         storage=arguments.storage or DEFAULT_STORAGE,
         name=arguments.name or DEFAULT_NAME,
         sampler=arguments.sampler,
