@@ -7,6 +7,7 @@ device is free again the moment its worker is gone, and nothing has to be cleane
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import platform
 import re
@@ -21,7 +22,7 @@ import torch
 from rankopt.errors import RankoptError
 from rankopt.profile_store import cache_folder
 
-__all__ = ["AUTO", "Device", "available_devices", "claim_device", "timing_lock"]
+__all__ = ["AUTO", "Device", "available_devices", "claim_device", "opening_lock", "timing_lock"]
 
 AUTO: Final = "auto"
 
@@ -131,14 +132,34 @@ def _threads(count: int) -> Iterator[None]:
         yield
 
 
-@contextlib.contextmanager
-def timing_lock() -> Iterator[None]:
+def timing_lock() -> contextlib.AbstractContextManager[None]:
     """Hold until the block ends what only one process of a machine has at a time."""
-    with contextlib.ExitStack() as held:
-        handle = _opened("timing")
-        held.callback(os.close, handle)
+    return _turn(_opened("timing"))
+
+
+def opening_lock(where: str, name: str) -> contextlib.AbstractContextManager[None]:
+    """Let one process of a machine at a time make a study and queue what it begins with.
+
+    Args:
+        where: The storage, in words.
+        name: Of the study.
+    """
+    place = where if "://" in where else str(Path(where).absolute())
+    digest = hashlib.sha256(f"{place} {name}".encode()).hexdigest()[:16]
+    try:
+        return _turn(_opened(f"study-{digest}"))
+    except RankoptError:  # no folder to lock in: at worst, plans are queued twice
+        return contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def _turn(handle: int) -> Iterator[None]:
+    """Wait for a lock, and hold it until the block ends."""
+    try:
         _lock(handle, wait=True)
         yield
+    finally:
+        os.close(handle)
 
 
 def _try(name: str, held: contextlib.ExitStack) -> bool:

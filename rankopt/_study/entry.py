@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -11,6 +12,7 @@ from torch import nn
 from rankopt import measure
 from rankopt._latency_budget import ModelClock, adopt_times, bounds_latency, price_time
 from rankopt._open import open_problem
+from rankopt._study.devices import opening_lock
 from rankopt._study.reading import DEFAULT_NAME, load_optuna, quiet
 from rankopt._study.records import (
     ATTRIBUTE,
@@ -31,7 +33,7 @@ from rankopt._study.storage import (
 )
 from rankopt._study.study import Study
 from rankopt._study.trial import Runner
-from rankopt._study.warm import WARM_STARTS, queue_warm_starts
+from rankopt._study.warm import WARM_STARTS, queue_dense, queue_warm_starts
 from rankopt._verify import environment
 from rankopt._version import __version__
 from rankopt.budget import Budget
@@ -233,61 +235,64 @@ def open_study(
     if problem.evaluate is None:
         raise ModelError("a study needs evaluate=")
     opened = open_storage(storage, heartbeat=heartbeat)
-    known = _existing(opened, name)
-    if LATENCY in problem.totals and known is not None and known.get("times") is not None:
-        adopt_times(problem, known["times"])
-    axis = objective or (known or {}).get("objective") or _default_axis(problem)
-    if axis not in problem.totals:
-        raise StudyError(
-            f"objective={axis!r}: expected one of {', '.join(problem.totals)}"
-            + ("" if "macs" in problem.totals else "; macs and latency need example_inputs")
-        )
-    sense = direction or (known or {}).get("direction", "maximize")
-    if sense not in ("maximize", "minimize"):
-        raise StudyError(f"direction={sense!r}: expected 'maximize' or 'minimize'")
-    if confidence is not None and not 0.5 < confidence < 1:
-        raise StudyError(f"confidence={confidence!r}: expected a number above 0.5 and below 1")
-    _check_budget(problem, sense)
-    request = {
-        "schema": SCHEMA,
-        "version": __version__,
-        "model": dict(problem.model),
-        "objective": axis,
-        "direction": sense,
-        "budget": None if problem.budget is None else problem.budget.to_dict(),
-        "calibration": problem.calibration,
-        "round_to": problem.round_to,
-        "rounding": problem.rounding,
-    }
-    if known is not None:
-        asked = {**request, **({"space": space} if space else {})}
-        check_request(known, asked, name)
-    spec = None if known is None else known["space"]
-    made = make_space(space or (spec or {}).get("kind", "warp"), problem, axis, spec)
-    chosen = sampler or (known or {}).get("sampler") or DEFAULT_SAMPLER
-    with storage_errors(where), quiet():
-        inner = optuna.create_study(
-            storage=opened,
-            study_name=name,
-            directions=[sense, "minimize"],  # type: ignore[list-item]
-            sampler=make_sampler(chosen, seed),
-            load_if_exists=True,
-        )
-        if known is None:
-            settings = dict(extra or {})
-            request |= {
-                "space": made.describe(),
-                "sampler": chosen if isinstance(chosen, str) else type(chosen).__name__,
-                "seed": seed,
-                "plan": template(problem, settings.pop("environment", {})),
-                "times": _times(problem),
-                **settings,
-            }
-            inner.set_metric_names(["metric", axis])
-            inner.set_user_attr(ATTRIBUTE, request)
-        if not inner.user_attrs.get("queued"):
-            queue_warm_starts(inner, problem, made, warm_starts)
-            inner.set_user_attr("queued", True)
+    in_memory = isinstance(opened, optuna.storages.InMemoryStorage)
+    with contextlib.nullcontext() if in_memory else opening_lock(where, name):
+        known = _existing(opened, name)
+        if LATENCY in problem.totals and known is not None and known.get("times") is not None:
+            adopt_times(problem, known["times"])
+        axis = objective or (known or {}).get("objective") or _default_axis(problem)
+        if axis not in problem.totals:
+            raise StudyError(
+                f"objective={axis!r}: expected one of {', '.join(problem.totals)}"
+                + ("" if "macs" in problem.totals else "; macs and latency need example_inputs")
+            )
+        sense = direction or (known or {}).get("direction", "maximize")
+        if sense not in ("maximize", "minimize"):
+            raise StudyError(f"direction={sense!r}: expected 'maximize' or 'minimize'")
+        if confidence is not None and not 0.5 < confidence < 1:
+            raise StudyError(f"confidence={confidence!r}: expected a number above 0.5 and below 1")
+        _check_budget(problem, sense)
+        request = {
+            "schema": SCHEMA,
+            "version": __version__,
+            "model": dict(problem.model),
+            "objective": axis,
+            "direction": sense,
+            "budget": None if problem.budget is None else problem.budget.to_dict(),
+            "calibration": problem.calibration,
+            "round_to": problem.round_to,
+            "rounding": problem.rounding,
+        }
+        if known is not None:
+            asked = {**request, **({"space": space} if space else {})}
+            check_request(known, asked, name)
+        spec = None if known is None else known["space"]
+        made = make_space(space or (spec or {}).get("kind", "warp"), problem, axis, spec)
+        chosen = sampler or (known or {}).get("sampler") or DEFAULT_SAMPLER
+        with storage_errors(where), quiet():
+            inner = optuna.create_study(
+                storage=opened,
+                study_name=name,
+                directions=[sense, "minimize"],  # type: ignore[list-item]
+                sampler=make_sampler(chosen, seed),
+                load_if_exists=True,
+            )
+            if known is None:
+                settings = dict(extra or {})
+                request |= {
+                    "space": made.describe(),
+                    "sampler": chosen if isinstance(chosen, str) else type(chosen).__name__,
+                    "seed": seed,
+                    "plan": template(problem, settings.pop("environment", {})),
+                    "times": _times(problem),
+                    **settings,
+                }
+                inner.set_metric_names(["metric", axis])
+                inner.set_user_attr(ATTRIBUTE, request)
+            queue_dense(inner, problem, made)
+            if not inner.user_attrs.get("queued"):
+                queue_warm_starts(inner, problem, made, warm_starts)
+                inner.set_user_attr("queued", True)
     runner = Runner(
         problem,
         made,

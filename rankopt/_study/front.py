@@ -215,6 +215,12 @@ class Front:
             raise StudyError(
                 f"the study knows {', '.join(self.dense)} of its plans, not {', '.join(unknown)}"
             )
+        sense = "maximize" if self.maximise else "minimize"
+        if budget is not None and budget.metric_drop is not None and budget.direction != sense:
+            raise StudyError(
+                f"the budget's metric is to {budget.direction}, the study's to {sense}: add "
+                f"direction={sense} to the budget"
+            )
         if budget is not None and (budget.minimize or self.axis) not in self.dense:
             raise StudyError(f"minimize={budget.minimize}: the study knows {', '.join(self.dense)}")
 

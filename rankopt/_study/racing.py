@@ -9,10 +9,12 @@ from typing import Final
 
 import numpy as np
 
-__all__ = ["Rival", "bound", "hopeless"]
+__all__ = ["Rival", "Values", "bound", "hopeless"]
 
 # Batches seen before anything is concluded.
 MIN_BATCHES: Final = 3
+# So many batches of one value say something; three single images may well be alike.
+ALIKE_BATCHES: Final = 10
 
 Values = Sequence[tuple[float, float]]
 
@@ -59,6 +61,8 @@ def bound(
         return math.inf
     variance = float(np.average((x - mean) ** 2, weights=w)) * effective / (effective - 1)
     left = 1.0 if total is None else max(0.0, 1 - len(x) / total)
+    if variance == 0 and left > 0 and len(x) < ALIKE_BATCHES:
+        return math.inf
     error = math.sqrt(variance / effective * left)
     return mean + float(student.ppf(confidence, effective - 1)) * error
 
@@ -68,7 +72,8 @@ def hopeless(
     rivals: Sequence[Rival],
     *,
     maximise: bool,
-    floor: float | None = None,
+    drop: float | None = None,
+    dense: Values = (),
     total: int | None = None,
     confidence: float = 0.99,
 ) -> str | None:
@@ -81,7 +86,8 @@ def hopeless(
         values: (value, weight) of the batches so far.
         rivals: Finished trials that cost no more.
         maximise: Whether a higher metric is better.
-        floor: The worst metric that is feasible.
+        drop: How much worse than the dense model is feasible; None for any.
+        dense: (value, weight) of the dense model's batches, compared batch by batch too.
         total: Batches in all; None if unknown.
         confidence: Of each look, one-sided.
     """
@@ -91,16 +97,23 @@ def hopeless(
     sign = 1.0 if maximise else -1.0
     mine = [sign * value for value, _ in values]
     weights = [weight for _, weight in values]
-    if floor is not None and bound(mine, weights, total, confidence) < sign * floor:
-        return f"infeasible: after {seen} batches the metric cannot reach {floor:.6g}"
+
+    def gained(theirs: Values) -> float | None:
+        """Upper bound on the mean gain over another; None if it saw other batches."""
+        if len(theirs) <= seen or [weight for _, weight in theirs[:seen]] != weights:
+            return None
+        gains = [a - sign * b for a, (b, _) in zip(mine, theirs, strict=False)]
+        return bound(gains, weights, len(theirs), confidence)
+
+    gain = gained(dense)
+    if drop is not None and gain is not None and gain < -drop:
+        return f"infeasible: after {seen} batches more than {drop:g} below the dense model"
     for rival in rivals:
-        theirs = [sign * value for value, _ in rival.values]
-        shared = [weight for _, weight in rival.values[:seen]]
-        paired = len(theirs) > seen and shared == weights
-        if paired:
-            gains = [a - b for a, b in zip(mine, theirs, strict=False)]
-            beaten = bound(gains, weights, len(theirs), confidence) < 0
+        gain = gained(rival.values)
+        if gain is not None:
+            beaten = gain < 0
         else:
+            theirs = [sign * value for value, _ in rival.values]
             every = [weight for _, weight in rival.values]
             best = float(np.average(theirs, weights=every))
             beaten = bound(mine, weights, total, confidence) < best

@@ -41,6 +41,7 @@ SQLITE_SECONDS: Final = 60
 MAX_RETRIES: Final = 3
 LEASE: Final = "lease"
 LOST: Final = "lost"  # the numbers of the trials that held a configuration when workers died
+DEATHS: Final = "deaths"  # how many of them died, and were not interrupted by hand
 WORKER: Final = "worker"
 
 
@@ -124,9 +125,10 @@ def _journal(path: str) -> Any:
 
     from rankopt._study.journal import Journal
 
-    if not Path(path).absolute().parent.is_dir():
+    target = Path(path).absolute()  # Optuna's lock is a link to it, which must lead somewhere
+    if not target.parent.is_dir():
         raise StudyError(f"storage {path}: its folder does not exist; create it first")
-    return JournalStorage(Journal(path))
+    return JournalStorage(Journal(str(target)))
 
 
 def _grpc(url: str) -> Any:
@@ -206,17 +208,20 @@ def _of_storage(error: BaseException) -> BaseException | None:
     return None
 
 
-def retry(study: optuna.Study, trial: optuna.trial.FrozenTrial) -> None:
+def retry(
+    study: optuna.Study, trial: optuna.trial.FrozenTrial, *, interrupted: bool = False
+) -> None:
     """Queue the configuration of a trial whose worker died or was interrupted once more.
 
     The trial that was given up stays in the study as failed and names no error of its
-    own; it is not counted. After `MAX_RETRIES` losses a configuration is left alone:
-    it may be what kills the workers.
+    own; it is not counted. A configuration that `MAX_RETRIES` workers died of is left
+    alone, whereas it may be interrupted by hand any number of times.
     """
     import optuna
 
     history = [*trial.user_attrs.get(LOST, []), trial.number]
-    if len(history) > MAX_RETRIES:
+    deaths = int(trial.user_attrs.get(DEATHS, 0)) + (not interrupted)
+    if deaths > MAX_RETRIES:
         return
     kept = {k: v for k, v in trial.user_attrs.items() if k in ("plan", "warm")}
     study.add_trial(
@@ -224,7 +229,7 @@ def retry(study: optuna.Study, trial: optuna.trial.FrozenTrial) -> None:
             state=optuna.trial.TrialState.WAITING,
             params=trial.params,
             distributions=trial.distributions,
-            user_attrs={**kept, LOST: history},
+            user_attrs={**kept, LOST: history, DEATHS: deaths},
             system_attrs={k: v for k, v in trial.system_attrs.items() if k == "fixed_params"},
         )
     )
@@ -253,6 +258,8 @@ class Leases:
     @contextlib.contextmanager
     def held(self, trial: optuna.Trial, worker: str) -> Iterator[None]:
         """Hold the lease of a running trial until the block ends."""
+        import optuna
+
         if self._memory:
             yield
             return
@@ -271,8 +278,10 @@ class Leases:
             while not stop.wait(self.heartbeat):
                 try:
                     trial.set_user_attr(LEASE, time.time())
-                except Exception:  # given up by another worker, or the storage is gone
+                except optuna.exceptions.UpdateFinishedTrialError:  # given up by another worker
                     return
+                except Exception:  # the storage does not answer now; it may at the next beat
+                    continue
 
         thread = threading.Thread(target=renew, daemon=True)
         thread.start()
@@ -294,7 +303,7 @@ class Leases:
                 optuna.storages.fail_stale_trials(self.study)
         states = (optuna.trial.TrialState.RUNNING,)
         return sum(
-            self._give_up(trial)
+            self.give_up(trial)
             for trial in self.study.get_trials(deepcopy=False, states=states)
             if self._expired(trial)
         )
@@ -309,12 +318,13 @@ class Leases:
         started = trial.datetime_start
         return started is not None and (datetime.now() - started).total_seconds() > patience
 
-    def _give_up(self, trial: optuna.trial.FrozenTrial) -> bool:
+    def give_up(self, trial: optuna.trial.FrozenTrial, *, interrupted: bool = False) -> bool:
+        """End a running trial and queue it again; False if it had ended."""
         import optuna
 
         try:
             self.study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
         except (ValueError, optuna.exceptions.UpdateFinishedTrialError):
             return False  # another worker was faster, or it finished after all
-        retry(self.study, trial)
+        retry(self.study, trial, interrupted=interrupted)
         return True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import time
 from collections.abc import Callable, Mapping
@@ -24,8 +25,9 @@ from rankopt._study.storage import (
     shown,
     storage_errors,
 )
+from rankopt._study.trial import RECORDED
 from rankopt.budget import Budget
-from rankopt.errors import DeadlineExceeded, EvaluationError, StudyError
+from rankopt.errors import DeadlineExceeded, StudyError
 from rankopt.latency import Interval, Measured
 from rankopt.plan import RankPlan
 from rankopt.strategy import LATENCY
@@ -218,26 +220,44 @@ class Study:
 
         assert self._runner is not None
         claimed: list[int] = []
+        raised: list[BaseException] = []
 
         def objective(trial: optuna.Trial) -> tuple[float, float]:
             assert self._runner is not None
             claimed.append(trial.number)
-            with self._leases.held(trial, self._runner.worker):
-                return self._runner.run(self.optuna, trial)
+            try:
+                with self._leases.held(trial, self._runner.worker):
+                    return self._runner.run(self.optuna, trial)
+            except BaseException as error:
+                raised.append(error)
+                raise
 
         try:
-            self.optuna.optimize(objective, n_trials=1, catch=(EvaluationError,))
-        except (ValueError, optuna.exceptions.UpdateFinishedTrialError):
-            # Taken for dead, and given to another worker, while it was only slow.
-            if not claimed or not self.optuna.trials[claimed[0]].state.is_finished():
-                raise
-        except (KeyboardInterrupt, DeadlineExceeded):
+            self.optuna.optimize(objective, n_trials=1, catch=RECORDED)
+        except BaseException as error:
+            given_away = isinstance(error, optuna.exceptions.UpdateFinishedTrialError) or (
+                isinstance(error, ValueError) and error not in raised
+            )
+            if claimed and given_away and self.optuna.trials[claimed[0]].state.is_finished():
+                return  # taken for dead, and given to another worker, while it was only slow
             if claimed:
-                retry(self.optuna, self.optuna.trials[claimed[0]])
+                by_hand = isinstance(error, (KeyboardInterrupt, DeadlineExceeded))
+                self._hand_back(claimed[0], interrupted=by_hand)
             raise
 
+    def _hand_back(self, number: int, *, interrupted: bool) -> None:
+        """Let a trial that did not end of itself be run again, unless that is seen to already."""
+        trials = self.optuna.get_trials(deepcopy=False)
+        trial = trials[number]
+        if trial.state.name == "RUNNING":
+            self._leases.give_up(trial, interrupted=interrupted)
+            return
+        queued = any(number in other.user_attrs.get(LOST, ()) for other in trials)
+        if trial.state.name == "FAIL" and not counts(trial) and not queued:
+            retry(self.optuna, trial, interrupted=interrupted)
+
     def _counts(self) -> tuple[int, int, int]:
-        """Trials that count as done, that run, and that wait after a worker lost them.
+        """Trials that count as done, that run, and that wait next after a worker lost them.
 
         The last are run even where other workers have made up the number meanwhile: they
         may be a plan that the study was to begin with.
@@ -246,9 +266,8 @@ class Study:
 
         trials = self.optuna.get_trials(deepcopy=False)
         running = sum(trial.state == TrialState.RUNNING for trial in trials)
-        given_up = sum(
-            trial.state == TrialState.WAITING and LOST in trial.user_attrs for trial in trials
-        )
+        waiting = [trial for trial in trials if trial.state == TrialState.WAITING]
+        given_up = sum(itertools.takewhile(bool, (LOST in trial.user_attrs for trial in waiting)))
         return sum(counts(trial) for trial in trials), running, given_up
 
     def _summary(self) -> str:

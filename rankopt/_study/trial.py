@@ -7,20 +7,24 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
-from rankopt._study.racing import Rival, hopeless
+from rankopt._study.racing import Rival, Values, hopeless
+from rankopt._study.reading import record_of
 from rankopt._study.records import ATTRIBUTE, key_of, options_of, rows_of
 from rankopt._study.space import Space
 from rankopt._study.storage import worker_name
 from rankopt._trial import mean
 from rankopt.budget import Budget
-from rankopt.errors import EvaluationError
+from rankopt.errors import CalibrationError, EvaluationError
 from rankopt.latency import Measured
 from rankopt.strategy import Option, Problem
 
 if TYPE_CHECKING:
     import optuna
 
-__all__ = ["Runner"]
+__all__ = ["RECORDED", "Runner"]
+
+# What becomes a failed trial of the study: `evaluate`, or the candidate on the calibration inputs.
+RECORDED: Final = (EvaluationError, CalibrationError)
 
 # The best finished trials that cost no more; comparing with all would stop more by chance.
 RIVALS: Final = 3
@@ -81,7 +85,7 @@ class Runner:
             if known is not None:
                 return self._answer(known, record)
             rivals = self._rivals(study, figure)
-            floor = self._floor(study)
+            drop, dense = self._allowed_drop(study)
             options = self.problem.settled(options)
             record["rows"] = rows_of(options)
             decisions = self.problem.decisions(options)
@@ -94,7 +98,7 @@ class Runner:
                         if self.confidence is None or warm is not None:
                             continue
                         record_why = hopeless(
-                            values, rivals, maximise=self.maximise, floor=floor,
+                            values, rivals, maximise=self.maximise, drop=drop, dense=dense,
                             total=self.batches, confidence=self.confidence,
                         )  # fmt: skip
                         if record_why:
@@ -103,7 +107,7 @@ class Runner:
             finally:
                 evaluating = time.perf_counter() - begun
             return mean(values), figure
-        except EvaluationError as error:
+        except RECORDED as error:
             record["error"] = str(error)
             raise
         finally:
@@ -167,21 +171,21 @@ class Runner:
             if trial.values[1] <= figure and trial.user_attrs.get(ATTRIBUTE, {}).get("batches")
         ]
         found.sort(key=lambda trial: trial.values[0], reverse=self.maximise)
-        return [
-            Rival(t.number, [(v, w) for v, w in t.user_attrs[ATTRIBUTE]["batches"]])
-            for t in found[:RIVALS]
-        ]
+        return [Rival(trial.number, _batches_of(trial)) for trial in found[:RIVALS]]
 
-    def _floor(self, study: optuna.Study) -> float | None:
-        """The worst metric that a budget on ``metric_drop`` admits, once dense is known."""
+    def _allowed_drop(self, study: optuna.Study) -> tuple[float | None, Values]:
+        """What a budget on ``metric_drop`` admits, and the dense model's batches, if known."""
         from optuna.trial import TrialState
 
         budget: Budget | None = self.problem.budget
         if budget is None or budget.metric_drop is None:
-            return None
+            return None, ()
         for trial in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)):
             if trial.user_attrs.get("warm") == "dense":
-                dense = float(trial.values[0])
-                drop = budget.metric_drop
-                return dense - drop if budget.direction == "maximize" else dense + drop
-        return None
+                return budget.metric_drop, _batches_of(trial)
+        return None, ()
+
+
+def _batches_of(trial: optuna.trial.FrozenTrial) -> Values:
+    """(value, weight) of every batch a finished trial was evaluated on."""
+    return [(value, weight) for value, weight in record_of(trial).get("batches", ())]

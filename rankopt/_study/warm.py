@@ -16,19 +16,20 @@ from rankopt.strategy import Option, Problem
 if TYPE_CHECKING:
     import optuna
 
-__all__ = ["WARM_STARTS", "queue_warm_starts"]
+__all__ = ["WARM_STARTS", "queue_dense", "queue_warm_starts"]
 
 WARM_STARTS: Final = ("knapsack", "relaxed", "vbmf", "parameter_ratio")
 # Shares of the objective's figure at which the first strategy's plans begin the front where
 # there is no budget on it, and shares of the budget where there is one.
 LADDER: Final = (0.7, 0.5, 0.35)
 STEPS_BELOW: Final = (1.0, 0.8, 0.6)
+DENSE: Final = "dense"
 
 
 def queue_warm_starts(
     study: optuna.Study, problem: Problem, space: Space, names: Sequence[str]
 ) -> None:
-    """Queue the dense model and the plans of other strategies, each of them once.
+    """Queue the plans of other strategies, each of them once.
 
     Args:
         study: May hold some of them, from a process that was stopped while it queued.
@@ -37,13 +38,6 @@ def queue_warm_starts(
         names: Strategies; those that are not installed or fail here are left out.
     """
     queued = {trial.user_attrs.get("warm") for trial in study.get_trials(deepcopy=False)}
-
-    def queue(label: str, options: Sequence[Option]) -> None:
-        attributes = {"warm": label, "plan": rows_of(options)}
-        study.enqueue_trial(space.encode(options), attributes)
-
-    if "dense" not in queued:
-        queue("dense", [problem.keep(site, "dense") for site in problem.sites])
     axis = space.axis
     top = space.shares.get(axis)
     ladder = LADDER if top is None else tuple(top * step for step in STEPS_BELOW)
@@ -60,4 +54,21 @@ def queue_warm_starts(
                     plan = strategies.create(name).search(problem.with_budget(limits))
             except RankoptError:  # infeasible there, or not for this model
                 continue
-            queue(label, options_in(problem, plan))
+            _queue(study, space, label, options_in(problem, plan))
+
+
+def queue_dense(study: optuna.Study, problem: Problem, space: Space) -> None:
+    """Queue the dense model, which budgets on the metric are about, if it has no result to come.
+
+    It is queued again where an evaluation that failed left it without one.
+    """
+    alive = ("COMPLETE", "RUNNING", "WAITING")
+    if not any(
+        trial.user_attrs.get("warm") == DENSE and trial.state.name in alive
+        for trial in study.get_trials(deepcopy=False)
+    ):
+        _queue(study, space, DENSE, [problem.keep(site, "dense") for site in problem.sites])
+
+
+def _queue(study: optuna.Study, space: Space, label: str, options: Sequence[Option]) -> None:
+    study.enqueue_trial(space.encode(options), {"warm": label, "plan": rows_of(options)})

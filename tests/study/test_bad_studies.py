@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import optuna
 import pytest
 import torch
+from optuna.storages.journal._file import get_lock_file
 from study_common import closeness, open_study
 from torch import nn
 
 import rankopt
+from rankopt._study.storage import MAX_RETRIES, open_storage
+from rankopt._study.trial import Runner
 from rankopt.errors import (
     BudgetError,
     BudgetInfeasible,
+    CalibrationError,
     EvaluationError,
+    LayerError,
     MissingDependency,
     ModelError,
     StudyError,
@@ -205,6 +212,99 @@ def test_interrupt_is_resumable(tmp_path):
     # The interrupted plan was run after all: every queued plan is there once.
     names = sorted(p.warm for p in again.points if p.warm)
     assert names == sorted(p.warm for p in plain.points if p.warm)
+
+
+def test_interrupted_any_number_of_times(tmp_path):
+    """A plan that is stopped by hand again and again is not taken for one that kills workers."""
+
+    def interrupted(model):
+        raise KeyboardInterrupt
+
+    for _ in range(MAX_RETRIES + 2):
+        with pytest.raises(KeyboardInterrupt):
+            open_study(tmp_path / "s.db", evaluate=interrupted).run(n_trials=8)
+    again = open_study(tmp_path / "s.db").run(n_trials=8)
+    assert sorted(p.warm for p in again.points if p.warm) == sorted(
+        p.warm for p in open_study().run(n_trials=8).points if p.warm
+    )
+
+
+def test_interrupted_runs_keep_to_the_number_of_trials(tmp_path):
+    calls = []
+
+    def first_interrupted(model):
+        calls.append(1)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+        return closeness(model)
+
+    study = open_study(tmp_path / "s.db", evaluate=first_interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        study.run(n_trials=2)
+    assert study.run(n_trials=2).status()["counted"] == 2
+
+
+@pytest.mark.parametrize("error", [LayerError, RuntimeError, ValueError])
+def test_errors_of_the_machinery_are_raised_and_the_plan_is_kept(tmp_path, monkeypatch, error):
+    """Not swallowed for ever, as those of `evaluate` are recorded."""
+    study = open_study(tmp_path / "s.db")
+    run = Runner.run
+
+    def broken(self, inner, trial):
+        if trial.user_attrs.get("warm") == "knapsack at 70%":
+            raise error("no such chain")
+        return run(self, inner, trial)
+
+    monkeypatch.setattr(Runner, "run", broken)
+    with pytest.raises(error, match="no such chain"):
+        study.run(n_trials=6)
+    monkeypatch.undo()
+    again = open_study(tmp_path / "s.db").run(n_trials=8)
+    assert [p.warm for p in again.points].count("knapsack at 70%") == 1
+
+
+def test_a_candidate_that_fails_on_the_calibration_inputs_is_recorded(monkeypatch):
+    study = open_study()
+    decisions, calls = study._runner.problem.decisions, []
+
+    def sometimes_broken(options):
+        calls.append(1)
+        if len(calls) == 3:
+            raise CalibrationError("the model fails on calibration inputs: out of memory")
+        return decisions(options)
+
+    monkeypatch.setattr(study._runner.problem, "decisions", sometimes_broken)
+    status = study.run(n_trials=6).status()
+    assert status["counted"] == 6
+    assert "out of memory" in str(status["errors"])
+
+
+def test_the_dense_model_is_evaluated_again_after_a_failure(tmp_path):
+    def broken(model):
+        raise RuntimeError("no data today")
+
+    open_study(tmp_path / "s.db", evaluate=broken).run(n_trials=2)
+    again = open_study(tmp_path / "s.db").run(n_trials=12)
+    assert again.dense_metric == pytest.approx(1)
+    assert again.best("metric_drop<=0.5, minimize=macs").changes
+
+
+def test_a_budget_of_the_other_direction():
+    study = open_study(direction="minimize").run(n_trials=4)
+    with pytest.raises(StudyError, match="add direction=minimize to the budget"):
+        study.best("metric_drop<=0.05, minimize=macs")
+    assert study.best("metric_drop<=0.05, minimize=macs, direction=minimize")
+
+
+def test_a_relative_journal_has_a_lock_that_leads_somewhere(tmp_path, monkeypatch):
+    """Optuna waits for ever, at full speed, on a lock left behind that it cannot `stat`."""
+    monkeypatch.chdir(tmp_path)
+    Path("runs").mkdir()
+    storage = open_storage("runs/s.journal")._backend
+    with get_lock_file(storage._lock):
+        locks = list(Path("runs").glob("*.lock"))
+        assert len(locks) == 1
+        assert locks[0].stat()
 
 
 def test_evaluation_error_reaches_search():

@@ -54,10 +54,26 @@ def test_rarely_stops_an_equal():
 
 
 def test_floor():
+    dense = values([0.6, 0.59, 0.61, 0.6, 0.9])
     low = values([0.1, 0.11, 0.09, 0.1])
-    assert "infeasible" in hopeless(low, [], maximise=True, floor=0.5)
-    assert hopeless(low, [], maximise=True, floor=0.05) is None
-    assert "infeasible" in hopeless(low, [], maximise=False, floor=0.05)
+    assert "infeasible" in hopeless(low, [], maximise=True, drop=0.3, dense=dense)
+    assert hopeless(low, [], maximise=True, drop=0.6, dense=dense) is None
+    assert hopeless(low, [], maximise=False, drop=0.3, dense=dense) is None
+    assert "infeasible" in hopeless(dense[:4], [], maximise=False, drop=0.3, dense=low * 2)
+    assert hopeless(low, [], maximise=True, drop=0.3) is None
+
+
+def test_hard_batches_first_stop_nobody():
+    """Images sorted by class: the first batches are hard for the dense model too."""
+    dense = values([0.2, 0.25, 0.2, 0.95, 0.9, 0.95])
+    near = values([0.2, 0.24, 0.2])
+    assert hopeless(near, [], maximise=True, drop=0.02, dense=dense, total=6) is None
+
+
+def test_three_alike_images_say_nothing():
+    wrong, right = values([0.0] * 3), values([1.0] * 50)
+    assert hopeless(wrong, [Rival(1, right)], maximise=True, total=50) is None
+    assert hopeless(values([0.0] * 12), [Rival(1, right)], maximise=True, total=50) is not None
 
 
 @pytest.mark.parametrize("seen", range(MIN_BATCHES))
