@@ -12,7 +12,7 @@ import torch
 
 from rankopt.probe import Call
 
-__all__ = ["conditions"]
+__all__ = ["conditions", "tf32"]
 
 
 def conditions(
@@ -29,10 +29,7 @@ def conditions(
     if compile:
         settings["compile"] = True
     if device.type == "cuda":
-        settings["tf32"] = [
-            torch.backends.cuda.matmul.allow_tf32,
-            torch.backends.cudnn.allow_tf32,
-        ]
+        settings["tf32"] = tf32()
         settings["benchmark"] = torch.backends.cudnn.benchmark
     return {
         "device": _device_name(device),
@@ -43,6 +40,16 @@ def conditions(
         "mode": mode,
         "settings": json.dumps(settings, sort_keys=True),
     }
+
+
+def tf32() -> list[bool | str]:
+    """Whether products and convolutions of float32 may be rounded to TF32 first."""
+    try:
+        return [torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32]
+    except RuntimeError:  # set by its newer name, which the older one then refuses to tell
+        precise = torch.backends.cuda.matmul.fp32_precision
+        conv: Any = torch.backends.cudnn
+        return [precise, conv.conv.fp32_precision]
 
 
 def _device_name(device: torch.device) -> str:

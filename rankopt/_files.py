@@ -10,7 +10,7 @@ from pathlib import Path
 
 from rankopt.errors import RankoptError
 
-__all__ = ["atomic_path", "write_text"]
+__all__ = ["atomic_path", "atomic_paths", "write_text"]
 
 
 @contextmanager
@@ -27,24 +27,58 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     try:
         handle, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
     except OSError as error:
-        raise RankoptError(
-            f"cannot write {target}: {error.strerror or error}; "
-            "choose a folder that exists and is writable"
-        ) from error
+        raise _unwritable(target, error) from error
     os.close(handle)
     temporary = Path(name)
     try:
         yield temporary
-        with temporary.open("rb") as written:
-            os.fsync(written.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)
-        temporary.replace(target)
+        _move(temporary, target)
     except OSError as error:
         raise RankoptError(f"cannot write {target}: {error.strerror or error}") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_paths(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """As `atomic_path`, for formats that write more files beside the one they are given.
+
+    The temporary path has the final name, in a folder of its own, as files may name each other.
+    What was written beside it is moved first.
+
+    Raises:
+        RankoptError: The folder is missing or cannot be written.
+    """
+    target = Path(path)
+    try:
+        holder = tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent)
+    except OSError as error:
+        raise _unwritable(target, error) from error
+    with holder as folder:
+        temporary = Path(folder) / target.name
+        yield temporary
+        try:
+            for part in sorted(Path(folder).iterdir(), key=lambda part: part == temporary):
+                _move(part, target.with_name(part.name))
+        except OSError as error:
+            raise RankoptError(f"cannot write {target}: {error.strerror or error}") from error
+
+
+def _unwritable(target: Path, error: OSError) -> RankoptError:
+    return RankoptError(
+        f"cannot write {target}: {error.strerror or error}; "
+        "choose a folder that exists and is writable"
+    )
+
+
+def _move(temporary: Path, target: Path) -> None:
+    """Put a complete file in its place, with the permissions of a new one."""
+    with temporary.open("rb") as written:
+        os.fsync(written.fileno())
+    umask = os.umask(0)
+    os.umask(umask)
+    temporary.chmod(0o666 & ~umask)
+    temporary.replace(target)
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:

@@ -63,24 +63,28 @@ class ModelClock:
     @cached_property
     def dense_ms(self) -> float:
         """Median milliseconds of the dense model."""
-        return self._compare({"dense": self._dense}).interval("dense").median
+        return self._timed({"dense": self._run_dense}).interval("dense").median
+
+    @cached_property
+    def _run_dense(self) -> Callable[[], Any]:
+        return self.table.runner(self._dense, self._inputs)
 
     def measure(self, plan: RankPlan) -> Measured:
         """Build the model of a plan and time it against the dense one."""
         built = self._ready(build_random(self._dense, plan))
-        models = {"dense": self._dense, "plan": built}
-        timings = self._compare(models)
+        runners = {"dense": self._run_dense, "plan": self.table.runner(built, self._inputs)}
+        timings = self._timed(runners)
         for _ in range(MAX_EXTENSIONS):
             ratio = timings.ratio("plan", "dense")
             if ratio.high - ratio.low <= WIDTH * ratio.median:
                 break
-            timings += self._compare(models)
+            timings += self._timed(runners)
         ratio = timings.ratio("plan", "dense")
         return Measured(ratio, timings.interval("plan"), timings.interval("dense"))
 
-    def _compare(self, models: dict[str, nn.Module]) -> Timings:
+    def _timed(self, runners: dict[str, Callable[[], Any]]) -> Timings:
         try:
-            return self.table.compare(models, self._inputs, device=self.device)
+            return self.table.time_runners(runners, device=self.device)
         except RuntimeError as error:
             raise ModelError(
                 f"{type(self._dense).__name__} cannot be timed for {self.table.mode}: {error}"

@@ -46,7 +46,7 @@ def within_drop(
     """
     bisection = _Bisection(strategy, problem, find)
     low, high = 0.0, 1.0
-    if bisection.shares:
+    if bisection.shares or bisection.budget.latency_ms is not None:
         high = bisection.shares.get(bisection.axis, 1.0)
         found = bisection.attempt(high)
         if found is None:
@@ -94,7 +94,8 @@ class _Bisection:
     def attempt(self, share: float) -> float | None:
         """Search at a share of the axis; the share reached, None if it loses too much."""
         self.problem.check_deadline()
-        limits = Budget.from_dict({**self.shares, self.axis: share})
+        shares = Budget.from_dict({**self.shares, self.axis: share})
+        limits = replace(shares, latency_ms=self.budget.latency_ms)
         plan = self.find(self.problem.with_budget(limits))
         metric = mean(list(self.evaluate(plan.decisions)))
         entry = plan.totals[self.axis]

@@ -108,7 +108,7 @@ def recover(
 
     Raises:
         CalibrationError: Too few inputs, or inputs a model fails on.
-        ModelError: Nothing to train, or outputs of another shape.
+        ModelError: Nothing to train, float16 parameters, or outputs of another shape.
 
     Example:
         >>> dense = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 4)).eval()
@@ -131,6 +131,11 @@ def recover(
     parameters = [p for p in model.parameters() if p.requires_grad]
     if not parameters:
         raise ModelError("recover has nothing to train: every parameter has requires_grad=False")
+    if any(p.dtype == torch.float16 for p in parameters):
+        raise ModelError(
+            "recover cannot train float16 parameters, whose steps would underflow; convert the "
+            "model with .float() or .bfloat16() first, and back with .half() afterwards"
+        )
     generator = torch.Generator().manual_seed(seed)
     change = augmentation(augment)
     guide = private_teacher(teacher)
@@ -182,8 +187,12 @@ def recover(
             module.training = mode
         for parameter in parameters:
             parameter.grad = None
-    settle_norms(model, guide, list(samples.batches(train, batch_size)))
-    after = distance()
+    try:
+        settle_norms(model, guide, list(samples.batches(train, batch_size)))
+        after = distance()
+    except BaseException:
+        model.load_state_dict(saved)
+        raise
     kept = after < before
     if not kept:
         model.load_state_dict(saved)
@@ -281,7 +290,7 @@ def _loss(layers: PairedOutputs, inputs: Any) -> Tensor:
 
 
 def _relative(wanted: Tensor, found: Tensor) -> Tensor:
-    if wanted.dtype == torch.bfloat16:  # its sums would lose all but the first digits
+    if wanted.dtype.itemsize < 4:  # sums would lose all but the first digits, or overflow
         wanted, found = wanted.float(), found.float()
     error: Tensor = (wanted - found).square().sum() / wanted.square().sum().clamp_min(1e-12)
     return error

@@ -130,7 +130,10 @@ class Run:
         if self.inputs is not None:
             with torch.no_grad(), measure.preserve_rng(), measure.evaluation(small):
                 inputs = measure.to_device(self.inputs, surgery.device_of(small))
-                outputs = [measure.call(m, inputs) for m in (small, reloaded)]
+                outputs = []
+                for each in (small, reloaded):
+                    torch.manual_seed(self.seed)  # a model may draw numbers in eval mode too
+                    outputs.append(measure.call(each, inputs))
             if not _same(*outputs):
                 raise RankoptError(f"{path}: the model read back gives other outputs; report this")
         comparison = compare(

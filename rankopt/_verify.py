@@ -11,6 +11,7 @@ from torch import nn
 
 from rankopt import measure, surgery
 from rankopt._apply import fill_skeleton
+from rankopt._conditions import tf32
 from rankopt._version import __version__
 from rankopt.errors import ModelError, RankoptError
 from rankopt.inputs import shortened, tensors_in
@@ -88,7 +89,7 @@ def environment(model: nn.Module, inputs: Any = None) -> dict[str, Any]:
         facts |= {"input": list(first.shape), "memory_format": Call.of(first).memory_format}
     if device.type == "cuda":
         facts["gpu"] = torch.cuda.get_device_name(device)
-        facts["tf32"] = torch.backends.cuda.matmul.allow_tf32
+        facts["tf32"] = tf32()[0]
     else:
         facts["isa"] = torch.backends.cpu.get_cpu_capability()
     return facts

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+import secrets
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
@@ -88,10 +89,15 @@ def save(
     if len(shards) == 1:
         with atomic_path(target) as temporary:
             save_file(shards[0], temporary, metadata)
+        old = set(_shard_names(index_path))
         index_path.unlink(missing_ok=True)  # of an earlier, sharded save
+        _unlink_shards(target, old)
         return
+    # Shards of an earlier save stay until the index names the new ones.
+    old = set(_shard_names(index_path))
+    token = f"-{secrets.token_hex(4)}" if old else ""
     names = [
-        f"{target.stem}-{number:05d}-of-{len(shards):05d}.safetensors"
+        f"{target.stem}{token}-{number:05d}-of-{len(shards):05d}.safetensors"
         for number in range(1, len(shards) + 1)
     ]
     for name, shard in zip(names, shards, strict=True):
@@ -100,7 +106,22 @@ def save(
     located = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
     index = {"metadata": metadata, "weight_map": located}
     write_text(index_path, json.dumps(index, indent=1))
+    _unlink_shards(target, old)
     target.unlink(missing_ok=True)  # of an earlier save in one file
+
+
+def _shard_names(index_path: Path) -> Iterator[str]:
+    """The files that an earlier save's index names; none where there is none to be read."""
+    try:
+        found = json.loads(index_path.read_text(encoding="utf-8"))["weight_map"].values()
+        yield from (name for name in found if Path(name).name == name)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return
+
+
+def _unlink_shards(target: Path, names: Iterable[str]) -> None:
+    for name in names:
+        target.with_name(name).unlink(missing_ok=True)
 
 
 def load(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:

@@ -16,6 +16,7 @@ from rankopt.errors import CalibrationError
 __all__ = [
     "MAX_SAMPLES",
     "batches",
+    "class_dim",
     "digest",
     "divergence",
     "divergence_loss",
@@ -190,10 +191,16 @@ def divergence_loss(before: Any, after: Any, *, temperature: float = 1.0) -> Ten
         raise CalibrationError(f"outputs changed from {list(old.shape)} to {list(new.shape)}")
     old, new = old.double(), new.double()
     named = isinstance(before, Mapping) and "logits" in before
-    if (named or old.dim() == 2) and old.shape[-1] > 1:
-        p, q = (logits.div(temperature).log_softmax(dim=-1) for logits in (old, new))
-        return temperature**2 * (p.exp() * (p - q)).sum(dim=-1).mean()
+    if (named or old.dim() == 2) and old.shape[class_dim(old)] > 1:
+        dim = class_dim(old)
+        p, q = (logits.div(temperature).log_softmax(dim=dim) for logits in (old, new))
+        return temperature**2 * (p.exp() * (p - q)).sum(dim=dim).mean()
     return (old - new).square().sum() / old.square().sum().clamp_min(1e-300)
+
+
+def class_dim(logits: Tensor) -> int:
+    """Where the classes of logits are: the channels of maps, [n, classes, h, w], else the last."""
+    return 1 if logits.dim() >= 4 else -1
 
 
 def main_output(output: Any) -> Any:

@@ -12,6 +12,7 @@ import random
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from types import FunctionType
 from typing import Any, Final, Literal, TypeAlias, get_args
 
@@ -20,7 +21,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from rankopt import measure
+from rankopt import measure, surgery
 from rankopt.inputs import tensors_in
 
 __all__ = [
@@ -150,21 +151,22 @@ def time_interleaved(
     """
     if rounds < 3 or not candidates:
         raise ValueError(f"rounds={rounds}: expected at least 3, and at least one candidate")
-    chosen = clock or (_cuda_ms if torch.device(device).type == "cuda" else _wall_ms)
+    chosen = clock or _clock_of(torch.device(device))
     calls = 0
     repeats: dict[str, int] = {}
-    for name, function in candidates.items():
-        warm = _warm_up(function, chosen, max_warmup)
-        wanted = math.ceil(min_ms / max(min(warm), 1e-6))
-        repeats[name] = min(MAX_REPEATS, max(1, wanted))
-        calls += len(warm) + rounds * repeats[name]
     order, shuffle = list(candidates), random.Random(seed)
     times: dict[str, list[float]] = {name: [] for name in candidates}
-    for _ in range(rounds):
-        shuffle.shuffle(order)
-        for name in order:
-            repeated = _repeated(candidates[name], repeats[name])
-            times[name].append(chosen(repeated) / repeats[name])
+    with measure.current_device(device):
+        for name, function in candidates.items():
+            warm = _warm_up(function, chosen, max_warmup)
+            wanted = math.ceil(min_ms / max(min(warm), 1e-6))
+            repeats[name] = min(MAX_REPEATS, max(1, wanted))
+            calls += len(warm) + rounds * repeats[name]
+        for _ in range(rounds):
+            shuffle.shuffle(order)
+            for name in order:
+                repeated = _repeated(candidates[name], repeats[name])
+                times[name].append(chosen(repeated) / repeats[name])
     return Timings({name: np.asarray(values) for name, values in times.items()}, seed, calls)
 
 
@@ -199,7 +201,7 @@ def runner(
             measure.call(forward, inputs)
 
     if mode == "inference":
-        return _graphed(infer) if cuda_graph else infer
+        return _graphed(infer, surgery.device_of(module)) if cuda_graph else infer
     if cuda_graph:
         raise ValueError("cuda_graph=True replays inference; it has no mode='training'")
     wanted: list[Tensor] = [
@@ -232,19 +234,25 @@ def _compiled(module: nn.Module) -> Callable[..., Any]:
     return torch.compile(own, dynamic=False)
 
 
-def _graphed(function: Callable[[], None]) -> Callable[[], Any]:
+def _graphed(function: Callable[[], None], device: torch.device) -> Callable[[], Any]:
     if not torch.cuda.is_available():
         raise ValueError("cuda_graph=True needs a CUDA device")
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):  # lazy initialisation must not be captured
-        for _ in range(3):
+    with measure.current_device(device):
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):  # lazy initialisation must not be captured
+            for _ in range(3):
+                function()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
             function()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        function()
-    return graph.replay
+    return partial(_replay, graph, function)
+
+
+def _replay(graph: Any, captured: Callable[[], None]) -> None:
+    """Replay a graph, which reads weights that live as long as what was captured is held."""
+    graph.replay()
 
 
 def _with_gradients(inputs: Any) -> Any:
@@ -303,6 +311,23 @@ def _wall_ms(function: Callable[[], Any]) -> float:
     started = time.perf_counter()
     function()
     return 1000 * (time.perf_counter() - started)
+
+
+def _clock_of(device: torch.device) -> Clock:
+    if device.type in ("cpu", "cuda"):
+        return _cuda_ms if device.type == "cuda" else _wall_ms
+    return partial(_accelerator_ms, device)
+
+
+def _accelerator_ms(device: torch.device, function: Callable[[], Any]) -> float:
+    """Wall-clock time of a device that works behind the caller's back, MPS or XPU."""
+    torch.accelerator.synchronize(device)
+
+    def finished() -> None:
+        function()
+        torch.accelerator.synchronize(device)
+
+    return _wall_ms(finished)
 
 
 def _cuda_ms(function: Callable[[], Any]) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import random
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,7 @@ __all__ = [
     "count_macs",
     "count_memory",
     "count_params",
+    "current_device",
     "evaluation",
     "no_autocast",
     "preserve_rng",
@@ -106,6 +107,12 @@ def evaluation(*models: nn.Module) -> Iterator[None]:
                 module.train(mode)
         for module, mode in modes:
             module.training = mode
+
+
+def current_device(device: torch.device | str) -> AbstractContextManager[Any]:
+    """Make a CUDA device the current one: streams, events and graphs are of that."""
+    chosen = torch.device(device)
+    return torch.cuda.device(chosen) if chosen.type == "cuda" else nullcontext()
 
 
 @contextmanager

@@ -125,6 +125,8 @@ def _norm_statistics(
         def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
             # Squares in half precision would overflow; float64 squares cancel safely.
             rows = args[0].detach().transpose(0, 1).flatten(1).to(torch.float64)
+            if batch_statistics:  # a single value has no variance, and torch refuses it
+                module.training = rows.shape[1] > 1
             entry = totals.setdefault(name, [0, 0.0, 0.0])
             entry[0] += rows.shape[1]
             entry[1] = entry[1] + rows.sum(dim=1)

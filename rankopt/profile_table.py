@@ -256,10 +256,18 @@ class ProfileTable:
     ) -> Timings:
         """Time whole models side by side, each in its mode for this table."""
         with measure.preserve_rng():
-            runners = {name: self._runner_of(model, inputs) for name, model in models.items()}
+            runners = {name: self.runner(model, inputs) for name, model in models.items()}
+        return self.time_runners(runners, device=device)
+
+    def time_runners(
+        self, runners: Mapping[str, Callable[[], Any]], *, device: torch.device
+    ) -> Timings:
+        """Time what `runner` gave side by side; again for more rounds of the same."""
+        with measure.preserve_rng():
             return time_interleaved(runners, rounds=self.rounds, device=device, clock=self.clock)
 
-    def _runner_of(self, module: nn.Module, inputs: Any) -> Callable[[], Any]:
+    def runner(self, module: nn.Module, inputs: Any) -> Callable[[], Any]:
+        """A function that runs a model or layer once, as this table times it."""
         return runner(
             module, inputs, mode=self.mode, cuda_graph=self.cuda_graph, compile=self.compile
         )
@@ -321,7 +329,7 @@ class ProfileTable:
         """A function that runs the chain once; it has run once already."""
         module = _build(layer, chain, call, device)
         module.train(self.mode == "training")
-        run = self._runner_of(module, inputs)
+        run = self.runner(module, inputs)
         between()
         try:
             run()

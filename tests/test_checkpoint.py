@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import json
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from torch import nn
 
 import rankopt
+from rankopt import checkpoint
 from rankopt.errors import CheckpointError, PlanError, RankoptError
 from rankopt.testing import planted_inputs, planted_model
 
@@ -157,3 +159,29 @@ def test_what_cannot_be_saved(small, tmp_path):
     finally:
         del type(small.head).get_extra_state
     assert not list(tmp_path.iterdir())
+
+
+def test_a_sharded_save_that_is_cut_short_leaves_the_earlier_one(small, tmp_path, monkeypatch):
+    path = tmp_path / "s.safetensors"
+    rankopt.save(small, path, max_shard_bytes=4000)
+    expected = small(planted_inputs())
+    changed = copy.deepcopy(small)
+    with torch.no_grad():
+        for parameter in changed.parameters():
+            parameter.mul_(2)
+
+    def killed(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoint, "write_text", killed)  # all shards are written by then
+    with pytest.raises(KeyboardInterrupt):
+        rankopt.save(changed, path, max_shard_bytes=4000)
+    assert torch.equal(rankopt.load(planted_model(), path)(planted_inputs()), expected)
+    monkeypatch.undo()
+    rankopt.save(changed, path, max_shard_bytes=4000)
+    again = rankopt.load(planted_model(), path)
+    assert torch.equal(again(planted_inputs()), changed(planted_inputs()))
+    named = json.loads((tmp_path / "s.safetensors.index.json").read_text())["weight_map"].values()
+    rankopt.save(small, path)
+    assert not any((tmp_path / name).exists() for name in named)
+    assert torch.equal(rankopt.load(planted_model(), path)(planted_inputs()), expected)

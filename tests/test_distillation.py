@@ -9,6 +9,7 @@ from torch import nn
 
 import rankopt
 from rankopt.errors import ModelError
+from rankopt.inputs import divergence
 from rankopt.testing import planted_inputs, planted_model
 from rankopt.training import Distillation, Distiller
 
@@ -172,3 +173,18 @@ def test_a_teacher_with_a_layer_of_another_shape(wrong):
         output = small(x)
         with pytest.raises(ModelError, match=rf"layer 2: the teacher's output is \[8, {wrong}\]"):
             distiller.loss(output, torch.zeros(()))
+
+
+def test_classes_of_maps_are_their_channels():
+    """Logits of segmentation are [n, classes, h, w]."""
+    teacher, student = (nn.Conv2d(3, 5, 1).requires_grad_(False) for _ in range(2))
+    x = torch.randn(2, 3, 4, 6)
+    p, q = (F.log_softmax(model(x), dim=1) for model in (teacher, student))
+    expected = float((p.exp() * (p - q)).sum(dim=1).mean())
+    named = ({"logits": model(x)} for model in (teacher, student))
+    assert divergence(*named) == pytest.approx(expected, rel=1e-5)
+    settings = Distillation(labels=0, weights=0, outputs=0, logits=1.0, temperature=1.0)
+    with Distiller(student, teacher, settings) as distiller:
+        distiller.teach(x)
+        loss, _ = distiller.loss(student(x))
+    assert loss.item() == pytest.approx(expected, rel=1e-4)

@@ -163,3 +163,27 @@ def test_torch_compile():
         except torch._dynamo.exc.BackendCompilerFailed as error:
             pytest.skip(f"no compiler: {str(error).splitlines()[0]}")
     assert torch.allclose(found, compressed(x), atol=TOLERANCE)
+
+
+@pytest.mark.slow
+def test_large_weights_lie_beside_the_file_under_its_name(small, tmp_path, monkeypatch):
+    runtime = pytest.importorskip("onnxruntime")
+    monkeypatch.setattr("torch.onnx._internal.exporter._onnx_program._LARGE_MODEL_THRESHOLD", 0)
+    export.to_onnx(small, tmp_path / "s.onnx", planted_inputs(), check=True)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["s.onnx", "s.onnx.data"]
+    (tmp_path / "moved").mkdir()
+    for part in list(tmp_path.glob("s.onnx*")):
+        part.rename(tmp_path / "moved" / part.name)
+    session = runtime.InferenceSession(tmp_path / "moved" / "s.onnx")
+    x = planted_inputs(2)
+    (found,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    assert np.allclose(found, small(x).detach().numpy(), atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_lower_precision(tmp_path, dtype):
+    pytest.importorskip("onnxruntime")
+    model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Linear(64, 8))
+    export.to_onnx(model.to(dtype), tmp_path / "s.onnx", torch.randn(4, 64).to(dtype))
+    assert (tmp_path / "s.onnx").exists()

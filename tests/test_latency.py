@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from rankopt._conditions import tf32
 from rankopt.latency import Interval, Timings, process_ms, runner, time_interleaved
 from rankopt.testing import ModelledClock, planted_inputs, planted_model
 
@@ -105,3 +106,13 @@ def test_the_modelled_clock_counts_what_runs():
     assert clock(lambda: conv(torch.zeros(2, 4, 5, 5))) == 1 + 50 * 4 * 8 * 9
     chain = nn.Sequential(nn.Linear(8, 2), nn.Linear(2, 8))
     assert clock(lambda: chain(torch.zeros(3, 8))) == 2 + 2 * 3 * 8 * 4
+
+
+def test_settings_of_tf32_under_either_name():
+    assert all(isinstance(value, bool) for value in tf32())
+    before = torch.backends.cuda.matmul.fp32_precision
+    try:
+        torch.backends.cuda.matmul.fp32_precision = "tf32"  # the old name cannot be read any more
+        assert tf32()[0] == "tf32"
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import rankopt
-from rankopt._latency_budget import _corrected, _Round
+from rankopt._latency_budget import ModelClock, _corrected, _Round
 from rankopt.errors import BudgetError, BudgetInfeasible, DeadlineExceeded, RankoptWarning
 from rankopt.latency import Interval, Measured
 from rankopt.testing import ModelledClock, Operations, planted_inputs, planted_model
@@ -228,3 +228,24 @@ def test_the_environment_says_what_times_depend_on():
     assert plan.environment["memory_format"] == "contiguous"
     assert plan.environment["input"] == [2, 3, 12, 12]
     assert plan.environment["threads"] == torch.get_num_threads()
+
+
+def test_models_are_made_ready_once(monkeypatch):
+    """Under torch.compile or as a CUDA graph, making a model ready takes far longer than a run."""
+    made = []
+    runner = rankopt.ProfileTable.runner
+
+    def counted(self, module, inputs):
+        made.append(sum(p.numel() for p in module.parameters()))
+        return runner(self, module, inputs)
+
+    times = iter(np.random.default_rng(0).uniform(1, 2, 10**6))
+    noisy = rankopt.ProfileTable(clock=lambda run: (run(), next(times))[1], rounds=3)
+    model = planted_model()
+    clock = ModelClock(model, planted_inputs(), noisy)
+    monkeypatch.setattr(rankopt.ProfileTable, "runner", counted)
+    plans = [rankopt.search(model, f"params<={share}%") for share in (40, 60)]
+    assert clock.dense_ms > 0
+    for plan in plans:  # so noisy that each is extended to the full
+        clock.measure(plan)
+    assert len(made) == 1 + len(plans)

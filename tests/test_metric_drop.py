@@ -6,7 +6,7 @@ import torch
 import rankopt
 from rankopt import measure
 from rankopt.errors import BudgetInfeasible, EvaluationError, RankoptWarning
-from rankopt.testing import planted_inputs, planted_model
+from rankopt.testing import ModelledClock, planted_inputs, planted_model
 
 DATA = [planted_inputs(32)]
 
@@ -133,3 +133,29 @@ def test_bad_evaluate(evaluate, match):
     with pytest.raises(EvaluationError, match=match):
         rankopt.search(model, "metric_drop<=1, minimize=params", evaluate=evaluate)
     assert measure.weights_digest(model) == before
+
+
+def test_a_bound_in_milliseconds_holds_too():
+    """The metric would admit far slower plans."""
+    model, x = planted_model(), planted_inputs()
+    table = rankopt.ProfileTable(clock=ModelledClock(), rounds=3)
+    loose = {"example_inputs": x, "evaluate": lambda model: 0.0, "profile": table}
+    free = rankopt.search(model, "metric_drop<=1, minimize=params", **loose)
+    clock = ModelledClock()
+
+    def milliseconds(plan):
+        small = rankopt.apply(model, plan)
+        return clock(lambda: small(x))
+
+    asked = 0.9 * clock(lambda: model(x))
+    assert milliseconds(free) <= asked  # nothing was lost, so the smallest plan was taken
+    total = measure.count_params(model)
+
+    def strict(small):
+        return 0.0 if measure.count_params(small) >= 0.9 * total else -9.0
+
+    slow = rankopt.search(model, "metric_drop<=1, minimize=params", **{**loose, "evaluate": strict})
+    assert milliseconds(slow) > asked
+    budget = f"metric_drop<=1, minimize=params, latency_ms<={asked}"
+    with pytest.raises(BudgetInfeasible):
+        rankopt.search(model, budget, **{**loose, "evaluate": strict})

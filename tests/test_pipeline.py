@@ -179,3 +179,16 @@ def test_a_result_above_its_budget_is_refused():
 def test_a_model_of_one_layer():
     done = rankopt.compress(nn.Sequential(nn.Linear(64, 64)), "params<=50%")
     assert done.comparison.params.ratio <= 0.5
+
+
+def test_a_model_that_draws_numbers_in_eval_mode():
+    class Sampling(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(32, 32)
+
+        def forward(self, x):
+            return self.fc(x) + torch.randn(32)
+
+    done = rankopt.compress(Sampling(), "params<=60%", example_inputs=torch.randn(4, 32))
+    assert done.comparison.params.ratio <= 0.6

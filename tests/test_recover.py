@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import rankopt
+from rankopt import _recover
 from rankopt.errors import CalibrationError, ModelError
 from rankopt.inputs import divergence
 from rankopt.testing import planted_model
@@ -126,3 +127,35 @@ def test_augmentation_touches_images_only():
     assert not torch.equal(shift_and_mirror(images, generator), images)
     tokens = torch.randint(0, 5, (2, 7))
     assert shift_and_mirror(tokens, generator) is tokens
+
+
+def test_batches_of_one_sample():
+    """A last batch of one gives BatchNorm1d a single value, of which it takes no variance."""
+    torch.manual_seed(0)
+    dense = nn.Sequential(nn.Linear(16, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Linear(32, 8)).eval()
+    data = list(torch.randn(65, 16).split(16))
+    assert len(data[-1]) == 1
+    plan = rankopt.search(dense, "params<=70%", calibration=data)
+    small = rankopt.apply(dense, plan, calibration=data)
+    done = rankopt.recover(small, teacher=dense, calibration=data, seconds=0.3)
+    assert done.after <= done.before
+
+
+def test_a_failure_after_the_training_leaves_the_model_as_it_was(pair, monkeypatch):
+    dense, small, held = pair
+    before = {name: value.clone() for name, value in small.state_dict().items()}
+
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(_recover, "settle_norms", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        rankopt.recover(small, teacher=dense, calibration=held, seconds=0.3)
+    assert all(torch.equal(before[name], value) for name, value in small.state_dict().items())
+
+
+def test_half_precision_is_refused(pair):
+    dense, small, held = pair
+    data = [x.half() for x in held]
+    with pytest.raises(ModelError, match=r"float16 parameters.*\.float\(\) or \.bfloat16\(\)"):
+        rankopt.recover(small.half(), teacher=dense.half(), calibration=data, seconds=1)

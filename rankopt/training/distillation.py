@@ -19,7 +19,7 @@ from rankopt import surgery
 from rankopt._apply import plan_of, unpacked_clone
 from rankopt._fold import effective_weight
 from rankopt.errors import ModelError
-from rankopt.inputs import main_output, run
+from rankopt.inputs import class_dim, main_output, run
 from rankopt.layers import canonical_weight
 from rankopt.plan import MERGE
 from rankopt.training.freezing import factorised, factors
@@ -298,9 +298,11 @@ def _divergence(wanted: Any, found: Any, temperature: float) -> Tensor:
             f"the teacher's output is {list(old.shape)}, the model's {list(new.shape)}; distil "
             "from a model with the same outputs"
         )
-    if old.shape[-1] == 1:
+    dim = class_dim(old)
+    if old.shape[dim] == 1:
         return F.mse_loss(new, old)
-    p, q = ((logits / temperature).log_softmax(dim=-1).flatten(0, -2) for logits in (old, new))
+    rows = (logits.movedim(dim, -1).flatten(0, -2) / temperature for logits in (old, new))
+    p, q = (row.log_softmax(dim=-1) for row in rows)
     return temperature**2 * F.kl_div(q, p, reduction="batchmean", log_target=True)
 
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import nn
 
-from rankopt import surgery
+from rankopt import measure, surgery
 from rankopt.errors import MissingDependency
 from rankopt.training.recipe import Recipe
 
@@ -32,19 +32,22 @@ def accelerated(model: nn.Module, recipe: Recipe) -> Iterator[Any]:
         ) from error
     fresh = not PartialState._shared_state
     launched = torch.distributed.is_torchelastic_launched() or torch.distributed.is_initialized()
-    accelerator = Accelerator(
-        mixed_precision=recipe.precision,
-        cpu=surgery.device_of(model).type == "cpu" and (not launched or not _accelerators()),
-        dataloader_config=DataLoaderConfiguration(
-            use_seedable_sampler=True, data_seed=recipe.seed, even_batches=True
-        ),
-    )
-    try:
-        yield accelerator
-    finally:
-        if fresh and accelerator.num_processes == 1:
-            AcceleratorState._reset_state(reset_partial_state=True)
-            GradientState._reset_state()
+    device = surgery.device_of(model)
+    # Accelerate knows one GPU, the current one; a launcher has chosen that itself.
+    with nullcontext() if launched else measure.current_device(device):
+        accelerator = Accelerator(
+            mixed_precision=recipe.precision,
+            cpu=device.type == "cpu" and (not launched or not _accelerators()),
+            dataloader_config=DataLoaderConfiguration(
+                use_seedable_sampler=True, data_seed=recipe.seed, even_batches=True
+            ),
+        )
+        try:
+            yield accelerator
+        finally:
+            if fresh and accelerator.num_processes == 1:
+                AcceleratorState._reset_state(reset_partial_state=True)
+                GradientState._reset_state()
 
 
 def _accelerators() -> bool:
