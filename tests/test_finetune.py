@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import rankopt
 from rankopt.errors import CheckpointError, TrainingError
 from rankopt.training import Distillation, Sequential
+from rankopt.training.batches import groups
 from rankopt.training.recipe import rate
 
 pytest.importorskip("accelerate")
@@ -356,3 +357,9 @@ def test_two_processes_do_what_one_does(tmp_path):
     for key, value in one["state"].items():
         assert torch.allclose(first["state"][key], value, atol=1e-5), key
     assert first["loss"] == pytest.approx(one["loss"], rel=1e-4)
+
+
+def test_accumulated_steps_take_no_batch_too_many():
+    found = list(groups(iter(range(100)), 4, 10))
+    assert [len(group) for group in found] == [4, 4, 2]
+    assert [x for group in found for x in group] == list(range(10))

@@ -181,11 +181,9 @@ def share(loader: Any, accelerator: Any) -> Iterator[Any]:
 
 
 def groups(batches: Iterable[Any], size: int, limit: int) -> Iterator[list[Any]]:
-    """Up to `limit` groups of `size` batches, one optimiser step each; the last may be smaller."""
-    iterator = iter(batches)
-    for _ in range(limit):
-        if not (group := list(islice(iterator, size))):
-            return
+    """The first `limit` batches in groups of `size`, one optimiser step each."""
+    iterator = islice(batches, limit)
+    while group := list(islice(iterator, size)):
         yield group
 
 

@@ -174,7 +174,7 @@ class Loop:
         batches = data.share(self.loader, self.accelerator)
         taken = 0
         with progress_bar(label, self.steps_per_epoch, enabled=self.progress) as advance:
-            for group in data.groups(batches, self.recipe.accumulate, self.steps_per_epoch):
+            for group in data.groups(batches, self.recipe.accumulate, self.batches):
                 self._freeze(epoch)
                 self._set_rate()
                 self._step(group, generator, totals, terms)
