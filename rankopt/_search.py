@@ -16,7 +16,7 @@ from rankopt._metric_drop import within_drop
 from rankopt._open import check_request, open_problem
 from rankopt.budget import Budget
 from rankopt.decompositions.base import Decomposition
-from rankopt.errors import ModelError
+from rankopt.errors import ModelError, PlanError
 from rankopt.inputs import MAX_SAMPLES
 from rankopt.layers import Patterns
 from rankopt.plan import MERGE, Factors, RankPlan
@@ -149,7 +149,7 @@ def search(
             timed = limits is not None and (limits.latency or limits.latency_ms)
             if clock is not None and timed and not chosen.tags.latency:
                 return solve(one, chosen, clock.measure, clock.dense_ms)
-            return chosen.search(one)
+            return _searched(chosen, one)
 
         if "metric_drop" in (allowed.axes if allowed else ()) and not chosen.tags.metric_drop:
             plan = within_drop(chosen, problem, find)
@@ -159,6 +159,16 @@ def search(
             plan = _asymmetric(plan)
         problem.close()
         return opened.finish(plan, seconds=time.perf_counter() - started)
+
+
+def _searched(strategy: Strategy, problem: Problem) -> RankPlan:
+    plan = strategy.search(problem)
+    if not isinstance(plan, RankPlan):
+        raise PlanError(
+            f"strategy {strategy.name!r} returned a {type(plan).__name__}, not a RankPlan; its "
+            "search() has to return problem.plan(self, options)"
+        )
+    return plan
 
 
 def _asymmetric(plan: RankPlan) -> RankPlan:

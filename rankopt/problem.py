@@ -17,7 +17,7 @@ from rankopt._memory import give_back
 from rankopt._parallel import for_each, largest_first
 from rankopt._progress import progress_bar
 from rankopt.budget import Budget
-from rankopt.decompositions.base import Basis, Decomposition, RankAxis
+from rankopt.decompositions.base import Basis, Decomposition, RankAxis, made_by
 from rankopt.decompositions.cache import BasisCache, shared
 from rankopt.errors import BudgetInfeasible, DeadlineExceeded
 from rankopt.latency import Measured
@@ -259,7 +259,7 @@ class Problem:
         """The options with fitted errors in place of estimates."""
         settled = list(options)
         methods = {
-            index: next(m for m in site.methods if m.name == option.method)
+            index: next(m for m in site.methods if made_by(m, option.method, option.args))
             for index, (site, option) in enumerate(zip(self.sites, options, strict=True))
             if option.error is not None and not option.keeps
         }

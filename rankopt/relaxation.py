@@ -8,6 +8,7 @@ probabilities, and minimising one under a bound on the other is a linear program
 from __future__ import annotations
 
 import copy
+import hashlib
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -89,6 +90,14 @@ class Relaxation:
         self.room: Array = 1.0 - fixed / limits
         self.sizes = np.array(sizes)
         self._check_room()
+
+    def digest(self) -> str:
+        """SHA-256 of the options and their costs."""
+        named = [
+            (menu.site.name, [repr(method) for method in menu.methods], menu.ranks)
+            for menu in self.menus
+        ]
+        return hashlib.sha256(repr(named).encode() + self.shares.tobytes()).hexdigest()
 
     def within(self, problem: Problem) -> Relaxation:
         """The same options under another budget on the same axes, shares and room in its terms.
@@ -301,7 +310,7 @@ def _root(excess: Any, unit: float) -> float:
     while excess(high) > 0:
         low, high = high, 4 * high
         if high > 1e18 * unit:  # the cheapest options alone: as near as it gets
-            break
+            return high
     from scipy.optimize import brentq
 
     found = float(brentq(excess, low, high, rtol=1e-9, xtol=1e-15 * unit, disp=False))

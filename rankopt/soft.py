@@ -19,7 +19,7 @@ from rankopt._latency_budget import ModelClock, bounds_latency, price_time, solv
 from rankopt._open import Opened, check_request, open_problem
 from rankopt._soft_weights import SoftSite
 from rankopt.budget import Budget
-from rankopt.decompositions.base import Decomposition
+from rankopt.decompositions.base import Decomposition, made_by
 from rankopt.errors import ModelError
 from rankopt.inputs import MAX_SAMPLES
 from rankopt.layers import Patterns
@@ -373,13 +373,16 @@ class SoftModel(nn.Module):
         sure = torch.zeros_like(self.scores)
         for menu, start in zip(self.relaxation.menus, self.relaxation.starts, strict=True):
             decision = plan[menu.site.name]
-            wanted = (None if decision.keeps else decision.method, decision.ranks)
-            named = [(None if m is None else m.name, r) for m, r in
-                     zip(menu.methods, menu.ranks, strict=True)]  # fmt: skip
-            if wanted not in named:
+            named = [
+                decision.keeps
+                if method is None
+                else made_by(method, decision.method, decision.args) and ranks == decision.ranks
+                for method, ranks in zip(menu.methods, menu.ranks, strict=True)
+            ]
+            if True not in named:
                 raise ModelError(
                     f"layer {menu.site.name}: {decision.method} at ranks {list(decision.ranks)} is "
                     "no option of this soft model; build the plan that discretise() gave"
                 )
-            sure[int(start) + named.index(wanted)] = 1.0
+            sure[int(start) + named.index(True)] = 1.0
         return sure

@@ -274,7 +274,7 @@ def open_study(
                 storage=opened,
                 study_name=name,
                 directions=[sense, "minimize"],  # type: ignore[list-item]
-                sampler=make_sampler(chosen, seed),
+                sampler=make_sampler(chosen, _continued(seed, chosen, opened, name, known)),
                 load_if_exists=True,
             )
             if known is None:
@@ -302,6 +302,21 @@ def open_study(
         measure=_measure(problem),
     )
     return Study(inner, where=where, heartbeat=heartbeat, runner=runner, finish=finish)
+
+
+def _continued(
+    seed: int | None, sampler: Any, storage: Any, name: str, known: Mapping[str, Any] | None
+) -> int | None:
+    """A seed of its own for a study that goes on: its first draws are not to come again."""
+    import numpy as np
+    import optuna
+
+    # Quasi-random sequences count their points in the storage, and go on by themselves.
+    if seed is None or known is None or sampler == "qmc":
+        return seed
+    trials = optuna.load_study(study_name=name, storage=storage).get_trials(deepcopy=False)
+    begun = sum(trial.state.name != "WAITING" for trial in trials)
+    return int(np.random.SeedSequence([seed, begun]).generate_state(1)[0]) if begun else seed
 
 
 def _existing(storage: Any, name: str) -> dict[str, Any] | None:

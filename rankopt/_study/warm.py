@@ -54,6 +54,13 @@ def queue_warm_starts(
                     plan = strategies.create(name).search(problem.with_budget(limits))
             except RankoptError:  # infeasible there, or not for this model
                 continue
+            except Exception as error:  # a plugin's fault is not to end the study
+                warnings.warn(
+                    f"warm start {label} is left out: {type(error).__name__}: {error}",
+                    RankoptWarning,
+                    stacklevel=4,
+                )
+                continue
             _queue(study, space, label, options_in(problem, plan))
 
 

@@ -18,7 +18,7 @@ from rankopt.errors import LayerError
 from rankopt.layers import Layer
 from rankopt.moments import Moments
 
-__all__ = ["Basis", "Decomposition", "IntArray", "RankAxis", "chain", "conv"]
+__all__ = ["Basis", "Decomposition", "IntArray", "RankAxis", "chain", "conv", "made_by"]
 
 IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float64]
@@ -223,6 +223,12 @@ def side_geometry(layer: Layer, side: int) -> dict[str, Any]:
         if not isinstance(place[key], str):
             place[key] = tuple(v if i == side else neutral for i, v in enumerate(place[key]))
     return place
+
+
+def made_by(method: Decomposition, name: str, args: Mapping[str, Any]) -> bool:
+    """Whether a decision's method and arguments are those of `method`, its settings included."""
+    settings = {key: value for key, value in args.items() if key != "ranks"}
+    return method.name == name and settings == dict(method.settings)
 
 
 def chain(**factors: nn.Module) -> nn.Sequential:

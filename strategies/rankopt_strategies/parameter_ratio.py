@@ -9,6 +9,7 @@ from fnmatch import fnmatchcase
 from typing import ClassVar
 
 from rankopt.decompositions.base import Decomposition, kernel_size
+from rankopt.errors import ModelError
 from rankopt.plan import RankPlan
 from rankopt.strategy import Option, Problem, Site, Strategy, Tags
 
@@ -101,6 +102,12 @@ class ParameterRatio(Strategy):
 
     def search(self, problem: Problem) -> RankPlan:
         """Bisect the ratio to the budget; see `Strategy.search`."""
+        for pattern in self.overrides:
+            if not any(fnmatchcase(site.name, pattern) for site in problem.sites):
+                raise ModelError(
+                    f"overrides[{pattern!r}] matches no layer that can be decomposed; those are "
+                    f"{', '.join(site.name for site in problem.sites[:6])}, …"
+                )
         if problem.budget is None:
             return problem.plan(self, self._choose(problem, self.ratio))
         # Knob 0 is the ratio at which every layer is down to rank 1.

@@ -12,7 +12,7 @@ import numpy as np
 from rankopt.allocation import allocate
 from rankopt.candidates import MULTIPLES, aligned_below, cliffs, line, lowest_on_line
 from rankopt.decompositions.base import Decomposition
-from rankopt.errors import ModelError
+from rankopt.errors import BudgetError, ModelError
 from rankopt.latency import Interval
 from rankopt.plan import Decision, RankPlan
 from rankopt.profile_table import Chain, LayerTime
@@ -126,6 +126,10 @@ class Profiled(Strategy):
         """Run the base, time around its ranks, choose; see `Strategy.search`."""
         assert isinstance(self.base, (str, Strategy))
         base = strategies.create(self.base)
+        if problem.budget is None and not base.tags.unbudgeted:
+            raise BudgetError(
+                f"base={base.name!r} needs a budget: it has no natural amount of compression"
+            )
         missing = ", ".join(sorted(base.tags.needs - {"latency", "calibration"}))
         if missing:
             raise ModelError(f"base={base.name!r} needs {missing}, which profiled does not use")

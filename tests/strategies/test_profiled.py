@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import rankopt
-from rankopt.errors import ModelError
+from rankopt.errors import BudgetError, ModelError
 from rankopt.testing import (
     ModelledClock,
     Operations,
@@ -157,3 +157,12 @@ def test_inputs_are_needed():
 def test_settings_are_validated(settings, match):
     with pytest.raises(ValueError, match=match):
         Profiled(**settings)
+
+
+def test_a_base_that_needs_a_budget_says_so():
+    with pytest.raises(BudgetError, match="base='relaxed' needs a budget"):
+        rankopt.search(
+            planted_model(), None, strategy=Profiled(base="relaxed"),
+            example_inputs=planted_inputs(),
+            profile=rankopt.ProfileTable(clock=ModelledClock(), rounds=3),
+        )  # fmt: skip

@@ -392,3 +392,71 @@ def test_divergence_steps_back_and_says_so(monkeypatch):
         pytest.warns(RankoptWarning, match="stepping back"),
     ):
         plan_for(None, strategy=Relaxed(mode="paper", paper=SMALL))
+
+
+class TwoHeads(nn.Module):
+    """Its second output is compared with nothing."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.head = nn.Linear(24, 48), nn.Linear(48, 24)
+        self.aux = nn.Linear(48, 24)
+
+    def forward(self, x):
+        features = self.body(x).relu()
+        return {"out": self.head(features), "aux": self.aux(features)}
+
+
+@pytest.mark.parametrize("slopes", ["gradient", "measured"])
+def test_a_layer_that_the_loss_does_not_reach(slopes):
+    plan = rankopt.search(
+        TwoHeads(), "params<=60%", strategy=Relaxed(slopes=slopes, rounds=2),
+        example_inputs=torch.randn(2, 24), calibration=[torch.randn(64, 24)],
+    )  # fmt: skip
+    assert plan.changes
+
+
+@pytest.mark.parametrize("slopes", ["gradient", "measured"])
+def test_batches_of_one_sample(slopes):
+    model = nn.Sequential(nn.Linear(24, 48), nn.BatchNorm1d(48), nn.Linear(48, 24)).eval()
+    plan = rankopt.search(
+        model, "params<=60%", strategy=Relaxed(slopes=slopes, rounds=2),
+        calibration=[torch.randn(16, 24), torch.randn(1, 24)],
+    )  # fmt: skip
+    assert plan.changes
+
+
+def test_losses_that_are_no_number_can_be_written_down(tmp_path):
+    calls = []
+
+    def criterion(output, target):
+        calls.append(1)
+        loss = F.mse_loss(output, target)
+        return loss if len(calls) <= 2 else loss * float("nan")
+
+    data = [(torch.randn(8, 16),) * 2]
+    strategy = Relaxed(
+        objective="task", data=data, criterion=criterion, rounds=2, log=str(tmp_path / "log"),
+        slopes="measured",
+    )  # fmt: skip
+    model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16))
+    plan = rankopt.search(
+        model, "params<=60%", strategy=strategy, example_inputs=torch.randn(1, 16)
+    )
+    plan.save(tmp_path / "plan.json")
+    assert rankopt.RankPlan.load(tmp_path / "plan.json").decisions == plan.decisions
+
+
+def test_data_that_can_be_read_once_serve_every_search_of_a_budget():
+    model = planted_model(noise=0.4)
+    y = model(planted_inputs(16)).detach()
+    data = (pair for pair in [(planted_inputs(16), y)])
+    strategy = Relaxed(
+        objective="task", data=data, criterion=F.mse_loss, rounds=1, slopes="gradient"
+    )
+    plan = rankopt.search(
+        model, "metric_drop<=0.5, minimize=macs", strategy=strategy,
+        example_inputs=planted_inputs(),
+        evaluate=lambda small: -float(F.mse_loss(small(planted_inputs(16)), y)),
+    )  # fmt: skip
+    assert len(plan.extensions["metric_drop"]["tried"]) > 1

@@ -178,3 +178,21 @@ def test_settings_stand_in_the_plan(tmp_path):
     settings = searched(tmp_path, rounds=1).strategy["settings"]
     assert settings["folder"] == str(tmp_path)
     assert Relaxed(**settings).paper == RelaxedSettings()
+
+
+def test_another_criterion_does_not_go_on_with_the_losses_of_the_first(tmp_path):
+    data = [(planted_inputs(16), planted_model(noise=0.4)(planted_inputs(16)).detach())]
+
+    def searched_by(criterion):
+        strategy = Relaxed(
+            objective="task", data=data, criterion=criterion, rounds=1, folder=str(tmp_path),
+            slopes="gradient",
+        )  # fmt: skip
+        return rankopt.search(
+            planted_model(noise=0.4), "macs<=40%", strategy=strategy,
+            example_inputs=planted_inputs(),
+        )  # fmt: skip
+
+    searched_by(lambda output, target: (output - target + 1).square().mean())
+    with pytest.raises(CheckpointError, match="loss of the dense model"):
+        searched_by(lambda output, target: (output - target + 2).abs().mean())

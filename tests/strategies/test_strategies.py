@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import rankopt
-from rankopt.errors import BudgetInfeasible, RankoptError
+from rankopt.errors import BudgetInfeasible, ModelError, PlanError, RankoptError
 from rankopt.profile_table import ProfileTable
 from rankopt.testing import (
     ModelledClock,
@@ -285,3 +285,69 @@ def test_overrides_give_some_layers_their_own_ratio():
     held = rankopt.search(planted_model(), "params<=60%", strategy=strategy)
     assert held["hidden"].ranks == plan["hidden"].ranks
     assert rankopt.RankPlan.from_json(held.to_json()) == held
+
+
+def test_the_contract_catches_hidden_draws_and_missed_deadlines():
+    @dataclasses.dataclass(frozen=True)
+    class Drawing(Energy):
+        name = "drawing"
+
+        def search(self, problem):
+            return Energy(float(np.random.uniform(0.5, 0.9))).search(problem.with_budget(None))
+
+    suite = {check.name: check for check in strategy_checks(Drawing())}
+    with pytest.raises(AssertionError, match="the same seed gave other decisions"):
+        suite["is_deterministic"]()
+
+    @dataclasses.dataclass(frozen=True)
+    class Endless(Energy):
+        name = "endless"
+
+        def search(self, problem):
+            problem.deadline = None
+            return super().search(problem)
+
+    suite = {check.name: check for check in strategy_checks(Endless())}
+    with pytest.raises(AssertionError, match=r"call problem.check_deadline\(\)"):
+        suite["stops_at_the_deadline"]()
+
+
+def test_a_strategy_that_returns_no_plan_is_named():
+    @dataclasses.dataclass(frozen=True)
+    class Forgetful(Energy):
+        name = "forgetful"
+
+        def search(self, problem):
+            super().search(problem)
+
+    with pytest.raises(PlanError, match="'forgetful' returned a NoneType, not a RankPlan"):
+        rankopt.search(planted_model(), "params<=50%", strategy=Forgetful())
+
+
+def test_overrides_that_match_nothing_are_said():
+    with pytest.raises(ModelError, match=r"overrides\['heda'\] matches no layer"):
+        rankopt.search(
+            planted_model(), "params<=50%", strategy=ParameterRatio(overrides={"heda": 4.0})
+        )
+
+
+def test_two_variants_of_a_decomposition_state_their_own_errors():
+    from rankopt.decompositions import BranchedTucker
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(32, 32, 3, bias=False))
+    variants = [BranchedTucker(branches=2), BranchedTucker(branches=4)]
+    found = [
+        rankopt.search(model, "params<=25%", methods=methods).changes[0]
+        for methods in (variants, variants[::-1])
+    ]
+    assert found[0].args == found[1].args
+    assert found[0].error == pytest.approx(found[1].error)
+    assert found[0].error == pytest.approx(true_error(model, found[0]), rel=1e-3)
+
+
+def true_error(model, decision):
+    plan = rankopt.RankPlan(model={}, decisions=(decision,))
+    folded = rankopt.fold(rankopt.apply(model, plan), model)
+    weight = model[0].weight.detach()
+    return float((folded[0].weight.detach() - weight).norm() / weight.norm())

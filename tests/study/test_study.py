@@ -15,6 +15,7 @@ from rankopt.errors import (
     BudgetInfeasible,
     MissingDependency,
     ModelError,
+    RankoptWarning,
     StudyError,
 )
 from rankopt.testing import check_strategy, planted_inputs, planted_model
@@ -236,3 +237,26 @@ def test_missing_plotly(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "plotly", None)
     with pytest.raises(MissingDependency, match=r"pip install 'rankopt\[report\]'"):
         open_study().figures()
+
+
+@pytest.mark.parametrize("sampler", ["random", "nsgaii"])
+def test_a_study_that_goes_on_draws_other_points(tmp_path, sampler):
+    path = tmp_path / "s.db"
+    first = open_study(path, sampler=sampler).run(n_trials=10)
+    again = open_study(path, sampler=sampler).run(n_trials=14)
+    drawn = [tuple(t.params.values()) for t in again.optuna.trials]
+    queued = sum("warm" in t.user_attrs for t in first.optuna.trials)
+    assert len(drawn) == 14
+    assert len(set(drawn[queued:])) == len(drawn[queued:])
+
+
+def test_a_warm_start_with_a_fault_of_its_own_is_left_out(monkeypatch):
+    from rankopt_strategies import ParameterRatio
+
+    def broken(self, problem):
+        raise ZeroDivisionError("a plugin's fault")
+
+    monkeypatch.setattr(ParameterRatio, "search", broken)
+    with pytest.warns(RankoptWarning, match="warm start parameter_ratio at 50% is left out: Zero"):
+        study = open_study()
+    assert "knapsack at 50%" in [t.user_attrs["warm"] for t in study.optuna.trials]

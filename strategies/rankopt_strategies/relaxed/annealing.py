@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from rankopt.relaxation import Relaxation
 
-__all__ = ["Record", "anneal", "at_entropy"]
+__all__ = ["Record", "anneal", "at_entropy", "finite"]
 
 Array = npt.NDArray[np.float64]
 # Each level of the annealing is this share of the one before.
@@ -132,5 +132,10 @@ def at_entropy(relaxation: Relaxation, scores: Array, entropy: float) -> tuple[A
     return found
 
 
-def _rounded(value: Any, digits: int = 6) -> float:
-    return float(f"{float(value):.{digits}g}")
+def finite(value: Any) -> float | None:
+    """A number for a plan file, whose JSON has no word for infinity or NaN."""
+    return float(value) if np.isfinite(value) else None
+
+
+def _rounded(value: Any, digits: int = 6) -> float | None:
+    return finite(float(f"{float(value):.{digits}g}"))

@@ -87,7 +87,7 @@ def scalars(step: Mapping[str, Any], sites: Sequence[str]) -> dict[str, float]:
             found |= {f"{name}/{site}": x for site, x in zip(sites, value, strict=True)}
         elif name not in ("step", "prices"):
             found[name] = value
-    return found
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def _summary_writer() -> Any:

@@ -38,6 +38,8 @@ class Losses:
     def __init__(self, soft: SoftModel, objective: Objective, checkpoint: Checkpoint) -> None:
         self.soft, self.objective, self._checkpoint = soft, objective, checkpoint
         self._known: dict[str, list[float]] = checkpoint.load().get("losses", {})
+        # Times may have been taken anew, and with them the options that are worth having.
+        self._menus = soft.relaxation.digest()[:16]
         every = range(len(objective))
         self._some = every[::2] if len(every) >= ENOUGH_BATCHES else every
 
@@ -63,7 +65,10 @@ class Losses:
                 loss = 0.0
                 for index in range(len(self.objective)):
                     part = self._batch(cut, index) / len(self.objective)
-                    found = torch.autograd.grad(part, list(cut.values()))
+                    # A layer may not reach what is compared: an auxiliary head, an idle expert.
+                    found = torch.autograd.grad(
+                        part, list(cut.values()), allow_unused=True, materialize_grads=True
+                    )
                     total = [a + b for a, b in zip(total, found, strict=True)]
                     loss += float(part.detach())
                 (slopes,) = torch.autograd.grad(list(weights.values()), leaf, total)
@@ -88,7 +93,8 @@ class Losses:
             return self.objective(lambda inputs: measure.call(self.soft, inputs), index)
 
     def _once(self, what: str, probabilities: Array, compute: Callable[[], Any]) -> list[float]:
-        key = f"{what} {hashlib.sha256(probabilities.tobytes()).hexdigest()[:32]}"
+        state = hashlib.sha256(probabilities.tobytes()).hexdigest()[:32]
+        key = f"{what} {self._menus} {state}"
         if key not in self._known:
             self._known[key] = compute()
             self._checkpoint.save(losses=self._known)

@@ -44,7 +44,7 @@ class Objective:
         self.position = 0
         for module in model.modules():
             if isinstance(module, _NORMS):
-                module.train()
+                module.register_forward_pre_hook(_several)
 
     def __len__(self) -> int:
         return len(self.batches)
@@ -64,8 +64,8 @@ class Objective:
             raise ModelError(f"the criterion gave {kind}; expected a scalar tensor")
         return loss.reshape(())
 
-    def check(self) -> None:
-        """Raise `ModelError` unless the loss of the dense model is finite."""
+    def check(self) -> float:
+        """The dense model's loss on the first batch; raises `ModelError` unless it is finite."""
         with torch.no_grad():
             loss = float(self(lambda inputs: measure.call(self.model, inputs), 0))
         if not torch.isfinite(torch.tensor(loss)):
@@ -73,6 +73,7 @@ class Objective:
                 f"the criterion gives {loss} for the dense model on the first batch; it has to be "
                 "finite: check the data, its labels and the criterion"
             )
+        return loss
 
     def with_weights(self, problem: Problem, weights: Mapping[str, Tensor]) -> Tensor:
         """The loss on the next batch with other weights: site name to canonical weight."""
@@ -89,6 +90,11 @@ class Objective:
             return torch.func.functional_call(self.model, named, tuple(args))
 
         return self(forward)
+
+
+def _several(norm: nn.Module, args: tuple[Any, ...]) -> None:
+    """Batch statistics, unless there is one value only, which has no variance."""
+    norm.training = args[0].numel() > args[0].shape[1]
 
 
 def distillation(problem: Problem, batch_size: int, temperature: float) -> Objective:

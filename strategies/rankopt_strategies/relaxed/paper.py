@@ -15,7 +15,7 @@ from rankopt.decompositions.base import Decomposition
 from rankopt.decompositions.rebuild import rebuild
 from rankopt.errors import LayerError, ModelError, RankoptWarning
 from rankopt.strategy import Option, Problem, Site
-from rankopt_strategies.relaxed.annealing import Record
+from rankopt_strategies.relaxed.annealing import Record, finite
 from rankopt_strategies.relaxed.objective import Objective
 from rankopt_strategies.relaxed.resuming import Checkpoint
 
@@ -343,7 +343,7 @@ def _step(sites: Sequence[_Candidates], update: int, loss: float) -> dict[str, A
     entropies = [float(-(p * p.log()).sum() / math.log(max(len(p), 2))) for p in spread]
     return {
         "update": update,
-        "loss": float(f"{loss:.6g}"),
+        "loss": finite(float(f"{loss:.6g}")),
         "entropy": round(sum(entropies) / len(entropies), 6),
         "ranks": [site.ranks[int(p.argmax())] for site, p in zip(sites, spread, strict=True)],
         "surest": [round(float(p.max()), 4) for p in spread],

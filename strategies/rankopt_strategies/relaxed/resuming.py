@@ -26,6 +26,7 @@ class Checkpoint:
         settings: Of the strategy; those that change the result.
         problem: What is searched.
         objective: Its loss on data, if any.
+        dense_loss: What that is for the dense model: another criterion has another.
     """
 
     def __init__(
@@ -34,6 +35,7 @@ class Checkpoint:
         settings: Mapping[str, Any],
         problem: Problem,
         objective: Objective | None,
+        dense_loss: float | None = None,
     ) -> None:
         self._folder = None if folder is None else make_folder(folder)
         if self._folder is None:
@@ -49,6 +51,7 @@ class Checkpoint:
             ),
             "round_to": problem.round_to,
             "calibration": problem.calibration,
+            "loss of the dense model": None if dense_loss is None else f"{dense_loss:.4g}",
             "data": None if objective is None else digest(objective.batches),
         }
 

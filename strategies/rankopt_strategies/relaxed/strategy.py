@@ -16,7 +16,7 @@ from rankopt.plan import RankPlan
 from rankopt.relaxation import Relaxation
 from rankopt.soft import SoftModel
 from rankopt.strategy import Problem, Strategy, Tags, check_share
-from rankopt_strategies.relaxed.annealing import Record, anneal
+from rankopt_strategies.relaxed.annealing import Record, anneal, finite
 from rankopt_strategies.relaxed.logs import StepLog
 from rankopt_strategies.relaxed.losses import Losses
 from rankopt_strategies.relaxed.measuring import measured
@@ -137,8 +137,9 @@ class Relaxed(Strategy):
         sites = [site.name for site in problem.sites]
         with StepLog(self.log, self.tensorboard, sites) as log:
             objective = self._objective(problem)
+            dense_loss = None if objective is None else objective.check()
             problem.prepare()
-            checkpoint = Checkpoint(self.folder, self._deciding(), problem, objective)
+            checkpoint = Checkpoint(self.folder, self._deciding(), problem, objective, dense_loss)
             record = Record(sites, listen=log.add, begin=log.begin)
             if self.mode == "paper":
                 return self._published(problem, objective, record, checkpoint)
@@ -174,9 +175,9 @@ class Relaxed(Strategy):
             record=record,
         )
         facts = {
-            "soft_loss": found.soft_loss,
-            "loss": found.loss,
-            "first_loss": found.first_loss,
+            "soft_loss": finite(found.soft_loss),
+            "loss": finite(found.loss),
+            "first_loss": finite(found.first_loss),
         }
         plan = problem.plan(self, relaxation.options(found.chosen))
         return problem.annotate(plan, {self.name: {**facts, **record.summary()}})
@@ -197,6 +198,8 @@ class Relaxed(Strategy):
         if self.objective == "task":
             assert self.data is not None
             assert self.criterion is not None
+            if not isinstance(self.data, (list, tuple)):  # held: a budget may search repeatedly
+                object.__setattr__(self, "data", list(self.data))
             objective = task(problem, self.data, self.criterion)
         elif self.objective == "reconstruction" or not problem.inputs:
             if self.objective == "distillation":
@@ -204,7 +207,6 @@ class Relaxed(Strategy):
             return None
         else:
             objective = distillation(problem, self.batch_size, self.temperature)
-        objective.check()
         return objective
 
 
