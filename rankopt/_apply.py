@@ -43,6 +43,7 @@ _PLAN_ATTRIBUTE: Final = "rankopt_plan"
 RANDOM_SCALE: Final = 0.05
 
 
+@measure.outside_inference_mode
 def apply(
     model: nn.Module,
     plan: RankPlan,
@@ -92,6 +93,7 @@ def apply(
     return result
 
 
+@measure.outside_inference_mode
 def apply_(
     model: nn.Module,
     plan: RankPlan,

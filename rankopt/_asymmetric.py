@@ -17,6 +17,7 @@ from rankopt import measure, surgery
 from rankopt._chains import Step, chains_for
 from rankopt._progress import progress_bar
 from rankopt.calibration import MAX_FEATURES, layer_inputs
+from rankopt.errors import CalibrationError
 from rankopt.inputs import run
 from rankopt.layers import Layer
 from rankopt.moments import Moments
@@ -102,10 +103,23 @@ def _moments(
                 wanted = _inputs(view, layers, batch, calls)
             with measure.preserve_rng():
                 found = _inputs(student, layers, batch, calls)
+            shapes = [[x.shape for _, x in calls_of] for calls_of in (wanted, found)]
+            if shapes[0] != shapes[1]:
+                raise CalibrationError(
+                    f"layer {layers[0].name}: asymmetric=True pairs its inputs with those after "
+                    "compression, but they differ in number, as where a model routes tokens by "
+                    "their values; leave it out"
+                )
             for (layer, x), (_, y) in zip(wanted, found, strict=True):
                 sums.add(*(layer_inputs(layer, part, seed=sums.count) for part in (y, x)))
+    if not sums.count:
+        return None
+    if not bool(sums.gram.isfinite().all() and sums.cross.isfinite().all()):
+        raise CalibrationError(
+            f"layer {layers[0].name}: its inputs on the calibration data are not finite"
+        )
     size = sums.gram.shape[-1]
-    eye = torch.eye(size, dtype=torch.float64).expand(len(sums.gram), -1, -1)
+    eye = torch.eye(size, dtype=torch.float64, device="cpu").expand(len(sums.gram), -1, -1)
     moments = Moments(sums.gram / sums.count, size // layers[0].group_shape[0], sums.count)
     return sums.solve(eye), moments
 

@@ -89,7 +89,12 @@ def fold(model: nn.Module, original: nn.Module) -> nn.Module:
             bias = getattr(layer, "bias", None)
             if bias is not None:
                 bias.copy_(chain[-1].bias)
-        _copy_kept(small, result, targets)
+        aliases = [
+            name
+            for name, layer in result.named_modules(remove_duplicate=False)
+            if any(layer is layers[target] for target in targets)
+        ]
+        _copy_kept(small, result, [*targets, *map(surgery.normalised, aliases)])
     return result.train(small.training)
 
 

@@ -65,6 +65,7 @@ def merge(
     return apply(model, plan, calibration=calibration, calibration_samples=None, progress=progress)
 
 
+@measure.outside_inference_mode
 def merge_plan(
     model: nn.Module,
     budget: str | Budget | None = None,

@@ -18,7 +18,7 @@ from rankopt.bottlenecks import Bottleneck
 from rankopt.budget import Budget
 from rankopt.channels import MergeBasis, prepare
 from rankopt.errors import BudgetInfeasible, CalibrationError
-from rankopt.inputs import digest, divergence, hold, main_output, run
+from rankopt.inputs import affordable, digest, divergence, hold, main_output, run
 from rankopt.plan import Factors
 from rankopt.probe import Probe
 
@@ -242,8 +242,8 @@ class Widths:
         """Damage per unit of energy lost, for each block: 1 without calibration inputs."""
         if self.held is None:
             return [1.0] * len(self.blocks)
-        probes = hold(self.view, self.held, max_samples=PROBE_SAMPLES)
         with measure.evaluation(self.view):
+            probes = affordable(self.view, self.held, PROBE_SAMPLES)
             outputs = [main_output(run(self.view, inputs)) for inputs in probes]
         halved = self.uniform(PROBE_RATIO)
         weights = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any, Final
 
 from torch import nn
@@ -16,7 +17,7 @@ from rankopt._verify import environment, verify
 from rankopt.budget import Budget
 from rankopt.decompositions.base import Decomposition
 from rankopt.errors import BudgetError, ModelError, NotYetSupported
-from rankopt.inputs import MAX_SAMPLES, digest, divergence, hold, main_output, run
+from rankopt.inputs import MAX_SAMPLES, affordable, digest, divergence, hold, main_output, run
 from rankopt.layers import Patterns
 from rankopt.plan import RankPlan
 from rankopt.probe import Probe
@@ -151,9 +152,13 @@ def _calibrate(problem: Problem, view: nn.Module, held: Sequence[Any]) -> None:
     )
     problem.calibration = digest(held)
     problem.inputs = held
-    probes = hold(view, held, max_samples=DIVERGENCE_SAMPLES)
-    with measure.evaluation(view):
-        outputs = [main_output(run(view, inputs)) for inputs in probes]
+
+    @cache
+    def compared() -> list[tuple[Any, Any]]:
+        """Inputs and what the dense model makes of them; strategies that never ask keep none."""
+        with measure.evaluation(view):
+            probes = affordable(view, held, DIVERGENCE_SAMPLES)
+            return [(inputs, main_output(run(view, inputs))) for inputs in probes]
 
     known: dict[str, float] = {}  # a corrected latency budget asks again
 
@@ -171,7 +176,7 @@ def _calibrate(problem: Problem, view: nn.Module, held: Sequence[Any]) -> None:
             if not option.keeps
         ]
         model = build_with_moments(view, decisions, problem.moments).eval()
-        pairs = zip(probes, outputs, strict=True)
-        return sum(divergence(before, run(model, x)) for x, before in pairs) / len(probes)
+        pairs = compared()
+        return sum(divergence(before, run(model, x)) for x, before in pairs) / len(pairs)
 
     problem.divergence = moved

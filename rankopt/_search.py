@@ -29,6 +29,7 @@ __all__ = ["DEFAULT_STRATEGY", "search"]
 DEFAULT_STRATEGY: Final = "knapsack"
 
 
+@measure.outside_inference_mode
 def search(
     model: nn.Module,
     budget: str | Budget | None,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from rankopt import measure, surgery
-from rankopt.inputs import divergence, run, shortened
+from rankopt.inputs import affordable, divergence, run
 from rankopt.norms import has_norms, norm_statistics, recalibrate
 
 __all__ = ["NormSettler", "settle_norms"]
@@ -31,8 +31,12 @@ class NormSettler:
     """
 
     def __init__(self, teacher: nn.Module, held: Sequence[Any]) -> None:
-        self._held, self._compared = held, shortened(held, COMPARED_SAMPLES)
+        self._held = held
         self._dense = surgery.clone(teacher).eval()  # a forward may write into its parameters
+
+    @cached_property
+    def _compared(self) -> list[Any]:
+        return affordable(self._dense, self._held, COMPARED_SAMPLES)
 
     @cached_property
     def _outputs(self) -> list[Any]:

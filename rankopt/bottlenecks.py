@@ -7,8 +7,8 @@ that can be are. Only the graph is read: what is put in place later are modules.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 from rankopt import measure, surgery
 from rankopt.layers import Layer, find_layers
 
-__all__ = ["Activation", "Bottleneck", "find_bottlenecks"]
+__all__ = ["Activation", "Bottleneck", "every_bottleneck", "find_bottlenecks"]
 
 _CONVS: Final = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _NORMS: Final = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
@@ -110,13 +110,19 @@ def find_bottlenecks(model: nn.Module) -> list[Bottleneck]:
         model: Not changed; it may lie on the meta device.
 
     Returns:
-        In the order of execution; each with the reason if it cannot be merged.
+        In the order of execution; each with the reason if it cannot be merged. Of those that
+            share a convolution only the first can.
 
     Example:
         >>> convs = [nn.Conv2d(16, 8, 1), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 16, 1)]
         >>> [found.targets for found in find_bottlenecks(nn.Sequential(*convs))]
         [('0', '1', '2')]
     """
+    return _apart(every_bottleneck(model))
+
+
+def every_bottleneck(model: nn.Module) -> list[Bottleneck]:
+    """As `find_bottlenecks`, each by itself: several that can be merged may share convolutions."""
     plain = surgery.unwrap(surgery.clone(model, share=[*model.parameters(), *model.buffers()]))
     for parent in list(plain.modules()):
         for name, child in list(parent._modules.items()):
@@ -128,6 +134,20 @@ def find_bottlenecks(model: nn.Module) -> list[Bottleneck]:
         for prefix, graph in _graphs(plain, ""):
             found += _Reader(plain, prefix, graph, layers).bottlenecks()
     return found
+
+
+def _apart(found: Sequence[Bottleneck]) -> list[Bottleneck]:
+    """Of free blocks that share a convolution, only the first stays free."""
+    made, taken = list[Bottleneck](), dict[str, str]()
+    for block in found:
+        shared = next((name for name in block.targets if name in taken), None)
+        if block.refusal is None and shared is not None:
+            reason = f"shares {shared} with the bottleneck at {taken[shared]}"
+            block = replace(block, refusal=reason)
+        elif block.refusal is None:
+            taken |= dict.fromkeys(block.targets, block.name)
+        made.append(block)
+    return made
 
 
 def _graphs(module: nn.Module, prefix: str) -> Iterator[tuple[str, fx.Graph]]:

@@ -153,7 +153,7 @@ def _collected(
             handle.remove()
     found = {}
     for layer in layers:
-        if layer.name not in counts:
+        if not counts.get(layer.name):  # never called, or with nothing: an idle expert
             continue
         add(layer.name, 1)
         second = sums.pop(layer.name).div_(counts[layer.name])
@@ -223,7 +223,9 @@ def patches(layer: Layer, x: Tensor, *, most: int | None = None, seed: int = 0) 
     sides = x.shape[2 : dims + 2]
     if most is not None and most < math.prod(sides):
         # On the CPU: the draw is the same on every device.
-        order = torch.randperm(math.prod(sides), generator=torch.Generator().manual_seed(seed))
+        order = torch.randperm(
+            math.prod(sides), generator=torch.Generator().manual_seed(seed), device="cpu"
+        )
         drawn = torch.unravel_index(order[:most].sort().values.to(x.device), sides)
         chosen: Any = (slice(None), slice(None), *drawn)
         x = x[chosen]

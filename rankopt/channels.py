@@ -107,8 +107,8 @@ def _order(second: Tensor, demand: Tensor, groups: int, *, mixed: bool) -> Side:
     floor = DAMPING * diagonal.mean().clamp_min(1e-300)
     gains = ((left @ demand) * left).sum(dim=2)  # diagonal of R M R
     energy = [float((left * demand).sum())]
-    free = torch.ones(parts, size, dtype=torch.bool)
-    every = torch.arange(parts)
+    free = torch.ones(parts, size, dtype=torch.bool, device=second.device)
+    every = torch.arange(parts, device=second.device)
     order: list[int] = []
     turns = groups if mixed else 1
     for step in range(size):
@@ -116,7 +116,7 @@ def _order(second: Tensor, demand: Tensor, groups: int, *, mixed: bool) -> Side:
         allowed = free
         if turns > 1:  # channels of the group whose turn it is
             width = size // turns
-            allowed = free & (torch.arange(size) // width == step % turns)
+            allowed = free & (torch.arange(size, device=second.device) // width == step % turns)
         chosen = scores.masked_fill(~allowed, -torch.inf).argmax(dim=1)
         free[every, chosen] = False
         order += (chosen + size * every).tolist()
@@ -196,7 +196,7 @@ def drawn_moments(modules: Modules, bottleneck: Bottleneck) -> tuple[Tensor, Ten
     names = bottleneck.targets
     first = double_weight(modules[names[0]])[0].flatten(1)
     second, mean, spread = _passed(
-        modules, bottleneck, 0, first @ first.mT, torch.zeros(len(first)).double()
+        modules, bottleneck, 0, first @ first.mT, torch.zeros(len(first), device="cpu").double()
     )
     kernel = double_weight(modules[names[1]]).flatten(3)
     groups = len(kernel)
@@ -227,7 +227,8 @@ def _passed(
         mean = 0 * ones if norm.bias is None else norm.bias.detach().cpu().double()
     root = damped_root(correlation.unsqueeze(0))[0].float()
     generator = torch.Generator().manual_seed(0)
-    noise = torch.randn(max(DRAWN, 4 * len(mean)), len(mean), generator=generator)
+    size = (max(DRAWN, 4 * len(mean)), len(mean))
+    noise = torch.randn(size, generator=generator, device="cpu")
     values = mean.float() + deviation.float() * (noise @ root.mT)
     activation = bottleneck.activations[side]
     if activation is not None:

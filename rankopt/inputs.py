@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Final
 
 import torch
@@ -15,6 +15,7 @@ from rankopt.errors import CalibrationError
 
 __all__ = [
     "MAX_SAMPLES",
+    "affordable",
     "batches",
     "class_dim",
     "digest",
@@ -29,6 +30,9 @@ __all__ = [
 
 # Samples read from an iterable that does not end by itself.
 MAX_SAMPLES: Final = 4096
+# What outputs that are kept for comparison may take, and how many are kept in any case.
+OUTPUT_BYTES: Final = 256 * 2**20
+LEAST_SAMPLES: Final = 4
 
 
 def batches(
@@ -150,6 +154,20 @@ def shortened(held: Iterable[Any], samples: int) -> list[Any]:
             kept.append(_first(inputs, size))
         samples -= size
     return kept
+
+
+def affordable(model: nn.Module, held: Sequence[Any], samples: int) -> list[Any]:
+    """The first samples of held batches, fewer where their outputs would take much memory.
+
+    Args:
+        model: In eval mode; run once, on a single sample.
+        held: See `hold`.
+        samples: At most; outputs of a language model's vocabulary allow far fewer.
+    """
+    with torch.no_grad(), measure.preserve_rng():
+        output = run(model, shortened(held, 1)[0])
+    size = sum(tensor.numel() * tensor.element_size() for tensor in tensors_in(output))
+    return shortened(held, min(samples, max(LEAST_SAMPLES, OUTPUT_BYTES // max(size, 1))))
 
 
 def hold(model: nn.Module, data: Any, *, max_samples: int | None = MAX_SAMPLES) -> list[Any]:

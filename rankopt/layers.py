@@ -322,6 +322,8 @@ def _refusal(layer: Layer, module: nn.Module, weight: Tensor) -> str | None:
         return "depthwise: each group has one input channel"
     if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks:
         return "hooks are attached to it"
+    if "forward" in vars(module):
+        return "its forward is patched"
     return None
 
 

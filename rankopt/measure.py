@@ -6,7 +6,8 @@ import hashlib
 import random
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from typing import Any
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 import torch
@@ -24,11 +25,15 @@ __all__ = [
     "current_device",
     "evaluation",
     "no_autocast",
+    "outside_inference_mode",
     "preserve_rng",
     "structure_digest",
     "tensor_digest",
     "weights_digest",
 ]
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 def count_params(model: nn.Module) -> int:
@@ -75,7 +80,9 @@ def call(model: Callable[..., Any], example_inputs: Any) -> Any:
 def to_device(inputs: Any, device: torch.device) -> Any:
     """`inputs` with every tensor on `device`."""
     if isinstance(inputs, Tensor):
-        return inputs.to(device)
+        moved = inputs.to(device)
+        # What was made in inference mode cannot take part in a training step.
+        return moved.clone() if moved.is_inference() else moved
     if isinstance(inputs, Mapping):
         return {key: to_device(value, device) for key, value in inputs.items()}
     if isinstance(inputs, (tuple, list)):
@@ -113,6 +120,17 @@ def current_device(device: torch.device | str) -> AbstractContextManager[Any]:
     """Make a CUDA device the current one: streams, events and graphs are of that."""
     chosen = torch.device(device)
     return torch.cuda.device(chosen) if chosen.type == "cuda" else nullcontext()
+
+
+def outside_inference_mode(function: Callable[P, R]) -> Callable[P, R]:
+    """Call `function` with `torch.inference_mode` off: what it makes is to be trained."""
+
+    @wraps(function)
+    def called(*args: P.args, **kwargs: P.kwargs) -> R:
+        with torch.inference_mode(False):
+            return function(*args, **kwargs)
+
+    return called
 
 
 @contextmanager

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from rankopt import surgery
-from rankopt.bottlenecks import Bottleneck, find_bottlenecks
+from rankopt.bottlenecks import Bottleneck, every_bottleneck
 from rankopt.channels import Modules
 from rankopt.errors import LayerError, PlanError
 from rankopt.plan import MERGE, Decision
@@ -64,7 +64,7 @@ def planned(view: nn.Module, decisions: Iterable[Decision]) -> list[Merge]:
     wanted = [decision for decision in decisions if decision.method == MERGE]
     if not wanted:
         return []
-    known: dict[tuple[str, ...], Bottleneck] = {b.targets: b for b in find_bottlenecks(view)}
+    known: dict[tuple[str, ...], Bottleneck] = {b.targets: b for b in every_bottleneck(view)}
     merges = []
     for decision in wanted:
         found = known.get(decision.targets)
@@ -190,7 +190,7 @@ def of_groups(weight: Tensor, before: Tensor, after: Tensor, bottleneck: Bottlen
     groups = bottleneck.groups
     blocks = weight.unflatten(0, (groups, -1))
     inputs, outputs = (width // groups for width in bottleneck.widths)
-    group = torch.arange(groups)[:, None]
+    group = torch.arange(groups, device=before.device)[:, None]
     columns = before.reshape(groups, -1) - inputs * group
     rows = after.reshape(groups, -1) - outputs * group
     sliced: Tensor = blocks[group[:, :, None], rows[:, :, None], columns[:, None, :]]
@@ -240,7 +240,10 @@ def build(modules: Modules, merge: Merge) -> dict[str, nn.Module]:
     groups = merge.bottleneck.groups
     first, second = (
         torch.cat(
-            [torch.arange(rank // groups) + group * (width // groups) for group in range(groups)]
+            [
+                torch.arange(rank // groups, device="cpu") + group * (width // groups)
+                for group in range(groups)
+            ]
         )
         for rank, width in zip(merge.ranks, merge.bottleneck.widths, strict=True)
     )

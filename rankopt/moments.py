@@ -11,6 +11,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
+from rankopt.errors import CalibrationError
 from rankopt.measure import tensor_digest
 
 __all__ = ["DAMPING", "Moments", "damped_root", "pool"]
@@ -201,6 +202,8 @@ def damped_root(second: Tensor) -> Tensor:
             lower: Tensor = root
             return lower
         damping *= 10
+        if damping > 1:
+            raise CalibrationError("second moments of a layer's inputs are not finite")
 
 
 def _scale(diagonal: Tensor) -> Tensor:

@@ -42,7 +42,7 @@ class Sums:
         size = gram.shape[-1]
         mean = gram.diagonal(dim1=-2, dim2=-1).mean(dim=-1).clamp_min(1e-30)[:, None, None]
         ridge = RIDGE * (1 + size / self.count * 10) * mean
-        eye = torch.eye(size, dtype=gram.dtype)
+        eye = torch.eye(size, dtype=gram.dtype, device=gram.device)
         solved: Tensor = torch.linalg.solve(gram + ridge * eye, (cross + ridge * prior).mT).mT
         return solved
 

@@ -37,6 +37,7 @@ LAST_ENTROPY: Final = 0.02
 STIFFNESS: Final = 4.0
 
 
+@measure.outside_inference_mode
 def soften(
     model: nn.Module,
     budget: str | Budget,

@@ -229,6 +229,14 @@ def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _unpack_attention(module: nn.Module, split: bool) -> nn.Module:
     assert isinstance(module, nn.MultiheadAttention)
+    owners = (module, module.out_proj)
+    named = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight", "in_proj_bias",
+             "weight", "bias")  # fmt: skip
+    values = (getattr(owner, name, None) for owner in owners for name in named)
+    if any(value is not None and type(value) is not nn.Parameter for value in values):
+        return module  # pruned or reparametrised: what it computes is not in its parameters
+    if "forward" in vars(module):
+        return module
     unpacked = UnpackedAttention(module, split=split)
     for name, value in vars(module).items():
         if "_hooks" in name:

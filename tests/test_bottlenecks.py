@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import rankopt
 from rankopt.bottlenecks import find_bottlenecks
 from rankopt.vision import import_torchvision
 
@@ -135,3 +136,17 @@ def test_torchvision(name, count, free):
     found = find_bottlenecks(import_torchvision().models.get_model(name, weights=None))
     assert count is None or len(found) == count
     assert sum(block.refusal is None for block in found) == free
+
+
+def test_blocks_that_share_a_convolution():
+    """1x1, 3x3, 1x1, 3x3, 1x1, as in detectors' necks: the first of the two can be merged."""
+    sizes = [(32, 16, 1), (16, 32, 3), (32, 16, 1), (16, 32, 3), (32, 16, 1)]
+    convs = [nn.Conv2d(a, b, k, padding=k // 2) for a, b, k in sizes]
+    model = nn.Sequential(*convs)
+    first, second = find_bottlenecks(model)
+    assert first.refusal is None
+    assert second.refusal == "shares 2 with the bottleneck at 1"
+    plan = rankopt.merge_plan(model, ratio=0.5)
+    assert [d.targets for d in plan.changes] == [("0", "1", "2")]
+    x = torch.randn(1, 32, 8, 8)
+    assert rankopt.apply(model, plan)(x).shape == model(x).shape

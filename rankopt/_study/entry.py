@@ -49,6 +49,7 @@ from rankopt.strategy import LATENCY, Problem, Strategy
 __all__ = ["open_study", "study"]
 
 
+@measure.outside_inference_mode
 def study(
     model: nn.Module,
     budget: str | Budget | None = None,

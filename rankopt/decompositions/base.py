@@ -24,6 +24,8 @@ IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float64]
 # Up to this many channels float64 costs next to nothing.
 FLOAT64_SIZE: Final = 128
+# Squares of smaller weights, and of larger ones than its inverse, leave float32.
+SMALL: Final = 1e-15
 _CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 
 
@@ -260,9 +262,16 @@ def working_copy(weight: Tensor) -> Tensor:
     projected weight and summed in float64, so stated errors hold either way.
     """
     if weight.dtype == torch.float64 or max(weight.shape[1:3]) <= FLOAT64_SIZE:
-        # Apple's GPUs have no float64.
-        return (weight.cpu() if weight.device.type == "mps" else weight).to(torch.float64)
+        return _doubled(weight)
+    largest = float(weight.abs().max())
+    if largest and not SMALL <= largest <= 1 / SMALL:  # squares would leave float32's range
+        return _doubled(weight)
     return weight.to(torch.float32)
+
+
+def _doubled(weight: Tensor) -> Tensor:
+    # Apple's GPUs have no float64.
+    return (weight.cpu() if weight.device.type == "mps" else weight).to(torch.float64)
 
 
 def energy(tensor: Tensor, dim: Sequence[int]) -> FloatArray:
