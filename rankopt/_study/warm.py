@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final
 
+from rankopt._study.reading import counts
 from rankopt._study.records import options_in, rows_of
 from rankopt._study.space import Space
 from rankopt.budget import Budget
@@ -65,15 +66,13 @@ def queue_warm_starts(
 
 
 def queue_dense(study: optuna.Study, problem: Problem, space: Space) -> None:
-    """Queue the dense model, which budgets on the metric are about, if it has no result to come.
+    """Queue the dense model, which budgets on the metric are about, if it is not there.
 
-    It is queued again where an evaluation that failed left it without one.
+    It is queued again where an evaluation that failed left it without a result. Trials that
+    workers lost are not looked at: who finds one queues it again.
     """
-    alive = ("COMPLETE", "RUNNING", "WAITING")
-    if not any(
-        trial.user_attrs.get("warm") == DENSE and trial.state.name in alive
-        for trial in study.get_trials(deepcopy=False)
-    ):
+    there = [t for t in study.get_trials(deepcopy=False) if t.user_attrs.get("warm") == DENSE]
+    if all(trial.state.name == "FAIL" and counts(trial) for trial in there):
         _queue(study, space, DENSE, [problem.keep(site, "dense") for site in problem.sites])
 
 
