@@ -140,7 +140,11 @@ class Bench:
         self.held = list(_last(seen[0][:CALIBRATION]).split(BATCH))
         # drop_last: BatchNorm wants whole batches.
         self.loader: Any = torch.utils.data.DataLoader(
-            Images(*seen), batch_size=BATCH, shuffle=True, drop_last=True, collate_fn=_as_it_is
+            Images(*seen),
+            batch_size=arguments.batch,
+            shuffle=True,
+            drop_last=True,
+            collate_fn=_as_it_is,
         )
 
     def cached_data(self) -> tuple[Data, Data]:
@@ -326,6 +330,7 @@ def main() -> None:
     parser.add_argument("--methods", default="", help="decompositions, comma-separated")
     parser.add_argument("--recover", type=float, default=60.0, help="seconds; 0 for none")
     parser.add_argument("--epochs", type=int, default=15)
+    parser.add_argument("--batch", type=int, default=BATCH, help="images per training step")
     parser.add_argument("--final-epochs", type=int, default=1, help="everything trains in them")
     parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--optimizer", choices=("adamw", "sgd"), default="adamw")

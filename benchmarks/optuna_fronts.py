@@ -185,8 +185,10 @@ def _run(
         return
     if sampler is not None:
         _copy_warm(kept, space, label)
-    more = {"sampler": sampler, "seed": seed} if sampler else {"seed": seed}
-    with case.study(kept.storage, label, space=space, **more) as study:
+    more: dict[str, Any] = {"sampler": sampler, "seed": seed} if sampler else {"seed": seed}
+    kind, _, choice = space.partition("+")
+    more["fisher"] = "search" if choice == "fisher" else False
+    with case.study(kept.storage, label, space=kind, **more) as study:
         done = study.status()["counted"]
         wanted = trials if sampler else len(study.optuna.trials)
         started = time.perf_counter()

@@ -213,7 +213,9 @@ def main() -> None:
     parser.add_argument("--trials", type=int, default=60)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--samplers", default="tpe,local,random")
-    parser.add_argument("--spaces", default="warp", help="of warp, tilt, stage, layer")
+    parser.add_argument(
+        "--spaces", default="warp", help="of warp, tilt, stage, layer, or warp+fisher"
+    )
     parser.add_argument("--warm-starts", default=",".join(WARM_STARTS))
     parser.add_argument("--metric", choices=METRICS, default="accuracy", help="searched by")
     parser.add_argument("--search-images", type=int, default=2000)

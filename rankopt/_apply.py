@@ -16,6 +16,7 @@ from rankopt._memory import give_back
 from rankopt._settle import settle_norms
 from rankopt.calibration import collect
 from rankopt.errors import NotYetSupported, PlanError, RankoptWarning
+from rankopt.fisher import output_roots
 from rankopt.inputs import MAX_SAMPLES, digest, hold, run
 from rankopt.layers import (
     Layer,
@@ -158,7 +159,7 @@ def _computed_chains(
             run(watched, held[0])
         surgery.share_unchanged(watched, view)
         moments = _moments_for(watched, plan, held, progress)
-    ordered = [step for step in steps if step.decision.factors.kind == "asymmetric"]
+    ordered = [step for step in steps if step.decision.factors.asymmetric]
     others = [step for step in steps if step not in ordered]
     if not ordered and not merges:
         watched = view  # the clone is not run again: let go of it
@@ -167,7 +168,9 @@ def _computed_chains(
         assert held is not None
         student = _swap(surgery.clone(watched, share=watched.parameters()), chains)
         with torch.no_grad():
-            chains |= fitted_in_order(watched, student, ordered, held, progress=progress)
+            weighing = [step.layers for step in ordered if step.decision.factors.fisher]
+            roots = output_roots(watched, weighing, held, progress=progress)
+            chains |= fitted_in_order(watched, student, ordered, held, roots, progress=progress)
     with torch.no_grad():
         chains.update(merge_fit.fit(watched, merges, held, progress=progress))
     return view, chains, merges
@@ -293,13 +296,18 @@ def _moments_for(
             stacklevel=4,
         )
     layers = {name: layer for layer in find_layers(view) for name in layer.names}
-    aware = [d for d in aware if d.method != MERGE and d.factors.kind != "asymmetric"]
+    aware = [d for d in aware if d.method != MERGE and not d.factors.asymmetric]
     groups = [[layers[name] for name in d.targets if name in layers] for d in aware]
-    return collect_for(view, groups, held, progress=progress)
+    weighing = [group for d, group in zip(aware, groups, strict=True) if d.factors.fisher]
+    return weigh(view, collect_for(view, groups, held, progress=progress), weighing, held, progress)
 
 
 def collect_for(
-    view: nn.Module, groups: Sequence[Sequence[Layer]], held: Any, *, progress: bool | None = None
+    view: nn.Module,
+    groups: Sequence[Sequence[Layer]],
+    held: Any,
+    *,
+    progress: bool | None = None,
 ) -> dict[str, Moments]:
     """Moments for sites, under the name of each site's first layer, pooled over the site."""
     layers = [layer for group in groups for layer in group]
@@ -310,6 +318,21 @@ def collect_for(
         if parts:
             pooled[group[0].name] = pool(parts)
     return pooled
+
+
+def weigh(
+    view: nn.Module,
+    moments: Mapping[str, Moments],
+    groups: Sequence[Sequence[Layer]],
+    held: Sequence[Any],
+    progress: bool | None = None,
+) -> dict[str, Moments]:
+    """The moments of all sites, those of `groups` with their outputs weighed."""
+    roots = output_roots(view, groups, held, progress=progress)
+    return {
+        name: known.weighing(roots[name]) if name in roots else known
+        for name, known in moments.items()
+    }
 
 
 def build_with_moments(

@@ -17,6 +17,7 @@ from rankopt import measure, surgery
 from rankopt._chains import Step, chains_for
 from rankopt._progress import progress_bar
 from rankopt.calibration import MAX_FEATURES, layer_inputs
+from rankopt.decompositions.cache import BasisCache
 from rankopt.errors import CalibrationError
 from rankopt.inputs import run
 from rankopt.layers import Layer
@@ -35,6 +36,7 @@ def fitted_in_order(
     student: nn.Module,
     steps: Sequence[Step],
     held: Sequence[Any],
+    roots: Mapping[str, Tensor],
     *,
     progress: bool | None = None,
 ) -> dict[str, nn.Module]:
@@ -49,6 +51,7 @@ def fitted_in_order(
         student: A clone of it whose other decompositions are in place; changed.
         steps: What to fit.
         held: Calibration batches.
+        roots: How sites weigh their outputs, see `rankopt.fisher.output_roots`.
         progress: Whether to show a progress bar.
     """
     chains: dict[str, nn.Module] = {}
@@ -59,6 +62,9 @@ def fitted_in_order(
         for step in ordered:
             calls = sum(called.count(layer.name) for layer in step.layers)
             found = _moments(view, student, step.layers, held, calls) if calls else None
+            root = roots.get(step.layers[0].name)
+            if found is not None and root is not None:
+                found = found[0], found[1].weighing(root)
             made = chains_for(step, _asymmetric(found))
             modules = dict(surgery.named_modules(student))
             student = surgery.replace(
@@ -156,12 +162,13 @@ def _asymmetric(found: tuple[Tensor, Moments] | None) -> Any:
         if found is None:
             return step.method.prepare(weight).factors(step.decision.ranks)
         mapping, moments = found
+        once = BasisCache(max_bytes=0)  # no other model has this weight
         dense, mapping = weight.double(), mapping.to(weight.device)
         if moments.pixels == math.prod(weight.shape[3:]):
             wanted = dense.flatten(2) @ mapping
         else:  # of a large kernel only channels are known: every pixel gets the same map
             wanted = torch.einsum("gsck,gcd->gsdk", dense.flatten(3), mapping)
         effective = wanted.reshape(weight.shape).to(weight.dtype)
-        return step.method.prepare(effective, moments).factors(step.decision.ranks)
+        return once.get(step.method, effective, moments).factors(step.decision.ranks)
 
     return fill

@@ -10,7 +10,7 @@ from typing import Any, Final
 from torch import nn
 
 from rankopt import measure, surgery
-from rankopt._apply import build_with_moments, collect_for
+from rankopt._apply import build_with_moments, collect_for, weigh
 from rankopt._describe import describe, problem_of, selected
 from rankopt._trial import TrialModel
 from rankopt._verify import environment, verify
@@ -19,7 +19,8 @@ from rankopt.decompositions.base import Decomposition
 from rankopt.errors import BudgetError, ModelError, NotYetSupported
 from rankopt.inputs import MAX_SAMPLES, affordable, digest, divergence, hold, main_output, run
 from rankopt.layers import Patterns
-from rankopt.plan import RankPlan
+from rankopt.moments import Moments
+from rankopt.plan import Decision, RankPlan
 from rankopt.probe import Probe
 from rankopt.strategy import Option, Problem, Strategy, decide
 
@@ -147,9 +148,9 @@ def check_request(
 
 def _calibrate(problem: Problem, view: nn.Module, held: Sequence[Any]) -> None:
     """Collect what the strategy and the factors need from calibration inputs."""
-    problem.moments = collect_for(
-        view, [site.layers for site in problem.sites], held, progress=problem.progress
-    )
+    groups = [site.layers for site in problem.sites]
+    problem.moments = collect_for(view, groups, held, progress=problem.progress)
+    problem.weigh = cache(lambda: weigh(view, problem.moments, groups, held, problem.progress))
     problem.calibration = digest(held)
     problem.inputs = held
 
@@ -160,13 +161,22 @@ def _calibrate(problem: Problem, view: nn.Module, held: Sequence[Any]) -> None:
             probes = affordable(view, held, DIVERGENCE_SAMPLES)
             return [(inputs, main_output(run(view, inputs))) for inputs in probes]
 
-    known: dict[str, float] = {}  # a corrected latency budget asks again
+    found: dict[str, float] = {}  # a corrected latency budget asks again
 
     def moved(options: Mapping[int, Option]) -> float:
-        key = repr([(i, o.method, dict(o.args)) for i, o in sorted(options.items())])
-        if key not in known:
-            known[key] = compute(options)
-        return known[key]
+        every = sorted(options.items())
+        key = repr([(i, o.method, dict(o.args), o.factors.fisher) for i, o in every])
+        if key not in found:
+            found[key] = compute(options)
+        return found[key]
+
+    def known(decisions: Sequence[Decision]) -> dict[str, Moments]:
+        """What factors are made with, by the name of a site's first layer."""
+        sites = {site.name: site for site in problem.sites}
+        pairs = {
+            d.targets[0]: problem.known(sites[d.targets[0]], d.factors.fisher) for d in decisions
+        }
+        return {name: moments for name, moments in pairs.items() if moments is not None}
 
     def compute(options: Mapping[int, Option]) -> float:
         problem.check_deadline()
@@ -175,7 +185,7 @@ def _calibrate(problem: Problem, view: nn.Module, held: Sequence[Any]) -> None:
             for index, option in options.items()
             if not option.keeps
         ]
-        model = build_with_moments(view, decisions, problem.moments).eval()
+        model = build_with_moments(view, decisions, known(decisions)).eval()
         pairs = compared()
         return sum(divergence(before, run(model, x)) for x, before in pairs) / len(pairs)
 

@@ -19,7 +19,7 @@ from rankopt.decompositions.base import Decomposition
 from rankopt.errors import ModelError, PlanError
 from rankopt.inputs import MAX_SAMPLES
 from rankopt.layers import Patterns
-from rankopt.plan import MERGE, Factors, RankPlan
+from rankopt.plan import FISHER, MERGE, Factors, RankPlan
 from rankopt.profile_table import ProfileTable
 from rankopt.registry import strategies
 from rankopt.strategy import Problem, Strategy
@@ -39,6 +39,7 @@ def search(
     calibration: Any = None,
     calibration_samples: int | None = MAX_SAMPLES,
     asymmetric: bool = False,
+    fisher: bool = False,
     evaluate: Any = None,
     methods: Sequence[str | Decomposition] | None = None,
     only: Patterns = (),
@@ -73,6 +74,9 @@ def search(
             already, pass on, rather than to the inputs of the dense model
             (arXiv 1505.06798, section 3.4). Needs calibration; takes two partial runs of
             the calibration inputs per layer.
+        fisher: Whether errors and factors weigh the outputs of a layer by what they do to
+            those of the model, the Fisher information (arXiv 2505.17974). Needs
+            calibration and a model that can be differentiated in eval mode.
         evaluate: The task's metric, ``evaluate(model) -> float``: for strategies that
             measure it (`optuna`) and for budgets on ``metric_drop``. It runs in eval mode
             under saved random generators and must not change the model.
@@ -120,6 +124,8 @@ def search(
         raise ValueError(f"rounding={rounding!r}: expected 'down', 'nearest' or 'up'")
     if asymmetric and calibration is None:
         raise ModelError("asymmetric=True needs calibration=: inputs to fit the layers on")
+    if fisher and calibration is None:
+        raise ModelError("fisher=True needs calibration=: inputs to take gradients on")
     deadline = None if timeout is None else time.monotonic() + timeout
     chosen = strategies.create(strategy)
     allowed = check_request(Budget.parse(budget), chosen, example_inputs, calibration, evaluate)
@@ -138,6 +144,7 @@ def search(
         problem = opened.problem
         problem.seed, problem.deadline, problem.progress = seed, deadline, progress
         problem.round_to, problem.rounding = round_to, rounding
+        problem.fisher = fisher
         clock: ModelClock | None = None
         if bounds_latency(allowed) or "latency" in chosen.tags.needs:
             assert opened.seen is not None
@@ -177,9 +184,13 @@ def _asymmetric(plan: RankPlan) -> RankPlan:
     return replace(
         plan,
         decisions=tuple(
-            replace(decision, factors=Factors("asymmetric", decision.factors.digest))
+            replace(decision, factors=_in_order(decision.factors))
             if decision.factors.kind.startswith("whitened") and decision.method != MERGE
             else decision
             for decision in plan
         ),
     )
+
+
+def _in_order(factors: Factors) -> Factors:
+    return replace(factors, kind="asymmetric" + FISHER * factors.fisher)

@@ -6,6 +6,7 @@ import json
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, Final
 
 import torch
@@ -14,8 +15,9 @@ from torch import Tensor, nn
 from rankopt import measure, surgery
 from rankopt._chains import chains_of
 from rankopt._settle import NormSettler
+from rankopt.decompositions.base import Decomposition
 from rankopt.errors import EvaluationError
-from rankopt.plan import KEEP, Decision
+from rankopt.plan import FISHER, KEEP, Decision
 from rankopt.strategy import Problem, Site
 
 __all__ = ["Evaluate", "TrialModel"]
@@ -110,7 +112,7 @@ class TrialModel:
             decision,
             site.layers,
             [self._modules[layer.name] for layer in site.layers],
-            lambda method, ranks: self._problem.basis(site, method).factors(ranks),
+            partial(self._factors, site, decision.factors.fisher),
         )
         self._chains[place] = made
         self._bytes += _size(made)
@@ -120,6 +122,11 @@ class TrialModel:
                 break
             self._bytes -= _size(self._chains.pop(old))
         return made
+
+    def _factors(
+        self, site: Site, fisher: bool, method: Decomposition, ranks: Sequence[int]
+    ) -> dict[str, Tensor]:
+        return self._problem.basis(site, method, fisher=fisher).factors(ranks)
 
     def metric(self, decisions: Iterable[Decision]) -> float:
         """The metric of the candidate, the weighted mean over its batches; see `values`."""
@@ -181,7 +188,8 @@ def mean(values: Sequence[tuple[float, float]]) -> float:
 
 
 def _key(decision: Decision) -> str:
-    return f"{decision.method}{json.dumps(dict(decision.args), sort_keys=True)}"
+    args = json.dumps(dict(decision.args), sort_keys=True)
+    return f"{decision.method}{args}{FISHER * decision.factors.fisher}"
 
 
 def _size(chains: Mapping[str, nn.Module]) -> int:

@@ -24,6 +24,7 @@ from rankopt.moments import Moments
 __all__ = [
     "channel_rows",
     "collect",
+    "in_passes",
     "layer_inputs",
     "patches",
     "split_batch",
@@ -71,8 +72,7 @@ def collect(
             that are not finite.
     """
     layers = [layer for layer in layers if layer.group_shape[0] <= MAX_FEATURES]
-    size = SUM_SHARE * measure.count_memory(model)
-    passes = _passes(layers, max(LEAST_SUM_BYTES, min(MOST_SUM_BYTES, size)))
+    passes = in_passes(layers, measure.count_memory(model), features)
     if len(passes) > 1:
         data = hold(model, data, max_samples=max_samples)
     found: dict[str, Moments] = {}
@@ -83,12 +83,21 @@ def collect(
     return found
 
 
-def _passes(layers: Sequence[Layer], most: float) -> list[list[Layer]]:
-    """Layers whose sums and rows fit into so many bytes, in order; at least one at a time."""
+def in_passes(
+    layers: Sequence[Layer], memory: float, width: Callable[[Layer], int]
+) -> list[list[Layer]]:
+    """Layers whose sums and rows are held at a time, in order; at least one.
+
+    Args:
+        layers: All of them.
+        memory: The model's, in bytes: `SUM_SHARE` of it is used, within limits.
+        width: Columns of a layer's rows.
+    """
+    most = max(LEAST_SUM_BYTES, min(MOST_SUM_BYTES, SUM_SHARE * memory))
     parts: list[list[Layer]] = [[]]
     room = most
     for layer in layers:
-        columns = features(layer)
+        columns = width(layer)
         size = 8 * layer.groups * columns * (columns + ROWS // 2)
         if parts[-1] and size > room:
             parts.append([])

@@ -24,6 +24,7 @@ __all__ = [
     "hold",
     "main_output",
     "run",
+    "scores_classes",
     "shortened",
     "tensors_in",
 ]
@@ -208,12 +209,18 @@ def divergence_loss(before: Any, after: Any, *, temperature: float = 1.0) -> Ten
     if old.shape != new.shape:
         raise CalibrationError(f"outputs changed from {list(old.shape)} to {list(new.shape)}")
     old, new = old.double(), new.double()
-    named = isinstance(before, Mapping) and "logits" in before
-    if (named or old.dim() == 2) and old.shape[class_dim(old)] > 1:
+    if scores_classes(before):
         dim = class_dim(old)
         p, q = (logits.div(temperature).log_softmax(dim=dim) for logits in (old, new))
         return temperature**2 * (p.exp() * (p - q)).sum(dim=dim).mean()
     return (old - new).square().sum() / old.square().sum().clamp_min(1e-300)
+
+
+def scores_classes(output: Any) -> bool:
+    """Whether an output is taken for class scores: logits by name, or two-dimensional."""
+    scores = _compared(output)
+    named = isinstance(output, Mapping) and "logits" in output
+    return (named or scores.dim() == 2) and scores.shape[class_dim(scores)] > 1
 
 
 def class_dim(logits: Tensor) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import tempfile
 import threading
 import weakref
@@ -47,6 +48,28 @@ class Moments:
         if second.numel() * second.element_size() > SPILL_BYTES:
             self._derived["key"] = tensor_digest(second)
         self._stored = self._file.keep(second)
+        self._output_root: Tensor | Spilled | None = None
+
+    def weighing(self, root: Tensor) -> Moments:
+        """The same moments, with the directions of the outputs weighed: see `output_root`."""
+        other = copy.copy(self)
+        other._derived = {**self._derived, "key": self.key + tensor_digest(root)}
+        other._output_root = self._file.keep(root)
+        return other
+
+    @property
+    def weighs(self) -> bool:
+        """Whether the directions of the outputs are weighed."""
+        return self._output_root is not None
+
+    @property
+    def output_root(self) -> Tensor | None:
+        """R [groups, out/groups, out/groups], upper triangular: errors count as ‖R ΔW S‖.
+
+        None where all outputs count alike; otherwise see `rankopt.fisher`.
+        """
+        root = self._output_root
+        return root.read() if isinstance(root, Spilled) else root
 
     @property
     def second(self) -> Tensor:

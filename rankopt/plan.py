@@ -24,7 +24,9 @@ SCHEMA: Final = "rankopt.plan/1"
 KEEP: Final = "keep"
 # Three convolutions become three narrower ones; see `rankopt.merge`.
 MERGE: Final = "merge"
-FACTOR_KINDS: Final = ("weights", "whitened", "whitened+output", "asymmetric", "learned")
+FISHER: Final = "+fisher"
+_AWARE: Final = ("whitened", "whitened+output", "asymmetric")
+FACTOR_KINDS: Final = ("weights", *_AWARE, *(kind + FISHER for kind in _AWARE), "learned")
 LINE_WIDTH: Final = 110
 
 T = TypeVar("T")
@@ -36,13 +38,23 @@ class Factors:
 
     Args:
         kind: ``weights`` (from the weights alone), ``whitened``,
-            ``whitened+output``, ``asymmetric`` (from calibration moments) or
-            ``learned`` (stored factors).
+            ``whitened+output``, ``asymmetric`` (from calibration moments), one of these
+            with ``+fisher`` (and gradients at the outputs) or ``learned`` (stored factors).
         digest: SHA-256 of the moments or stored factors; None for ``weights``.
     """
 
     kind: str = "weights"
     digest: str | None = None
+
+    @property
+    def asymmetric(self) -> bool:
+        """Whether factors are fitted to what the compressed layers before pass on."""
+        return self.kind.startswith("asymmetric")
+
+    @property
+    def fisher(self) -> bool:
+        """Whether they weigh the outputs by the Fisher information."""
+        return self.kind.endswith(FISHER)
 
     def __post_init__(self) -> None:
         if self.kind not in FACTOR_KINDS:

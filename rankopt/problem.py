@@ -23,7 +23,7 @@ from rankopt.errors import BudgetInfeasible, DeadlineExceeded
 from rankopt.latency import Measured
 from rankopt.layers import Layer
 from rankopt.moments import Moments
-from rankopt.plan import KEEP, Decision, Factors, RankPlan
+from rankopt.plan import FISHER, KEEP, Decision, Factors, RankPlan
 from rankopt.site_times import SiteTimes
 from rankopt.sites import LATENCY, Frontier, Option, Site, decide, figure, kept
 
@@ -53,6 +53,9 @@ class Problem:
         seed: For strategies that draw random numbers.
         deadline: `time.monotonic()` value after which to stop; None for never.
         moments: Layer name to the moments of its inputs; empty without calibration.
+        weigh: Makes the moments that weigh outputs by the Fisher information, once; None
+            without calibration.
+        fisher: Whether bases and options are made with those.
         calibration: Digest of the calibration inputs, for the plan.
         times: Measures layers, dense and decomposed; None without example inputs or
             where neither budget nor strategy asks for time.
@@ -81,6 +84,8 @@ class Problem:
     seed: int = 0
     deadline: float | None = None
     moments: Mapping[str, Moments] = field(default_factory=dict)
+    weigh: Callable[[], Mapping[str, Moments]] | None = None
+    fisher: bool = False
     calibration: str | None = None
     times: SiteTimes | None = None
     measure: Callable[[Sequence[Option]], Measured] | None = None
@@ -95,7 +100,7 @@ class Problem:
     model: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self._bases: dict[tuple[str, str, bool], Basis] = {}
+        self._bases: dict[tuple[str, str, bool, bool], Basis] = {}
         self._frontiers: dict[tuple[str, str], Frontier] = {}
 
     def with_budget(self, budget: Budget | None) -> Problem:
@@ -104,11 +109,17 @@ class Problem:
         other._bases = self._bases
         return other
 
+    def with_fisher(self, fisher: bool = True) -> Problem:
+        """The same problem with outputs weighed by the Fisher information, or alike."""
+        other = replace(self, fisher=fisher)
+        other._bases = self._bases
+        return other
+
     def close(self) -> None:
         """Let go of models and matrices; what was found stays in plans."""
         self._bases.clear()
         self._frontiers.clear()
-        self.moments, self.inputs = {}, ()
+        self.moments, self.weigh, self.inputs = {}, None, ()
         self.divergence = self.evaluate = self.copy = self.measure = None
         give_back()
 
@@ -127,7 +138,25 @@ class Problem:
         ratio = 1.0 if self.budget is None else self.budget.ratio(axis)
         return ratio * self.totals[axis]
 
-    def basis(self, site: Site, method: Decomposition, *, data_aware: bool = True) -> Basis:
+    def known(self, site: Site, fisher: bool | None = None) -> Moments | None:
+        """What is known of a site's inputs and, if they are weighed, of its outputs.
+
+        Args:
+            site: The site.
+            fisher: Whether outputs are weighed; None for what the problem says.
+        """
+        weighed = self.fisher if fisher is None else fisher
+        moments = self.weigh() if weighed and self.weigh is not None else self.moments
+        return moments.get(site.name)
+
+    def basis(
+        self,
+        site: Site,
+        method: Decomposition,
+        *,
+        data_aware: bool = True,
+        fisher: bool | None = None,
+    ) -> Basis:
         """The basis of a site's weight, computed on first use.
 
         Args:
@@ -135,13 +164,15 @@ class Problem:
             method: One of its methods.
             data_aware: Whether errors are those of the output, where moments of
                 the inputs are known.
+            fisher: As of `known`.
 
         Raises:
             DeadlineExceeded: The deadline has passed.
         """
         self.check_deadline()
-        moments = self.moments.get(site.name) if data_aware else None
-        key = (site.name, repr(method), moments is not None)
+        moments = self.known(site, fisher) if data_aware else None
+        weighed = moments is not None and moments.weighs
+        key = (site.name, repr(method), moments is not None, weighed)
         if key not in self._bases:
             self._bases[key] = self.cache.get(method, self.weight(site.layer), moments)
         return self._bases[key]
@@ -155,6 +186,7 @@ class Problem:
         if not pairs:
             return
         device = self.weight(pairs[0][0].layer).device
+        self.known(pairs[0][0])  # before there are threads: gradients are taken once
 
         def compute(pair: tuple[Site, Decomposition]) -> None:
             basis = self.basis(*pair)
@@ -246,13 +278,15 @@ class Problem:
             named = " x ".join(map(str, chosen))
             return self.keep(site, f"{method.name} at rank {named} would save nothing")
         # A formula that never looked at the weights has no error to state.
-        aware = site.name in self.moments
-        known = self._bases.get((site.name, repr(method), aware))
+        moments = self.known(site)
+        weighed = moments is not None and moments.weighs
+        known = self._bases.get((site.name, repr(method), moments is not None, weighed))
         error = None if known is None else float(known.error(chosen))
         args = {"ranks": list(chosen), **method.settings}
         factors = Factors()
-        if aware:
-            factors = Factors(method.factors_kind(self.moments[site.name]), self.calibration)
+        if moments is not None:
+            kind = method.factors_kind(moments) + FISHER * weighed
+            factors = Factors(kind, self.calibration)
         return Option(method.name, args, cost, error, reason, factors)
 
     def settled(self, options: Sequence[Option]) -> list[Option]:
@@ -267,7 +301,8 @@ class Problem:
 
         def fit(index: int) -> None:
             option = options[index]
-            basis = self.basis(self.sites[index], methods[index])
+            fisher = option.factors.fisher
+            basis = self.basis(self.sites[index], methods[index], fisher=fisher)
             error = basis.fitted_error(option.args["ranks"])
             settled[index] = replace(option, error=error)
 

@@ -43,6 +43,12 @@ def add_plans(commands: Any, model: argparse.ArgumentParser) -> None:
         "--evaluate", metavar="FILE.py:CALLABLE", help="metric of a model, for metric_drop budgets"
     )
     calibration_option(search, "makes unlabelled inputs, for better ranks and factors")
+    search.add_argument(
+        "--fisher", action="store_true", help="weigh outputs by the Fisher information"
+    )
+    search.add_argument(
+        "--asymmetric", action="store_true", help="fit layers to what those before pass on"
+    )
     timing_options(search)
     search.add_argument("-o", "--output", metavar="PLAN.json", help="where to write the plan")
     search.set_defaults(run=_search)
@@ -92,6 +98,8 @@ def _search(arguments: argparse.Namespace) -> int:
         timeout=arguments.timeout,
         profile=rankopt.ProfileTable(**timing(arguments)),
         calibration=made(arguments.calibration),
+        fisher=arguments.fisher,
+        asymmetric=arguments.asymmetric,
         evaluate=function(arguments.evaluate),
     )
     return give_plan(plan, arguments)

@@ -75,6 +75,10 @@ def add_study(
     create.add_argument("--objective", help="macs, params, memory or latency")
     create.add_argument("--direction", choices=["maximize", "minimize"], help="of the metric")
     create.add_argument("--space", help="warp, tilt, stage or layer")
+    create.add_argument(
+        "--fisher", choices=["yes", "no", "search"], default="no",
+        help="weigh outputs by the Fisher information; search lets trials choose",
+    )  # fmt: skip
     create.add_argument("--methods", help="decompositions to allow, comma-separated")
     create.add_argument("--only", action="append", metavar="GLOB")
     create.add_argument("--ignore", action="append", metavar="GLOB")
@@ -154,6 +158,7 @@ def _create(arguments: argparse.Namespace) -> int:
             objective=arguments.objective,
             direction=arguments.direction,
             space=arguments.space,
+            fisher={"yes": True, "no": False, "search": "search"}[arguments.fisher],
             methods=arguments.methods.split(",") if arguments.methods else None,
             only=arguments.only,
             ignore=arguments.ignore,

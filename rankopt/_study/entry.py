@@ -69,6 +69,7 @@ def study(
     example_inputs: Any = None,
     calibration: Any = None,
     calibration_samples: int | None = MAX_SAMPLES,
+    fisher: bool | Literal["search"] | None = None,
     methods: Sequence[str | Decomposition] | None = None,
     only: Patterns | None = None,
     ignore: Patterns | None = None,
@@ -117,6 +118,7 @@ def study(
         example_inputs: As of `rankopt.search`.
         calibration: As of `rankopt.search`; the same for all workers.
         calibration_samples: As of `rankopt.search`.
+        fisher: As of `rankopt.search`; ``search`` lets each trial choose, and begins without.
         methods: As of `rankopt.search`; None for svd, tucker2 and spatial_svd.
         only: As of `rankopt.search`.
         ignore: As of `rankopt.search`.
@@ -155,6 +157,11 @@ def study(
     given = {"only": only, "ignore": ignore, "methods": methods}
     chosen = {key: _given(key, value, known) for key, value in given.items()}
     axes = wanted.axes if wanted is not None else ()
+    weighing = (known or {}).get("fisher", False) if fisher is None else fisher
+    if weighing not in (True, False, "search"):
+        raise StudyError(f"fisher={weighing!r}: expected True, False or 'search'")
+    if weighing and calibration is None:
+        raise ModelError(f"fisher={weighing!r} needs calibration=: inputs to take gradients on")
     timed = objective == LATENCY or bounds_latency(wanted) or (known or {}).get("times") is not None
     for axis in ("macs", LATENCY):
         if example_inputs is None and (axis in (*axes, objective) or (timed and axis == LATENCY)):
@@ -178,6 +185,7 @@ def study(
         problem = opened.problem
         problem.round_to = round_to or (known or {}).get("round_to", 1)
         problem.rounding = rounding or (known or {}).get("rounding", "down")
+        problem.fisher = weighing is True
         if timed:
             assert opened.seen is not None
             table = profile or _table(known)
@@ -192,6 +200,7 @@ def study(
             objective=objective,
             direction=direction,
             space=space,
+            switched=weighing == "search",
             sampler=sampler,
             confidence=confidence,
             warm_starts=warm_starts,
@@ -216,6 +225,7 @@ def open_study(
     objective: str | None = None,
     direction: str | None = None,
     space: str | None = None,
+    switched: bool = False,
     sampler: Any = None,
     confidence: float | None = 0.99,
     warm_starts: Sequence[str] = WARM_STARTS,
@@ -228,8 +238,9 @@ def open_study(
     """A study of a problem that is described already; other arguments as of `study`.
 
     `problem` has `evaluate`, and its budget is the study's; `where` names the storage in
-    messages; `batches` is how many `evaluate` goes through, if known; `extra` is kept with
-    the study; `finish` verifies the plans that `Study.best` gives.
+    messages; `switched` says whether trials choose to weigh outputs; `batches` is how many
+    `evaluate` goes through, if known; `extra` is kept with the study; `finish` verifies the
+    plans that `Study.best` gives.
     """
     import optuna
 
@@ -263,12 +274,14 @@ def open_study(
             "calibration": problem.calibration,
             "round_to": problem.round_to,
             "rounding": problem.rounding,
+            "fisher": "search" if switched else problem.fisher,
         }
         if known is not None:
             asked = {**request, **({"space": space} if space else {})}
             check_request(known, asked, name)
         spec = None if known is None else known["space"]
-        made = make_space(space or (spec or {}).get("kind", "warp"), problem, axis, spec)
+        kind = space or (spec or {}).get("kind", "warp")
+        made = make_space(kind, problem, axis, spec, switched=switched)
         chosen = sampler or (known or {}).get("sampler") or DEFAULT_SAMPLER
         with storage_errors(where), quiet():
             inner = optuna.create_study(

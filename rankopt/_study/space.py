@@ -26,6 +26,10 @@ SMALLEST_SHARE: Final = 0.1
 # Largest weight of a feature, as a logarithm: damages move by up to e^2, seven times.
 STRETCH: Final = 2.0
 CURVES: Final = (0.5, 1.5)
+# The parameter of a `SwitchedSpace`, where it switches, and how near to that plans are put.
+FISHER: Final = "fisher"
+SWITCH: Final = 0.5
+NEAR_SWITCH: Final = 0.05
 
 
 class Space(ABC):
@@ -234,12 +238,57 @@ def _shares(problem: Problem) -> dict[str, float]:
     return found
 
 
+class SwitchedSpace(Space):
+    """Another space, and whether factors weigh outputs by the Fisher information.
+
+    Args:
+        problem: The model at hand.
+        axis: The figure the study makes small.
+        spec: As `describe` gave it; for a new study the kind of the other space alone.
+    """
+
+    def __init__(self, problem: Problem, axis: str, spec: Mapping[str, Any]) -> None:
+        kind = SPACES[spec["kind"]]
+        weighed = spec.get(FISHER)
+        made = spec if weighed is not None else None
+        self._plain = kind(problem, axis, made)
+        self._weighed = kind(problem.with_fisher(), axis, weighed)
+        self.problem, self.axis, self.shares = self._plain.problem, axis, self._plain.shares
+
+    def _prepare(self, spec: Mapping[str, Any]) -> None:
+        """Both spaces have prepared what they need."""
+
+    @property
+    def bounds(self) -> dict[str, tuple[float, float]]:
+        return {**self._plain.bounds, FISHER: (0.0, 1.0)}
+
+    def options(self, params: Mapping[str, float]) -> list[Option]:
+        space = self._weighed if params[FISHER] >= SWITCH else self._plain
+        return space.options(params)
+
+    def encode(self, options: Sequence[Option]) -> dict[str, float]:
+        weighs = any(option.factors.fisher for option in options)
+        space, side = (self._weighed, 1) if weighs else (self._plain, -1)
+        # Near the switch: a small step may try the other side.
+        return {**space.encode(options), FISHER: SWITCH + side * NEAR_SWITCH}
+
+    def describe(self) -> dict[str, Any]:
+        return {**self._plain.describe(), FISHER: self._weighed.describe()}
+
+
 def make_space(
-    kind: str, problem: Problem, axis: str, spec: Mapping[str, Any] | None = None
+    kind: str,
+    problem: Problem,
+    axis: str,
+    spec: Mapping[str, Any] | None = None,
+    *,
+    switched: bool = False,
 ) -> Space:
-    """The space called `kind`; `StudyError` for an unknown one."""
+    """The space called `kind`, `switched` a `SwitchedSpace`; `StudyError` for an unknown one."""
     if kind not in SPACES:
         raise StudyError(f"space={kind!r}: expected one of {', '.join(SPACES)}")
+    if switched:
+        return SwitchedSpace(problem, axis, spec or {"kind": kind})
     return SPACES[kind](problem, axis, spec)
 
 

@@ -76,7 +76,10 @@ class Basis(ABC):
 
     @abstractmethod
     def factors(self, ranks: Sequence[int]) -> dict[str, Tensor]:
-        """Factors by parameter name of the chain, ``first.weight`` and so on."""
+        """Factors by parameter name of the chain, ``first.weight`` and so on.
+
+        In order of application: rows of the last one give the layer's outputs.
+        """
 
     @property
     @abstractmethod

@@ -10,6 +10,7 @@ from typing import Final
 from torch import Tensor
 
 from rankopt.decompositions.base import Basis, Decomposition
+from rankopt.decompositions.weighed import WeighedBasis, weighed
 from rankopt.measure import tensor_digest
 from rankopt.moments import Moments
 
@@ -40,6 +41,19 @@ class BasisCache:
         """The basis of a canonical `weight` under `moments`, computed if it is not held."""
         known = b"" if moments is None else moments.key
         key = (repr(decomposition), tensor_digest(weight) + known + str(weight.device).encode())
+        root = None if moments is None else moments.output_root
+        basis = self._found(key, decomposition, weighed(weight, root), moments)
+        if root is None:
+            return basis
+        return WeighedBasis(basis, weight, root)
+
+    def _found(
+        self,
+        key: tuple[str, bytes],
+        decomposition: Decomposition,
+        weight: Tensor,
+        moments: Moments | None,
+    ) -> Basis:
         with self._lock:
             held = self._entries.get(key)
             if held is not None:

@@ -1,0 +1,162 @@
+"""Fisher information of a model's outputs with respect to a layer's: which errors matter.
+
+Given the second moments A of a layer's inputs and F of the gradients at its outputs, the
+divergence of the model's outputs grows by tr(F ΔW A ΔWᵀ) with an error ΔW in the weight, to
+second order and with the two taken as independent (K-FAC, arXiv 1503.05671, section 3). A
+factorisation of R W, F = RᵀR, followed by R⁻¹ in its last factor minimises that (generalised
+Fisher-weighted SVD, arXiv 2505.17974); it holds for every decomposition whose last factor
+gives the layer's outputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+
+from rankopt import measure, surgery
+from rankopt._memory import give_back
+from rankopt._progress import progress_bar
+from rankopt.calibration import channel_rows, in_passes
+from rankopt.errors import CalibrationError
+from rankopt.inputs import class_dim, main_output, run, scores_classes
+from rankopt.layers import Layer
+
+__all__ = ["output_roots"]
+
+# What logits are divided by: at 1 the samples that the model is sure of tell nothing.
+TEMPERATURE: Final = 4.0
+# Share of the mean eigenvalue that every direction counts at least: far from the dense
+# weight, where few ranks are left, directions matter that the gradient there does not see.
+DAMPING: Final = 0.1
+# Layers with more outputs, such as those of a vocabulary, have theirs weighed alike.
+MAX_OUTPUTS: Final = 4096
+
+
+def output_roots(
+    view: nn.Module,
+    groups: Sequence[Sequence[Layer]],
+    held: Sequence[Any],
+    *,
+    progress: bool | None = None,
+) -> dict[str, Tensor]:
+    """R [groups, out/groups, out/groups] with F = RᵀR, by the name of a site's first layer.
+
+    F is damped and scaled to a mean eigenvalue of 1. Sites that no gradient reaches, or
+    that have more than `MAX_OUTPUTS`, are left out.
+
+    Args:
+        view: An unpacked clone whose modules the layers name; not changed.
+        groups: The layers of each site.
+        held: Calibration batches.
+        progress: Whether to show a progress bar.
+
+    Raises:
+        CalibrationError: The model cannot be differentiated, or gradients are not finite.
+    """
+    if not groups:
+        return {}
+    sites = {layer.name: group[0].name for group in groups for layer in group}
+    layers = [x for group in groups for x in group if x.group_shape[1] <= MAX_OUTPUTS]
+    model = surgery.clone(view).requires_grad_(False)
+    sums: dict[str, Tensor] = {}
+    with progress_bar("differentiating", None, enabled=progress) as advance:
+        for part in in_passes(layers, measure.count_memory(view), lambda x: x.group_shape[1]):
+            found = _moments(model, part, held, advance)
+            for name, second in found.items():
+                site = sites[name]
+                sums[site] = sums[site] + second if site in sums else second
+            give_back()
+    return {name: _root(second) for name, second in sums.items() if bool(second.any())}
+
+
+def _moments(
+    model: nn.Module, layers: Sequence[Layer], held: Sequence[Any], advance: Callable[[], None]
+) -> dict[str, Tensor]:
+    """Sums of g gᵀ over positions and samples, g the gradient at a layer's outputs."""
+    modules = dict(surgery.named_modules(model))
+    sums: dict[str, Tensor] = {}
+
+    def watch(layer: Layer) -> Callable[..., Tensor]:
+        def add(gradient: Tensor) -> None:
+            rows = _rows(layer, gradient if gradient.dtype == torch.float64 else gradient.float())
+            product = (rows.mT @ rows).double()
+            sums[layer.name] = sums[layer.name] + product if layer.name in sums else product
+
+        def hook(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+            if not torch.is_grad_enabled():
+                return output
+            if not output.requires_grad:  # the first: no weight needs a gradient
+                output = output.detach().requires_grad_().clone()  # may be written into
+            output.register_hook(add)
+            return output
+
+        return hook
+
+    handles = [modules[x.name].register_forward_hook(watch(x)) for x in layers]
+    generator = torch.Generator().manual_seed(0)
+    try:
+        with torch.enable_grad(), measure.preserve_rng(), measure.evaluation(model):
+            for inputs in held:
+                _probe(run(model, inputs), generator)
+                advance()
+    finally:
+        for handle in handles:
+            handle.remove()
+    for name, second in sums.items():
+        if not bool(second.isfinite().all()):
+            raise CalibrationError(
+                f"layer {name}: gradients at its outputs on the calibration data are not finite; "
+                "leave fisher=True out, or compress in float32"
+            )
+    return sums
+
+
+def _probe(output: Any, generator: torch.Generator) -> None:
+    """A backward pass from a random direction v with E[v vᵀ] the Fisher of the outputs.
+
+    That is diag(p) − p pᵀ for class probabilities p, which v = √p∘ε − p·Σ(√p∘ε) has for
+    normal ε; other outputs count as means of unit Gaussians.
+    """
+    found = main_output(output)
+    values = found["logits"] if isinstance(found, Mapping) else found
+    if not values.requires_grad:
+        raise CalibrationError(
+            "fisher=True needs the gradient of the model's output, which has none: is it computed "
+            "under no_grad, or does it not depend on the layers? Leave fisher=True out"
+        )
+    # On the CPU: the draw is the same on every device.
+    drawn = torch.randn(values.shape, generator=generator, device="cpu").to(values.device)
+    if scores_classes(found):
+        dim = class_dim(values)
+        p = values.detach().float().div(TEMPERATURE).softmax(dim=dim)
+        drawn = p.sqrt() * drawn
+        drawn = drawn - p * drawn.sum(dim=dim, keepdim=True)
+    try:
+        values.backward(drawn.to(values.dtype))
+    except RuntimeError as error:
+        raise CalibrationError(
+            f"fisher=True needs the gradient of the model, which fails in eval mode: {error}; "
+            "leave it out"
+        ) from error
+
+
+def _rows(layer: Layer, gradient: Tensor) -> Tensor:
+    """[groups, positions, out/groups] of the gradient at a layer's outputs."""
+    if not layer.is_conv:
+        return gradient.reshape(1, -1, gradient.shape[-1])
+    if gradient.dim() == len(layer.kernel) + 1:
+        gradient = gradient.unsqueeze(0)
+    return channel_rows(gradient, layer.groups)
+
+
+def _root(second: Tensor) -> Tensor:
+    """Upper root of the damped matrix; one scale for all groups, whose errors add up."""
+    size = second.shape[-1]
+    mean = second.diagonal(dim1=-2, dim2=-1).mean()
+    eye = torch.eye(size, dtype=second.dtype, device=second.device)
+    damped = (1 - DAMPING) * second / mean + DAMPING * eye
+    upper: Tensor = torch.linalg.cholesky(0.5 * (damped + damped.mT)).mT.contiguous()
+    return upper

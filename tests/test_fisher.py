@@ -1,0 +1,282 @@
+"""Outputs weighed by the Fisher information: the metric itself, factors, plans, studies."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import rankopt
+from rankopt import fisher
+from rankopt.decompositions import (
+    CP,
+    SVD,
+    TT,
+    BranchedTucker,
+    SpatialSVD,
+    Tucker2,
+)
+from rankopt.decompositions.cache import BasisCache
+from rankopt.decompositions.rebuild import rebuild
+from rankopt.errors import CalibrationError, ModelError, PlanError, StudyError
+from rankopt.inputs import divergence
+from rankopt.layers import find_layers
+from rankopt.moments import Moments
+from rankopt.testing import planted_model
+
+
+def roots(model, data, **found):
+    layers = [layer for layer in find_layers(model) if layer.refusal is None]
+    return fisher.output_roots(model, [[layer] for layer in layers], data, **found)
+
+
+def random_root(groups, size):
+    square = torch.randn(groups, size, size, dtype=torch.float64)
+    return torch.linalg.cholesky(square @ square.mT + torch.eye(size, dtype=torch.float64)).mT
+
+
+# The metric
+
+
+def test_the_metric_of_the_last_layer_is_the_fisher_of_the_classes(monkeypatch):
+    monkeypatch.setattr(fisher, "TEMPERATURE", 1.0)
+    monkeypatch.setattr(fisher, "DAMPING", 1e-3)
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(8, 5)), torch.randn(20_000, 8)
+    p = model(x).softmax(1).double().detach()
+    exact = torch.diag(p.mean(0)) - p.T @ p / len(p)
+    exact = exact / exact.diagonal().mean()
+    root = roots(model, [x])["0"][0]
+    assert torch.equal(root, root.triu())
+    assert torch.allclose(root.mT @ root, exact, atol=0.05)
+
+
+def test_the_metric_of_an_earlier_layer_is_carried_back_by_the_later_one(monkeypatch):
+    monkeypatch.setattr(fisher, "DAMPING", 1e-6)
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(6, 4), nn.Linear(4, 1)), torch.randn(64, 6)
+    direction = model[1].weight.detach().double()  # one output: nothing else is seen
+    exact = direction.T @ direction
+    root = roots(model, [x])["0"][0]
+    assert torch.allclose(root.mT @ root, exact / exact.diagonal().mean(), atol=1e-4)
+
+
+def test_groups_positions_and_calls_add_up():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(4, 8, 3, groups=2)
+            self.twice = nn.Linear(8, 8)
+            self.unused = nn.Linear(8, 8)
+
+        def forward(self, x):
+            x = torch.relu_(self.conv(x)).mean((2, 3))  # in place, on what the hook was given
+            return self.twice(self.twice(x))
+
+    torch.manual_seed(0)
+    model, data = Net(), [torch.randn(16, 4, 7, 5) for _ in range(2)]
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    found = roots(model, data)
+    assert {name: tuple(root.shape) for name, root in found.items()} == {
+        "conv": (2, 4, 4),
+        "twice": (1, 8, 8),
+    }
+    for root in found.values():
+        assert (root.mT @ root).diagonal(dim1=-2, dim2=-1).mean() == pytest.approx(1)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(p.grad is None and p.requires_grad for p in model.parameters())
+
+
+def test_it_says_what_cannot_be_differentiated():
+    class NoGrad(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(8, 8)
+
+        def forward(self, x):
+            with torch.no_grad():
+                return self.layer(x).relu()
+
+    with pytest.raises(CalibrationError, match="leave fisher=True out|Leave fisher=True out"):
+        roots(NoGrad(), [torch.randn(4, 8)])
+
+
+# Factors
+
+METHODS = (SVD(), SpatialSVD(), Tucker2(), CP(), TT(), BranchedTucker())
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
+@pytest.mark.parametrize("groups", [1, 2])
+def test_errors_are_those_of_the_weighed_outputs(method, groups):
+    torch.manual_seed(0)
+    kernel = 1 if method.name == "svd" else 3
+    conv = nn.Conv2d(6 * groups, 8 * groups, kernel, groups=groups, bias=False).double()
+    (layer,) = find_layers(nn.Sequential(conv))
+    weight = conv.weight.detach().unflatten(0, (groups, -1))
+    size = 6 * kernel**2
+    rows = torch.randn(groups, 500, size, dtype=torch.float64)
+    plain = Moments(rows.mT @ rows / 500, kernel**2, 500)
+    root = random_root(groups, 8)
+    basis = BasisCache().get(method, weight, plain.weighing(root))
+    axes = method.rank_axes(layer)
+    ranks = [max(axis.step, axis.maximum // 4 // axis.step * axis.step) for axis in axes]
+    near = rebuild(method, layer, ranks, basis.factors(ranks)).reshape(weight.shape)
+    input_root = torch.linalg.cholesky(plain.second)
+
+    def size_of(x):
+        return float((root @ x.flatten(2) @ input_root).norm())
+
+    error = size_of(weight - near) / size_of(weight)
+    assert basis.fitted_error(ranks) == pytest.approx(error, abs=2e-3)
+    other = BasisCache().get(method, weight, plain).factors(ranks)
+    unweighed = rebuild(method, layer, ranks, other).reshape(weight.shape)
+    assert error < size_of(weight - unweighed) / size_of(weight)
+
+
+@pytest.mark.parametrize("method", [SVD(), SpatialSVD()], ids=lambda m: m.name)
+def test_soft_truncation_at_a_hard_gate_is_the_truncation(method):
+    torch.manual_seed(0)
+    kernel = 1 if method.name == "svd" else 3
+    conv = nn.Conv2d(6, 8, kernel, bias=False).double()
+    (layer,) = find_layers(nn.Sequential(conv))
+    weight = conv.weight.detach()[None]
+    rows = torch.randn(1, 500, 6 * kernel**2, dtype=torch.float64)
+    moments = Moments(rows.mT @ rows / 500, kernel**2, 500).weighing(random_root(1, 8))
+    basis = BasisCache().get(method, weight, moments)
+    axes = method.rank_axes(layer)
+    ranks = [axis.maximum // 2 for axis in axes]
+    gate = (torch.arange(axes[0].maximum) < ranks[0]).double()
+    soft = basis.projection().double()(weight, gate)
+    hard = rebuild(method, layer, ranks, basis.factors(ranks)).reshape(weight.shape)
+    assert torch.allclose(soft, hard, atol=1e-6)
+
+
+# Plans
+
+
+def searched(model, data, **settings):
+    return [
+        rankopt.search(model, "params<=30%", calibration=data, fisher=weighed, **settings)
+        for weighed in (False, True)
+    ]
+
+
+def moved(model, plan, data):
+    small = rankopt.apply(model, plan, calibration=data)
+    with torch.no_grad():
+        return sum(divergence(model(x), small(x)) for x in data)
+
+
+class Blind(nn.Module):
+    """Most of the first layer's outputs hardly matter, though they are the largest."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.last = nn.Linear(32, 64), nn.Linear(64, 5)
+        with torch.no_grad():
+            self.first.weight[:48] *= 5
+            self.last.weight[:, :48] *= 0.01
+
+    def forward(self, x):
+        return self.last(self.first(x))
+
+
+def test_what_the_model_does_not_look_at_gets_no_rank():
+    model, data = Blind().eval(), [torch.randn(128, 32) for _ in range(4)]
+    plain, weighed = searched(model, data, only=["first"])
+    assert plain.changes[0].factors.kind == "whitened"
+    assert weighed.changes[0].factors.kind == "whitened+fisher"
+    assert weighed.changes[0].ranks == plain.changes[0].ranks
+    assert moved(model, weighed, data) < 0.3 * moved(model, plain, data)
+
+
+def test_the_plan_file_says_so_and_gives_the_same_model(tmp_path):
+    model, data = Blind().eval(), [torch.randn(128, 32)]
+    _, plan = searched(model, data)
+    plan.save(tmp_path / "plan.json")
+    again = rankopt.RankPlan.load(tmp_path / "plan.json")
+    assert again == plan
+    x = torch.randn(8, 32)
+    first, second = (rankopt.apply(model, p, calibration=data) for p in (plan, again))
+    assert torch.equal(first(x), second(x))
+    with pytest.raises(PlanError, match=r"'whitened\+fisher': pass the calibration inputs"):
+        rankopt.apply(model, plan)
+
+
+@pytest.mark.parametrize("strategy", ["knapsack", "relaxed", "parameter_ratio", "energy"])
+def test_strategies_search_with_it(strategy):
+    model = planted_model(noise=0.5)
+    data = [torch.randn(32, 3, 12, 12) for _ in range(2)]
+    plan = rankopt.search(
+        model, "params<=40%", strategy=strategy, calibration=data, fisher=True,
+        example_inputs=data[0],
+    )  # fmt: skip
+    assert {d.factors.fisher for d in plan.changes} == {True}
+    assert moved(model, plan, data) < float("inf")
+
+
+def test_with_asymmetric_factors():
+    model, data = Blind().eval(), [torch.randn(256, 32) for _ in range(4)]
+    plain, weighed = searched(model, data, asymmetric=True)
+    assert {d.factors.kind for d in weighed.changes} == {"asymmetric+fisher"}
+    assert moved(model, weighed, data) < moved(model, plain, data)
+
+
+def test_it_needs_calibration():
+    with pytest.raises(ModelError, match="fisher=True needs calibration="):
+        rankopt.search(Blind(), "params<=50%", fisher=True)
+
+
+def test_a_layer_with_very_many_outputs_weighs_them_alike(monkeypatch):
+    monkeypatch.setattr(fisher, "MAX_OUTPUTS", 32)
+    model, data = Blind().eval(), [torch.randn(128, 32)]
+    plan = rankopt.search(model, "params<=60%", calibration=data, fisher=True)
+    assert {d.targets[0]: d.factors.fisher for d in plan.changes} == {"first": False}
+
+
+# Studies
+
+
+def study_of(model, data, storage, **settings):
+    x = torch.cat(data)
+    dense = model(x).detach()
+
+    def agreement(candidate):
+        return -divergence(dense, candidate(x))
+
+    return rankopt.study(
+        model, evaluate=agreement, calibration=data, storage=storage, objective="params",
+        warm_starts=("parameter_ratio",), sampler="random", **settings,
+    )  # fmt: skip
+
+
+def test_a_study_finds_out_whether_to_weigh(tmp_path):
+    model, data = Blind().eval(), [torch.randn(128, 32) for _ in range(2)]
+    path = tmp_path / "study.db"
+    made = study_of(model, data, path, fisher="search", only=["first"])
+    made.run(n_trials=10, progress=False)
+    again = study_of(model, data, path)  # goes on with what the study keeps
+    again.run(n_trials=20, progress=False)
+    assert len(again.points) >= 10
+    kinds = {d.factors.fisher for point in again.points for d in point.plan.changes}
+    assert kinds == {False, True}
+    best = again.best("params<=60%")
+    assert {d.factors.fisher for d in best.changes} == {True}
+    small = rankopt.apply(model, best, calibration=data)
+    point = max(
+        (p for p in again.front if p.plan.decisions == best.decisions), key=lambda p: p.metric
+    )
+    x = torch.cat(data)
+    assert -divergence(model(x), small(x)) == pytest.approx(point.metric, rel=1e-3, abs=1e-6)
+    with pytest.raises(StudyError, match="has fisher 'search', the request False"):
+        study_of(model, data, path, fisher=False)
+
+
+def test_a_study_says_what_it_expects():
+    model, data = Blind().eval(), [torch.randn(64, 32)]
+    with pytest.raises(StudyError, match="fisher='maybe': expected"):
+        study_of(model, data, None, fisher="maybe")
+    with pytest.raises(ModelError, match="needs calibration="):
+        rankopt.study(model, evaluate=lambda m: 0.0, storage=None, fisher=True)
