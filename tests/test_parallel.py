@@ -4,8 +4,10 @@ import pytest
 import torch
 
 from rankopt._parallel import for_each, largest_first
+from rankopt.decompositions import CP, SVD, TT, BranchedTucker, SpatialSVD, Tucker2
 from rankopt.decompositions.cache import BasisCache
-from rankopt.decompositions.svd import SVD
+from rankopt.layers import find_layers
+from rankopt.moments import Moments
 
 
 @pytest.fixture(params=[1, 2])
@@ -58,3 +60,31 @@ def test_cache_is_bounded_and_content_addressed():
     assert cache.get(SVD(), weights[0])._vectors is not first._vectors
     cache.clear()
     assert cache._bytes == 0
+
+
+@pytest.mark.parametrize("aware", [False, True])
+@pytest.mark.parametrize(
+    "method", [SVD(), SpatialSVD(), Tucker2(), CP(), TT(), BranchedTucker()], ids=lambda m: m.name
+)
+def test_what_leaves_the_cache_gives_its_matrices_back_and_keeps_its_errors(method, aware):
+    torch.manual_seed(0)
+    conv = torch.nn.Conv2d(6, 8, 1 if method.name == "svd" else 3, bias=False).double()
+    (layer,) = find_layers(torch.nn.Sequential(conv))
+    weight = conv.weight.detach()[None]
+    rows = torch.randn(1, 400, weight[0, 0].numel(), dtype=torch.float64)
+    pixels = weight[0, 0, 0].numel()
+    moments = Moments(rows.mT @ rows / 400, pixels, 400) if aware else None
+    ranks = [axis.step * 2 for axis in method.rank_axes(layer)]
+    cache = BasisCache(max_bytes=10**6)
+    basis = cache.get(method, weight, moments)
+    error, factors = basis.error(ranks), basis.factors(ranks)
+    other = torch.randn(1, 2, 2, dtype=torch.float64)
+    cache.max_bytes = 2 * 2 * 8
+    cache.get(SVD(), other)  # and nothing else has room
+    held = [
+        part for part in getattr(basis, "_parts", {}).values() if isinstance(part, torch.Tensor)
+    ]
+    assert held == []
+    assert basis.error(ranks) == error
+    again = basis.factors(ranks)
+    assert all(torch.allclose(again[name], value) for name, value in factors.items())

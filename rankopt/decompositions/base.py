@@ -90,6 +90,12 @@ class Basis(ABC):
         """The truncation to any mixture of ranks, for decompositions that are `soft`."""
         raise NotImplementedError
 
+    def release(self) -> None:  # noqa: B027  some hold nothing
+        """Give back the matrices that can be computed anew; errors and spectra stay.
+
+        Copies of the basis share both. Another thread may be using them.
+        """
+
 
 @dataclass(frozen=True)
 class Decomposition(ABC):

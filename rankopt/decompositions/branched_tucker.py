@@ -58,6 +58,11 @@ class _Basis(FittedBasis):
             ends.append(np.asarray(self._plain.error(inside)) ** 2)
         return 0.5 * (ends[0] + ends[1])
 
+    def release(self) -> None:
+        super().release()
+        if "plain" in self._parts:
+            self._plain.release()
+
     def _size(self, ranks: Sequence[Any]) -> Any:
         assert self.weight is not None
         first, second = ranks

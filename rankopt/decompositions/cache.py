@@ -74,7 +74,9 @@ class BasisCache:
                 self._entries[key] = entry
                 self._bytes += entry.nbytes
             while self._bytes > self.max_bytes:
-                self._bytes -= self._entries.popitem(last=False)[1].nbytes
+                evicted = self._entries.popitem(last=False)[1]
+                self._bytes -= evicted.nbytes
+                evicted.release()  # problems that hold a copy keep its errors
 
     def clear(self) -> None:
         """Forget everything."""

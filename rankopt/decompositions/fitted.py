@@ -214,6 +214,10 @@ class FittedBasis(base.Basis):
     def spectra(self) -> tuple[base.FloatArray, ...]:
         raise NotImplementedError("ranks of this decomposition truncate no unfolding")
 
+    def release(self) -> None:
+        with self._lock:
+            self._fits.clear()
+
     @property
     def nbytes(self) -> int:
         return KEPT_FITS * 8 * self._held // 2

@@ -52,7 +52,8 @@ class _Basis(base.Basis):
     @property
     def _vectors(self) -> Tensor:
         """Left singular vectors [groups, C·kh, n], n the smaller side."""
-        if "vectors" not in self._parts:
+        vectors: Tensor | None = self._parts.get("vectors")
+        if vectors is None:
             matrix = self._matrix
             if matrix.shape[1] <= matrix.shape[2]:
                 vectors = base.principal_vectors(matrix @ matrix.mT)
@@ -64,12 +65,12 @@ class _Basis(base.Basis):
                 signs = upper.diagonal(dim1=-2, dim2=-1).sign()
                 vectors = vectors * torch.where(signs == 0, 1.0, signs)[:, None, :]
             self._parts["vectors"] = vectors
-        found: Tensor = self._parts["vectors"]
-        return found
+        return vectors
 
     def _regression(self) -> tuple[Tensor, Tensor, Tensor]:
         """(first factor [g, n, C, kh], lower root of its features' moments, predictions)."""
-        if "regression" not in self._parts:
+        found: tuple[Tensor, Tensor, Tensor] | None = self._parts.get("regression")
+        if found is None:
             assert self._moments is not None
             high, wide = self._tensor.shape[3:]
             rows = self._rows(self._vectors).double()
@@ -87,10 +88,13 @@ class _Basis(base.Basis):
             predictions = torch.linalg.solve_triangular(root.mT, cross, upper=True, left=False)
             energy = float((self._tensor.double().flatten(2) @ second
                             * self._tensor.double().flatten(2)).sum())  # fmt: skip
-            self._parts["regression"] = (rows, root, predictions)
             self._parts["energy"] = energy
-        found: tuple[Tensor, Tensor, Tensor] = self._parts["regression"]
+            found = self._parts["regression"] = (rows, root, predictions)
         return found
+
+    def release(self) -> None:
+        for name in ("vectors", "regression"):
+            self._parts.pop(name, None)
 
     def _rows(self, vectors: Tensor) -> Tensor:
         """First factor [groups, r, C, kh] that takes raw inputs."""

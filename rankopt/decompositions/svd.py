@@ -31,22 +31,39 @@ class _Basis(base.Basis):
     def __init__(self, weight: Tensor, moments: Moments | None = None) -> None:
         self.weight: Tensor | None = weight
         self._moments = moments
-        self._parts: dict[str, base.FloatArray] = {}
-        dense = self._dense
-        self._on_input = dense.shape[2] <= dense.shape[1]
+        self._parts: dict[str, Any] = {}
+        _, outputs, inputs = weight.flatten(2).shape
+        self._on_input = inputs <= outputs
+        vectors = self._parts["vectors"] = self._factorised()
+        self._bytes = vectors.numel() * vectors.element_size()
+
+    @property
+    def _vectors(self) -> Tensor:
+        """Singular vectors of the smaller side as columns, [groups, n, n]."""
+        found: Tensor | None = self._parts.get("vectors")
+        if found is None:
+            found = self._parts["vectors"] = self._factorised()
+        return found
+
+    def _factorised(self) -> Tensor:
+        """The vectors, and with moments the spectrum, whose matrices are at hand here."""
+        dense, moments = self._dense, self._moments
         if moments is None:
             gram = dense.mT @ dense if self._on_input else dense @ dense.mT
-            self._vectors = base.principal_vectors(gram)
-        elif self._on_input:
-            matrix = self._matrix  # whose root is at hand now
-            self._vectors = base.principal_vectors(matrix.mT @ matrix)
-            self._parts["spectrum"] = base.energy(matrix @ self._vectors, (1,))
-        else:  # the outputs' moments: no root of the larger side is needed
-            outputs = moments.output(dense)
-            vectors = base.principal_vectors(outputs)
-            energies = (vectors * (outputs @ vectors)).sum(dim=-2).clamp_min(0)
-            self._parts["spectrum"] = energies.cpu().numpy()
-            self._vectors = vectors.to(dense.dtype)
+            return base.principal_vectors(gram)
+        if self._on_input:
+            matrix = self._matrix
+            vectors = base.principal_vectors(matrix.mT @ matrix)
+            self._parts["spectrum"] = base.energy(matrix @ vectors, (1,))
+            return vectors
+        outputs = moments.output(dense)  # no root of the larger side is needed
+        vectors = base.principal_vectors(outputs)
+        energies = (vectors * (outputs @ vectors)).sum(dim=-2).clamp_min(0)
+        self._parts["spectrum"] = energies.cpu().numpy()
+        return vectors.to(dense.dtype)
+
+    def release(self) -> None:
+        self._parts.pop("vectors", None)
 
     @property
     def _dense(self) -> Tensor:
@@ -123,8 +140,7 @@ class _Basis(base.Basis):
 
     @property
     def nbytes(self) -> int:
-        held = self._vectors.numel() * self._vectors.element_size()
-        return held + (0 if self._moments is None else self._moments.nbytes)
+        return self._bytes + (0 if self._moments is None else self._moments.nbytes)
 
 
 @dataclass(frozen=True)

@@ -51,11 +51,15 @@ class _Basis(base.Basis):
 
     def _vectors(self, side: str) -> Tensor:
         """Orthonormal columns [groups, n, n] of the ``input`` or ``output`` mode."""
-        if side not in self._parts:
+        found: Tensor | None = self._parts.get(side)
+        if found is None:
             gram = _gram(self._tensor, _MODES[side])
-            self._parts[side] = base.principal_vectors(gram)
-        found: Tensor = self._parts[side]
+            found = self._parts[side] = base.principal_vectors(gram)
         return found
+
+    def release(self) -> None:
+        for name in (*_MODES, "regression"):
+            self._parts.pop(name, None)
 
     @property
     def spectra(self) -> tuple[base.FloatArray, ...]:
@@ -179,7 +183,8 @@ class _PatchBasis(_Basis):
 
     def _regression(self) -> tuple[Tensor, Tensor, Tensor]:
         """(rows A [g, C, C], lower root R of their moments, predictions Y [g, S, C·k])."""
-        if "regression" not in self._parts:
+        found: tuple[Tensor, Tensor, Tensor] | None = self._parts.get("regression")
+        if found is None:
             assert self._moments is not None
             rows = self._unwhitened(self._vectors("input")).double()
             pixels = self._moments.pixels
@@ -190,8 +195,7 @@ class _PatchBasis(_Basis):
             root = torch.linalg.cholesky(0.5 * (reduced + reduced.mT))
             cross = self._dense.double().flatten(2) @ half.mT
             predictions = torch.linalg.solve_triangular(root.mT, cross, upper=True, left=False)
-            self._parts["regression"] = (rows, root, predictions)
-        found: tuple[Tensor, Tensor, Tensor] = self._parts["regression"]
+            found = self._parts["regression"] = (rows, root, predictions)
         return found
 
     def _error_table(self) -> base.FloatArray:

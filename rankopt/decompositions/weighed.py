@@ -46,6 +46,9 @@ class WeighedBasis(base.Basis):
         found[last] = _plain(rows, self._root).flatten(0, 1)
         return found
 
+    def release(self) -> None:
+        self._inner.release()
+
     @property
     def nbytes(self) -> int:
         return self._inner.nbytes + self._root.numel() * self._root.element_size()
