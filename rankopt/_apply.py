@@ -169,7 +169,7 @@ def _computed_chains(
         student = _swap(surgery.clone(watched, share=watched.parameters()), chains)
         with torch.no_grad():
             weighing = [step.layers for step in ordered if step.decision.factors.fisher]
-            roots = output_roots(watched, weighing, held, progress=progress)
+            roots = dict(output_roots(watched, weighing, held, progress=progress))
             chains |= fitted_in_order(watched, student, ordered, held, roots, progress=progress)
     with torch.no_grad():
         chains.update(merge_fit.fit(watched, merges, held, progress=progress))
@@ -299,7 +299,8 @@ def _moments_for(
     aware = [d for d in aware if d.method != MERGE and not d.factors.asymmetric]
     groups = [[layers[name] for name in d.targets if name in layers] for d in aware]
     weighing = [group for d, group in zip(aware, groups, strict=True) if d.factors.fisher]
-    return weigh(view, collect_for(view, groups, held, progress=progress), weighing, held, progress)
+    moments = collect_for(view, groups, held, progress=progress)
+    return weigh(view, moments, weighing, held, progress=progress)
 
 
 def collect_for(
@@ -325,23 +326,44 @@ def weigh(
     moments: Mapping[str, Moments],
     groups: Sequence[Sequence[Layer]],
     held: Sequence[Any],
+    *,
     progress: bool | None = None,
+    check: Callable[[], None] = lambda: None,
 ) -> dict[str, Moments]:
     """The moments of all sites, those of `groups` with their outputs weighed."""
-    roots = output_roots(view, groups, held, progress=progress)
-    return {
-        name: known.weighing(roots[name]) if name in roots else known
-        for name, known in moments.items()
-    }
+    found = dict(moments)
+    for name, root in output_roots(view, groups, held, progress=progress, check=check):
+        if name in found:
+            found[name] = found[name].weighing(root)
+    return found
 
 
 def build_with_moments(
     view: nn.Module, decisions: Iterable[Decision], moments: Mapping[str, Moments]
 ) -> nn.Module:
     """A clone of an unpacked model with some decisions carried out, sharing the rest."""
+    return _built(view, decisions, factoriser(moments))
+
+
+def build_with_factors(
+    view: nn.Module,
+    decisions: Iterable[Decision],
+    factors: Mapping[str, Mapping[str, Tensor] | None],
+) -> nn.Module:
+    """The same with given factors, by the name of a site's first layer; None for any."""
+    plain = factoriser({})
+
+    def fill(step: Step, chain: nn.Sequential, weight: Tensor) -> dict[str, Tensor]:
+        given = factors.get(step.layers[0].name)
+        return plain(step, chain, weight) if given is None else dict(given)
+
+    return _built(view, decisions, fill)
+
+
+def _built(view: nn.Module, decisions: Iterable[Decision], fill: Fill) -> nn.Module:
     copy = surgery.clone(view, share=[*view.parameters(), *view.buffers()])
     plan = RankPlan(model={}, decisions=tuple(decisions))
-    return _swap(copy, build_chains(copy, steps_of(copy, plan), factoriser(moments), False))
+    return _swap(copy, build_chains(copy, steps_of(copy, plan), fill, False))
 
 
 def _split(plan: RankPlan) -> set[str]:

@@ -150,7 +150,15 @@ def _calibrate(problem: Problem, view: nn.Module, held: Sequence[Any]) -> None:
     """Collect what the strategy and the factors need from calibration inputs."""
     groups = [site.layers for site in problem.sites]
     problem.moments = collect_for(view, groups, held, progress=problem.progress)
-    problem.weigh = cache(lambda: weigh(view, problem.moments, groups, held, problem.progress))
+
+    @cache
+    def weighed() -> dict[str, Moments]:
+        return weigh(
+            view, problem.moments, groups, held,
+            progress=problem.progress, check=problem.check_deadline,
+        )  # fmt: skip
+
+    problem.weigh = weighed
     problem.calibration = digest(held)
     problem.inputs = held
 

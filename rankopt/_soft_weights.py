@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 import numpy as np
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from rankopt.decompositions.base import Basis, Decomposition
+from rankopt.decompositions.fitted import KEPT_FITS
 from rankopt.decompositions.projection import Projection, survival
 from rankopt.decompositions.rebuild import rebuild
 from rankopt.layers import Layer, stored_weight
@@ -46,6 +47,16 @@ class SoftSite(nn.Module):
                 fitted = _Fitted(method, menu.site.layer, basis, weight)
                 self.truncations.append(_Interpolations(fitted, places, ranks))
         self.dense = menu.methods.index(None) if None in menu.methods else None
+
+    def factors(
+        self, model: nn.Module, method: Decomposition, ranks: Sequence[int]
+    ) -> dict[str, Tensor] | None:
+        """Factors of the weight as trained; None where any of its truncation will do."""
+        for truncation in self.truncations:
+            if isinstance(truncation, _Interpolations) and truncation.fitted.method == method:
+                weight = _canonical(self.layers[0], _stored(model, self.layers[0]))
+                return truncation.fitted.factors(weight, ranks)
+        return None
 
     def forward(self, model: nn.Module, probabilities: Tensor) -> dict[str, Tensor]:
         dense = _canonical(self.layers[0], _stored(model, self.layers[0]))
@@ -89,23 +100,65 @@ class _Truncations(nn.Module):
 
 @dataclass(frozen=True)
 class _Fitted:
-    """What fits of a canonical weight leave out of it."""
+    """Fits of one method to a canonical weight, which may train.
+
+    Where the method `refits`, a weight W is seen as W·G·F: F is what the factors but the
+    last amount to, as fitted to the weight at the beginning, and W·G the last factor that
+    suits W best. Elsewhere W is seen less what the fit left out at the beginning.
+    """
 
     method: Decomposition
     layer: Layer
     basis: Basis
     weight: Tensor
+    held: dict[tuple[int, ...], tuple[Tensor, ...]] = field(default_factory=dict)
 
-    def residual(self, ranks: Sequence[int]) -> Tensor:
-        """W − Ŵ, [groups, out, in, *kernel]."""
+    def seen(self, ranks: Sequence[int]) -> tuple[Tensor, ...]:
+        """What `residual` takes: (G [groups, C·pixels, r], F [groups, r, C·pixels]), or W − Ŵ."""
+        key = tuple(map(int, ranks))
+        found = self.held.pop(key, None) or self._seen(key)
+        self.held[key] = found  # the latest last
+        if len(self.held) > KEPT_FITS:
+            del self.held[next(iter(self.held))]
+        return found
+
+    def _seen(self, ranks: tuple[int, ...]) -> tuple[Tensor, ...]:
         factors = self.basis.factors(ranks)
-        return self.weight - rebuild(self.method, self.layer, ranks, factors).to(self.weight)
+        if not self.method.refits:
+            near = rebuild(self.method, self.layer, ranks, factors)
+            return (self.weight - near.to(self.weight),)
+        last = next(reversed(factors))
+        width = factors[last].shape[1]
+        eye = torch.eye(width).repeat(self.layer.groups, 1).to(factors[last])
+        eye = eye.reshape(-1, width, *factors[last].shape[2:])
+        narrow = replace(self.layer, out_channels=width * self.layer.groups)
+        features = rebuild(self.method, narrow, ranks, {**factors, last: eye})
+        solver = self.basis.fitting(features)
+        return solver.to(self.weight), features.flatten(2).to(self.weight)
 
-    def interpolated(self, ranks: npt.NDArray[np.int64]) -> tuple[Tensor, Tensor]:
-        """Residuals [anchors, …] and the shares [options, anchors] that options have of them.
+    @staticmethod
+    def residual(weight: Tensor, seen: Sequence[Tensor]) -> Tensor:
+        """What a fit leaves out of a weight, W − Ŵ, [groups, out, in, *kernel]."""
+        if len(seen) == 1:
+            return seen[0]
+        solver, features = seen
+        return weight - (weight.flatten(2) @ solver @ features).reshape(weight.shape)
 
-        Anchors are two of the options; their residuals are interpolated over the logarithm of
-        the chain's size and scaled to each option's own error.
+    def factors(self, weight: Tensor, ranks: Sequence[int]) -> dict[str, Tensor] | None:
+        """Factors of a weight as `residual` sees it; None for methods that do not refit."""
+        if not self.method.refits:
+            return None
+        found = dict(self.basis.factors(ranks))
+        solver, _ = self.seen(ranks)
+        last = next(reversed(found))
+        found[last] = (weight.flatten(2) @ solver).flatten(0, 1).reshape(found[last].shape)
+        return found
+
+    def interpolated(self, ranks: npt.NDArray[np.int64]) -> tuple[list[tuple[Tensor, ...]], Tensor]:
+        """Fits at a few ranks and the shares [options, anchors] that options have of them.
+
+        Anchors are two of the options; what they leave out is interpolated over the logarithm
+        of the chain's size and scaled to each option's own error.
 
         Args:
             ranks: Of the options, [options, axes], by ascending cost.
@@ -121,13 +174,14 @@ class _Fitted:
         )
         lost = np.array([max(self.basis.fitted_error(anchor), 1e-12) for anchor in anchors])
         shares = np.asarray(self.basis.error(columns))[:, None] * hats / lost
-        residuals = torch.stack([self.residual(anchor) for anchor in anchors])
+        fits = [self.seen(anchor) for anchor in anchors]
+        residuals = torch.stack([self.residual(self.weight, fit) for fit in fits])
         # They are not parallel: their mean is shorter than the mean of their lengths.
         flat = residuals.flatten(1).double()
         gram = (flat @ flat.mT).cpu().numpy()
         lengths = np.sqrt(np.einsum("oa,ab,ob->o", shares, gram, shares))
         shares *= (shares @ np.sqrt(gram.diagonal()) / np.maximum(lengths, 1e-30))[:, None]
-        return residuals, torch.from_numpy(shares).to(residuals)
+        return fits, torch.from_numpy(shares).to(residuals)
 
 
 class _Interpolations(nn.Module):
@@ -138,24 +192,32 @@ class _Interpolations(nn.Module):
     """
 
     places: Tensor
-    residuals: Tensor
     shares: Tensor
 
     def __init__(self, fitted: _Fitted, places: list[int], ranks: npt.NDArray[np.int64]) -> None:
         super().__init__()
         self.fitted, self.ranks = fitted, ranks
-        residuals, shares = fitted.interpolated(ranks)
-        held = {"residuals": residuals, "shares": shares, "places": torch.tensor(places)}
+        fits, shares = fitted.interpolated(ranks)
+        held = {"shares": shares, "places": torch.tensor(places)}
+        self._names = []
+        for index, fit in enumerate(fits):
+            named = {f"fit{index}_{part}": value for part, value in enumerate(fit)}
+            self._names.append(tuple(named))
+            held |= named
         for name, value in held.items():
-            self.register_buffer(name, value.to(residuals.device), persistent=False)
+            self.register_buffer(name, value.to(shares.device), persistent=False)
 
     def forward(self, weight: Tensor, probabilities: Tensor) -> Tensor:
         mine = probabilities[self.places].to(weight)
         certain = (mine == 1).nonzero()
         if len(certain) and not mine.requires_grad:
-            return weight - self.fitted.residual(self.ranks[int(certain[0])])
-        left_out = torch.einsum("a,a...->...", mine @ self.shares, self.residuals)
-        return mine.sum() * weight - left_out
+            fit = self.fitted.seen(self.ranks[int(certain[0])])
+            return weight - self.fitted.residual(weight, fit)
+        mixed = mine.sum() * weight
+        for share, names in zip(mine @ self.shares, self._names, strict=True):
+            fit = tuple(getattr(self, name) for name in names)
+            mixed = mixed - share * self.fitted.residual(weight, fit)
+        return mixed
 
 
 def _stored(model: nn.Module, layer: Layer) -> Tensor:

@@ -10,18 +10,19 @@ gives the layer's outputs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from rankopt import measure, surgery
 from rankopt._memory import give_back
 from rankopt._progress import progress_bar
 from rankopt.calibration import channel_rows, in_passes
 from rankopt.errors import CalibrationError
-from rankopt.inputs import class_dim, main_output, run, scores_classes
+from rankopt.inputs import class_dim, compared, run, scores_classes
 from rankopt.layers import Layer
 
 __all__ = ["output_roots"]
@@ -31,6 +32,7 @@ TEMPERATURE: Final = 4.0
 # Share of the mean eigenvalue that every direction counts at least: far from the dense
 # weight, where few ranks are left, directions matter that the gradient there does not see.
 DAMPING: Final = 0.1
+_LEAVE: Final = "Leave fisher=True out if the model runs without it"
 # Layers with more outputs, such as those of a vocabulary, have theirs weighed alike.
 MAX_OUTPUTS: Final = 4096
 
@@ -41,49 +43,67 @@ def output_roots(
     held: Sequence[Any],
     *,
     progress: bool | None = None,
-) -> dict[str, Tensor]:
-    """R [groups, out/groups, out/groups] with F = RᵀR, by the name of a site's first layer.
+    check: Callable[[], None] = lambda: None,
+) -> Iterator[tuple[str, Tensor]]:
+    """The name of a site's first layer and its R [groups, out/groups, out/groups], F = RᵀR.
 
     F is damped and scaled to a mean eigenvalue of 1. Sites that no gradient reaches, or
-    that have more than `MAX_OUTPUTS`, are left out.
+    that have more than `MAX_OUTPUTS`, are left out. Roots come one by one, so that they
+    need not be held together.
 
     Args:
         view: An unpacked clone whose modules the layers name; not changed.
         groups: The layers of each site.
         held: Calibration batches.
         progress: Whether to show a progress bar.
+        check: Called after every batch, to raise when there is no more time.
 
     Raises:
         CalibrationError: The model cannot be differentiated, or gradients are not finite.
     """
-    if not groups:
-        return {}
-    sites = {layer.name: group[0].name for group in groups for layer in group}
-    layers = [x for group in groups for x in group if x.group_shape[1] <= MAX_OUTPUTS]
+    sites = {group[0].name: list(group) for group in groups}
+    first = [group[0] for group in groups if group[0].group_shape[1] <= MAX_OUTPUTS]
+    if not first:
+        return
     model = surgery.clone(view).requires_grad_(False)
-    sums: dict[str, Tensor] = {}
+    reached = False
     with progress_bar("differentiating", None, enabled=progress) as advance:
-        for part in in_passes(layers, measure.count_memory(view), lambda x: x.group_shape[1]):
-            found = _moments(model, part, held, advance)
-            for name, second in found.items():
-                site = sites[name]
-                sums[site] = sums[site] + second if site in sums else second
+
+        def tick() -> None:
+            advance()
+            check()
+
+        for part in in_passes(first, measure.count_memory(view), lambda x: x.group_shape[1]):
+            found, backward = _moments(model, [sites[x.name] for x in part], held, tick)
+            reached |= backward
+            for name in list(found):
+                second = found.pop(name)
+                if bool(second.any()):
+                    yield name, _root(second)
             give_back()
-    return {name: _root(second) for name, second in sums.items() if bool(second.any())}
+    if not reached:
+        raise CalibrationError(
+            "fisher=True needs the gradient of the model's output, which has none: is it computed "
+            f"under no_grad, or does it not depend on the layers? {_LEAVE}"
+        )
 
 
 def _moments(
-    model: nn.Module, layers: Sequence[Layer], held: Sequence[Any], advance: Callable[[], None]
-) -> dict[str, Tensor]:
-    """Sums of g gᵀ over positions and samples, g the gradient at a layer's outputs."""
+    model: nn.Module,
+    groups: Sequence[Sequence[Layer]],
+    held: Sequence[Any],
+    tick: Callable[[], None],
+) -> tuple[dict[str, Tensor], bool]:
+    """Sums of g gᵀ, g the gradient at a site's outputs, and whether there were any gradients."""
     modules = dict(surgery.named_modules(model))
     sums: dict[str, Tensor] = {}
 
-    def watch(layer: Layer) -> Callable[..., Tensor]:
+    def watch(layer: Layer, site: str) -> Callable[..., Tensor]:
         def add(gradient: Tensor) -> None:
-            rows = _rows(layer, gradient if gradient.dtype == torch.float64 else gradient.float())
+            exact = gradient if gradient.dtype == torch.float64 else gradient.float()
+            rows = _rows(layer, exact)
             product = (rows.mT @ rows).double()
-            sums[layer.name] = sums[layer.name] + product if layer.name in sums else product
+            sums[site] = sums[site] + product if site in sums else product
 
         def hook(module: nn.Module, args: Any, output: Tensor) -> Tensor:
             if not torch.is_grad_enabled():
@@ -95,13 +115,17 @@ def _moments(
 
         return hook
 
-    handles = [modules[x.name].register_forward_hook(watch(x)) for x in layers]
-    generator = torch.Generator().manual_seed(0)
+    handles = [
+        modules[layer.name].register_forward_hook(watch(layer, group[0].name))
+        for group in groups
+        for layer in group
+    ]
+    generator, backward = torch.Generator().manual_seed(0), False
     try:
         with torch.enable_grad(), measure.preserve_rng(), measure.evaluation(model):
             for inputs in held:
-                _probe(run(model, inputs), generator)
-                advance()
+                backward |= _probe(model, _detached(inputs), generator)
+                tick()
     finally:
         for handle in handles:
             handle.remove()
@@ -111,36 +135,43 @@ def _moments(
                 f"layer {name}: gradients at its outputs on the calibration data are not finite; "
                 "leave fisher=True out, or compress in float32"
             )
-    return sums
+    return sums, backward
 
 
-def _probe(output: Any, generator: torch.Generator) -> None:
+def _detached(inputs: Any) -> Any:
+    """The inputs without a history, which the gradient would follow into the caller's model."""
+    return tree_map(lambda x: x.detach() if isinstance(x, Tensor) else x, inputs)
+
+
+def _probe(model: nn.Module, inputs: Any, generator: torch.Generator) -> bool:
     """A backward pass from a random direction v with E[v vᵀ] the Fisher of the outputs.
 
     That is diag(p) − p pᵀ for class probabilities p, which v = √p∘ε − p·Σ(√p∘ε) has for
     normal ε; other outputs count as means of unit Gaussians.
+
+    Returns:
+        Whether the outputs depend on any layer that is watched.
     """
-    found = main_output(output)
-    values = found["logits"] if isinstance(found, Mapping) else found
-    if not values.requires_grad:
-        raise CalibrationError(
-            "fisher=True needs the gradient of the model's output, which has none: is it computed "
-            "under no_grad, or does it not depend on the layers? Leave fisher=True out"
-        )
-    # On the CPU: the draw is the same on every device.
-    drawn = torch.randn(values.shape, generator=generator, device="cpu").to(values.device)
-    if scores_classes(found):
-        dim = class_dim(values)
-        p = values.detach().float().div(TEMPERATURE).softmax(dim=dim)
-        drawn = p.sqrt() * drawn
-        drawn = drawn - p * drawn.sum(dim=dim, keepdim=True)
     try:
+        output = run(model, inputs)
+        values = compared(output)
+        # On the CPU, and whether it is used or not: the same on every device and in every pass.
+        drawn = torch.randn(values.shape, generator=generator, device="cpu").to(values.device)
+        if not values.requires_grad:
+            return False
+        if scores_classes(output):
+            dim = class_dim(values)
+            p = values.detach().float().div(TEMPERATURE).softmax(dim=dim)
+            drawn = p.sqrt() * drawn
+            drawn = drawn - p * drawn.sum(dim=dim, keepdim=True)
         values.backward(drawn.to(values.dtype))
-    except RuntimeError as error:
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, CalibrationError) as error:
         raise CalibrationError(
-            f"fisher=True needs the gradient of the model, which fails in eval mode: {error}; "
-            "leave it out"
+            f"fisher=True differentiates the model in eval mode, which fails: {error}. {_LEAVE}"
         ) from error
+    return True
 
 
 def _rows(layer: Layer, gradient: Tensor) -> Tensor:

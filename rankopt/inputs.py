@@ -18,6 +18,7 @@ __all__ = [
     "affordable",
     "batches",
     "class_dim",
+    "compared",
     "digest",
     "divergence",
     "divergence_loss",
@@ -205,7 +206,7 @@ def divergence_loss(before: Any, after: Any, *, temperature: float = 1.0) -> Ten
         temperature: What logits are divided by; the divergence is multiplied by its square,
             so that its slope stays of one size (arXiv 1503.02531, section 2.1).
     """
-    old, new = _compared(before), _compared(after)
+    old, new = compared(before), compared(after)
     if old.shape != new.shape:
         raise CalibrationError(f"outputs changed from {list(old.shape)} to {list(new.shape)}")
     old, new = old.double(), new.double()
@@ -218,7 +219,7 @@ def divergence_loss(before: Any, after: Any, *, temperature: float = 1.0) -> Ten
 
 def scores_classes(output: Any) -> bool:
     """Whether an output is taken for class scores: logits by name, or two-dimensional."""
-    scores = _compared(output)
+    scores = compared(output)
     named = isinstance(output, Mapping) and "logits" in output
     return (named or scores.dim() == 2) and scores.shape[class_dim(scores)] > 1
 
@@ -232,10 +233,11 @@ def main_output(output: Any) -> Any:
     """The logits of an output, else its first floating-point tensor; {"logits": …} if named."""
     if isinstance(output, Mapping) and "logits" in output:
         return {"logits": output["logits"]}
-    return _compared(output)
+    return compared(output)
 
 
-def _compared(output: Any) -> Tensor:
+def compared(output: Any) -> Tensor:
+    """The tensor of an output that is compared: its logits, else the first of floats."""
     if isinstance(output, Mapping) and "logits" in output:
         output = output["logits"]
     for tensor in tensors_in(output):

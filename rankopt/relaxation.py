@@ -61,7 +61,7 @@ class Relaxation:
     Args:
         problem: The model and a budget.
         soft: Whether to leave out methods that cannot mix the ranks of a weight that
-            trains (`Decomposition.soft`).
+            trains: neither `Decomposition.soft` nor `Decomposition.refits`.
 
     Attributes:
         menus: One per site.
@@ -323,21 +323,25 @@ def _root(excess: Any, unit: float) -> float:
 
 def _check_soft(problem: Problem) -> None:
     """Say which methods a gradient cannot reach; raise where none is left."""
-    methods = {method.name: method.soft for site in problem.sites for method in site.methods}
+    methods = {method.name: _trains(method) for site in problem.sites for method in site.methods}
     left_out = ", ".join(sorted(name for name, soft in methods.items() if not soft))
     if not any(methods.values()):
         raise ModelError(
-            f"{left_out} cannot mix ranks of a weight that trains; allow svd, tucker2 or "
+            f"{left_out} cannot follow a weight that trains; allow svd, tucker2 or "
             "spatial_svd (methods=), or choose ranks by rankopt.search"
         )
     if left_out:
         warnings.warn(
-            f"{left_out} left out: factors that are fitted anew for every rank cannot be mixed in "
-            "a weight that trains; rankopt.search, with strategy 'knapsack' or 'relaxed', chooses "
-            "among them",
+            f"{left_out} left out: its factors cannot follow a weight that trains; "
+            "rankopt.search, with strategy 'knapsack' or 'relaxed', chooses among them",
             RankoptWarning,
             stacklevel=4,
         )
+
+
+def _trains(method: Decomposition) -> bool:
+    """Whether the method can mix ranks of a weight that trains."""
+    return method.soft or method.refits
 
 
 def _limits(problem: Problem) -> Array:
@@ -353,7 +357,7 @@ def _menu(problem: Problem, site: Site, limits: Array, *, soft: bool) -> Menu:
     """Every undominated option of a site over all its methods."""
     rows: list[tuple[float, float, int, tuple[int, ...]]] = []
     for index, method in enumerate(site.methods):
-        if soft and not method.soft:
+        if soft and not _trains(method):
             continue
         frontier = problem.frontier(site, method)
         rows += [

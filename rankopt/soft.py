@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from rankopt import measure, surgery
-from rankopt._apply import build_with_moments, remember_plan
+from rankopt._apply import build_with_factors, remember_plan
 from rankopt._latency_budget import ModelClock, bounds_latency, price_time, solve
 from rankopt._open import Opened, check_request, open_problem
 from rankopt._soft_weights import SoftSite
@@ -64,7 +64,8 @@ def soften(
         example_inputs: As of `rankopt.search`; needed for MACs and latency.
         calibration: Inputs; ranks are then truncations that keep the layers' outputs.
         calibration_samples: Where to stop reading.
-        methods: Decompositions to choose from that can mix ranks (`Decomposition.soft`).
+        methods: Decompositions to choose from; of cp, tt and branched_tucker all factors but
+            the last stay as fitted to the weights of `model`.
         only: Layers to soften, as of `rankopt.search`.
         ignore: Layers to leave dense.
         profile: Where layer times are kept, and how they are taken; needed for latency only.
@@ -364,8 +365,16 @@ class SoftModel(nn.Module):
             parameters = dict(dense.named_parameters(remove_duplicate=False))
             for name, value in projected.items():
                 parameters[name].copy_(value)
-            # The weights have the ranks of the plan now: any factors of those are exact.
-            built = surgery.clone(build_with_moments(dense, plan.changes, {}))
+            # The weights have the ranks of the plan now: any factors of those are exact, but
+            # a fit need not find them.
+            own = {}
+            for site, menu in zip(self.sites, self.relaxation.menus, strict=True):
+                assert isinstance(site, SoftSite)
+                decision = plan[menu.site.name]
+                for method in menu.site.methods:
+                    if made_by(method, decision.method, decision.args):
+                        own[menu.site.name] = site.factors(self.model, method, decision.ranks)
+            built = surgery.clone(build_with_factors(dense, plan.changes, own))
         remember_plan(built, plan)
         return built
 

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 import rankopt
-from rankopt import fisher
+from rankopt import calibration, fisher
+from rankopt._open import open_problem
 from rankopt.decompositions import (
     CP,
     SVD,
@@ -18,16 +19,24 @@ from rankopt.decompositions import (
 )
 from rankopt.decompositions.cache import BasisCache
 from rankopt.decompositions.rebuild import rebuild
-from rankopt.errors import CalibrationError, ModelError, PlanError, StudyError
+from rankopt.errors import (
+    CalibrationError,
+    CheckpointError,
+    DeadlineExceeded,
+    ModelError,
+    PlanError,
+    StudyError,
+)
 from rankopt.inputs import divergence
 from rankopt.layers import find_layers
 from rankopt.moments import Moments
 from rankopt.testing import planted_model
+from rankopt_strategies import Relaxed
 
 
 def roots(model, data, **found):
     layers = [layer for layer in find_layers(model) if layer.refusal is None]
-    return fisher.output_roots(model, [[layer] for layer in layers], data, **found)
+    return dict(fisher.output_roots(model, [[layer] for layer in layers], data, **found))
 
 
 def random_root(groups, size):
@@ -97,8 +106,81 @@ def test_it_says_what_cannot_be_differentiated():
             with torch.no_grad():
                 return self.layer(x).relu()
 
-    with pytest.raises(CalibrationError, match="leave fisher=True out|Leave fisher=True out"):
+    with pytest.raises(CalibrationError, match="under no_grad.*Leave fisher=True out"):
         roots(NoGrad(), [torch.randn(4, 8)])
+
+    class InPlace(NoGrad):
+        def forward(self, x):
+            part = self.layer(x).chunk(2, dim=1)[0]
+            part += 1
+            return part
+
+    with pytest.raises(CalibrationError, match="fisher=True differentiates.*modified inplace"):
+        roots(InPlace(), [torch.randn(4, 8)])
+
+
+class Partly(nn.Module):
+    """A layer is wide, one is not used, one runs for some inputs only, one without gradient."""
+
+    def __init__(self):
+        super().__init__()
+        self.frozen, self.sometimes = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.unused, self.wide = nn.Linear(8, 8), nn.Linear(8, 64)
+        self.last = nn.Linear(64, 5)
+
+    def forward(self, x):
+        with torch.no_grad():
+            x = self.frozen(x)
+        if x.shape[0] > 4:
+            x = self.sometimes(x)
+        return {"logits": (self.last(self.wide(x)),)}
+
+
+@pytest.mark.parametrize("most", [1, 10**9])
+def test_layers_that_no_gradient_reaches_are_left_out_however_they_are_taken(monkeypatch, most):
+    monkeypatch.setattr(fisher, "MAX_OUTPUTS", 32)
+    monkeypatch.setattr(calibration, "LEAST_SUM_BYTES", most)
+    monkeypatch.setattr(calibration, "MOST_SUM_BYTES", most)
+    torch.manual_seed(0)
+    model, data = Partly(), [torch.randn(size, 8) for size in (4, 6)]
+    found = roots(model, data)
+    assert set(found) == {"sometimes", "last"}
+    (only,) = fisher.output_roots(
+        model, [[x] for x in find_layers(model) if x.name == "last"], data
+    )
+    assert torch.equal(only[1], found["last"])  # whichever layers are watched
+    assert dict(fisher.output_roots(model, [[find_layers(model)[3]]], data)) == {}
+
+
+def test_inputs_with_a_history_keep_their_gradients_to_themselves():
+    leaf = torch.randn(16, 8, requires_grad=True)
+    encoder = nn.Linear(8, 8)
+    model, inputs = nn.Sequential(nn.Linear(8, 8), nn.ReLU()), encoder(leaf)
+    for _ in range(2):  # nor is a graph freed that is needed again
+        roots(model, [leaf, inputs])
+    assert leaf.grad is None
+    assert encoder.weight.grad is None
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_other_precisions(dtype):
+    torch.manual_seed(0)
+    model, data = Blind().eval().to(dtype), [torch.randn(64, 32).to(dtype)]
+    plan = rankopt.search(model, "params<=50%", strategy="relaxed", calibration=data, fisher=True)
+    small = rankopt.apply(model, plan, calibration=data)
+    assert small(data[0]).dtype == dtype
+    assert small(data[0]).isfinite().all()
+
+
+def test_time_runs_out_while_differentiating(monkeypatch):
+    monkeypatch.setattr(
+        "rankopt.problem.Problem.check_deadline",
+        lambda self: (_ for _ in ()).throw(DeadlineExceeded("over")),
+    )
+    model, data = Blind().eval(), [torch.randn(64, 32)]
+    problem = open_problem(model, None, calibration=data).problem
+    with pytest.raises(DeadlineExceeded):
+        problem.weigh()
 
 
 # Factors
@@ -217,6 +299,14 @@ def test_strategies_search_with_it(strategy):
     assert moved(model, plan, data) < float("inf")
 
 
+def test_a_search_that_weighs_does_not_go_on_with_one_that_does_not(tmp_path):
+    model, data = Blind().eval(), [torch.randn(64, 32)]
+    strategy = Relaxed(rounds=2, folder=str(tmp_path))
+    rankopt.search(model, "params<=50%", strategy=strategy, calibration=data)
+    with pytest.raises(CheckpointError, match="calibration"):
+        rankopt.search(model, "params<=50%", strategy=strategy, calibration=data, fisher=True)
+
+
 def test_with_asymmetric_factors():
     model, data = Blind().eval(), [torch.randn(256, 32) for _ in range(4)]
     plain, weighed = searched(model, data, asymmetric=True)
@@ -278,5 +368,7 @@ def test_a_study_says_what_it_expects():
     model, data = Blind().eval(), [torch.randn(64, 32)]
     with pytest.raises(StudyError, match="fisher='maybe': expected"):
         study_of(model, data, None, fisher="maybe")
+    numbered = study_of(model, data, None, fisher=1)
+    assert numbered.request["fisher"] is True
     with pytest.raises(ModelError, match="needs calibration="):
         rankopt.study(model, evaluate=lambda m: 0.0, storage=None, fisher=True)

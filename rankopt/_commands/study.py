@@ -7,7 +7,7 @@ import json
 import signal
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Final, Literal
 
 from rankopt._commands.options import (
     INTERRUPTED,
@@ -22,6 +22,10 @@ from rankopt._commands.options import (
 from rankopt.errors import RankoptError
 
 __all__ = ["add_study"]
+
+FISHER_CHOICES: Final[dict[Any, bool | Literal["search"]]] = {
+    "yes": True, "no": False, "search": "search"
+}  # fmt: skip
 
 
 def add_study(
@@ -76,7 +80,7 @@ def add_study(
     create.add_argument("--direction", choices=["maximize", "minimize"], help="of the metric")
     create.add_argument("--space", help="warp, tilt, stage or layer")
     create.add_argument(
-        "--fisher", choices=["yes", "no", "search"], default="no",
+        "--fisher", choices=list(FISHER_CHOICES),
         help="weigh outputs by the Fisher information; search lets trials choose",
     )  # fmt: skip
     create.add_argument("--methods", help="decompositions to allow, comma-separated")
@@ -158,7 +162,7 @@ def _create(arguments: argparse.Namespace) -> int:
             objective=arguments.objective,
             direction=arguments.direction,
             space=arguments.space,
-            fisher={"yes": True, "no": False, "search": "search"}[arguments.fisher],
+            fisher=FISHER_CHOICES.get(arguments.fisher),
             methods=arguments.methods.split(",") if arguments.methods else None,
             only=arguments.only,
             ignore=arguments.ignore,

@@ -160,6 +160,7 @@ def study(
     weighing = (known or {}).get("fisher", False) if fisher is None else fisher
     if weighing not in (True, False, "search"):
         raise StudyError(f"fisher={weighing!r}: expected True, False or 'search'")
+    weighing = weighing if weighing == "search" else bool(weighing)
     if weighing and calibration is None:
         raise ModelError(f"fisher={weighing!r} needs calibration=: inputs to take gradients on")
     timed = objective == LATENCY or bounds_latency(wanted) or (known or {}).get("times") is not None

@@ -260,7 +260,7 @@ class SwitchedSpace(Space):
 
     @property
     def bounds(self) -> dict[str, tuple[float, float]]:
-        return {**self._plain.bounds, FISHER: (0.0, 1.0)}
+        return {**self._weighed.bounds, **self._plain.bounds, FISHER: (0.0, 1.0)}
 
     def options(self, params: Mapping[str, float]) -> list[Option]:
         space = self._weighed if params[FISHER] >= SWITCH else self._plain

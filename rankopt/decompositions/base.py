@@ -90,6 +90,17 @@ class Basis(ABC):
         """The truncation to any mixture of ranks, for decompositions that are `soft`."""
         raise NotImplementedError
 
+    def fitting(self, features: Tensor) -> Tensor:
+        """What gives the last factor that suits any weight best, for those that `refit`.
+
+        Args:
+            features: What the other factors amount to, [groups, r, C, *kernel].
+
+        Returns:
+            G [groups, C·pixels, r]: the last factor of a weight W is W·G.
+        """
+        raise NotImplementedError
+
     def release(self) -> None:  # noqa: B027  some hold nothing
         """Give back the matrices that can be computed anew; errors and spectra stay.
 
@@ -111,7 +122,7 @@ class Decomposition(ABC):
         exact_error: Whether `Basis.error` is exact without fitting; otherwise it is
             an estimate and `Basis.fitted_error` the truth.
         soft: Whether the basis can mix ranks of a weight that trains, by `Basis.projection`;
-            of others, a search on data interpolates between fits at a few ranks.
+            of others, ranks are interpolated between fits at a few.
     """
 
     name: ClassVar[str]
@@ -155,6 +166,11 @@ class Decomposition(ABC):
     def factors_kind(self, moments: Moments) -> str:
         """How a plan names factors made with `moments`: see `rankopt.plan.Factors`."""
         return "whitened"
+
+    @property
+    def refits(self) -> bool:
+        """Whether the last factor follows a weight that trains, by `Basis.fitting`."""
+        return False
 
     @property
     def settings(self) -> dict[str, Any]:

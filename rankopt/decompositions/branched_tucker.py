@@ -251,6 +251,10 @@ class BranchedTucker(base.Decomposition):
         core = base.kernel_size(layer) * first * second // self.branches
         return layer.groups * (inputs * first * entering + (core + second * outputs) * leaving)
 
+    @property
+    def refits(self) -> bool:
+        return self.init != "truncate"  # as published, nothing is fitted
+
     def prepare(self, weight: Tensor, moments: Moments | None = None) -> base.Basis:
         return _Basis(weight, moments, self)
 

@@ -41,11 +41,10 @@ class BasisCache:
         """The basis of a canonical `weight` under `moments`, computed if it is not held."""
         known = b"" if moments is None else moments.key
         key = (repr(decomposition), tensor_digest(weight) + known + str(weight.device).encode())
-        root = None if moments is None else moments.output_root
-        basis = self._found(key, decomposition, weighed(weight, root), moments)
-        if root is None:
-            return basis
-        return WeighedBasis(basis, weight, root)
+        if moments is None or not moments.weighs:
+            return self._found(key, decomposition, weight, moments)
+        rows = weighed(weight, moments.output_root)
+        return WeighedBasis(self._found(key, decomposition, rows, moments), weight, moments)
 
     def _found(
         self,

@@ -257,6 +257,10 @@ class CP(base.Decomposition):
         size = base.kernel_size(layer)
         return layer.groups * rank * (inputs * entering + (size + outputs) * leaving)
 
+    @property
+    def refits(self) -> bool:
+        return True
+
     def prepare(self, weight: Tensor, moments: Moments | None = None) -> base.Basis:
         return _Basis(weight, moments, self.stability, self.sweeps)
 

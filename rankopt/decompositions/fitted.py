@@ -169,6 +169,11 @@ class FittedBasis(base.Basis):
         share = float((lost / energy).clamp_min(0)) if energy > 0 else 0.0
         return last, math.sqrt(share)
 
+    def fitting(self, features: Tensor) -> Tensor:
+        rows = features.double().flatten(2)
+        seen = self._metric(rows)
+        return _solved(seen @ rows.mT, seen.mT)
+
     def _metric(self, rows: Tensor) -> Tensor:
         """Rows [groups, n, C·pixels] times the second moments of their patches."""
         if self._moments is None:

@@ -172,6 +172,10 @@ class TT(base.Decomposition):
         ends = inputs * ranks[0] * entering + ranks[-1] * outputs * leaving
         return layer.groups * (ends + cores)
 
+    @property
+    def refits(self) -> bool:
+        return True
+
     def prepare(self, weight: Tensor, moments: Moments | None = None) -> base.Basis:
         return _Basis(weight, moments)
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from rankopt.decompositions import base
 from rankopt.decompositions.projection import Projection
+from rankopt.moments import Moments
 
 __all__ = ["WeighedBasis", "weighed"]
 
@@ -22,12 +23,18 @@ class WeighedBasis(base.Basis):
     Args:
         inner: Basis of the weighed weight.
         weight: Canonical weight [groups, S, C, *kernel].
-        root: R, [groups, S, S], upper triangular.
+        moments: Have R, [groups, S, S], upper triangular; it is read whenever needed.
     """
 
-    def __init__(self, inner: base.Basis, weight: Tensor, root: Tensor) -> None:
+    def __init__(self, inner: base.Basis, weight: Tensor, moments: Moments) -> None:
         self.weight: Tensor | None = weight
-        self._inner, self._root = inner, root
+        self._inner, self._moments = inner, moments
+
+    @property
+    def _root(self) -> Tensor:
+        root = self._moments.output_root
+        assert root is not None
+        return root
 
     @property
     def spectra(self) -> tuple[base.FloatArray, ...]:
@@ -42,34 +49,45 @@ class WeighedBasis(base.Basis):
     def factors(self, ranks: Sequence[int]) -> dict[str, Tensor]:
         found = dict(self._inner.factors(ranks))
         last = next(reversed(found))
-        rows = found[last].unflatten(0, (len(self._root), -1))
-        found[last] = _plain(rows, self._root).flatten(0, 1)
+        root = self._root
+        rows = found[last].unflatten(0, (len(root), -1))
+        found[last] = _plain(rows, root).flatten(0, 1)
         return found
+
+    def fitting(self, features: Tensor) -> Tensor:
+        return self._inner.fitting(features)  # each output is fitted by itself
 
     def release(self) -> None:
         self._inner.release()
 
     @property
     def nbytes(self) -> int:
-        return self._inner.nbytes + self._root.numel() * self._root.element_size()
+        return self._inner.nbytes
 
     def projection(self) -> Projection:
-        found = self._inner.projection()
+        found, root = self._inner.projection(), self._root
         unfold, fold = found.unfold, found.fold
-        found.unfold = lambda weight: unfold(weighed(weight, self._root))
-        found.fold = lambda x: _plain(fold(x), self._root)
+        found.unfold = lambda weight: unfold(weighed(weight, root))
+        found.fold = lambda x: _plain(fold(x), root)
         return found
 
 
 def _plain(weight: Tensor, root: Tensor) -> Tensor:
     """R⁻¹·W of a weight [groups, S, ...]."""
-    rows: Tensor = torch.linalg.solve_triangular(root.to(weight), weight.flatten(2), upper=True)
-    return rows.reshape(weight.shape)
+    rows = _precise(weight).flatten(2)
+    solved: Tensor = torch.linalg.solve_triangular(root.to(rows), rows, upper=True)
+    return solved.reshape(weight.shape).to(weight.dtype)
+
+
+def _precise(weight: Tensor) -> Tensor:
+    """The weight in a precision that triangular systems are solved in."""
+    return weight.float() if weight.element_size() < 4 else weight
 
 
 def weighed(weight: Tensor, root: Tensor | None) -> Tensor:
     """R·W of a canonical weight; the weight itself without a root."""
     if root is None:
         return weight
-    product: Tensor = torch.einsum("gts,gs...->gt...", root.to(weight), weight)
-    return product
+    precise = _precise(weight)
+    product: Tensor = torch.einsum("gts,gs...->gt...", root.to(precise), precise)
+    return product.to(weight.dtype)

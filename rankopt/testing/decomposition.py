@@ -92,6 +92,7 @@ class _DecompositionSuite:
             factors = self.method.prepare(self.weight).factors(ranks)
             found = {name: value.shape for name, value in factors.items()}
             assert found == shapes, f"factors at {ranks} have shapes {found}, modules {shapes}"
+            assert list(found) == list(shapes), f"factors at {ranks} are not in order"
             assert set(dict(built.named_children())) <= set(self.method.roles), "roles"
 
     def infeasible_ranks_are_refused(self) -> None:

@@ -9,6 +9,7 @@ import torch
 import rankopt
 from rankopt._open import open_problem
 from rankopt.budget import Budget
+from rankopt.decompositions import BranchedTucker
 from rankopt.decompositions.rebuild import rebuild
 from rankopt.errors import ModelError, RankoptWarning
 from rankopt.layers import canonical_weight
@@ -122,9 +123,43 @@ def test_every_decomposition_takes_part(slopes):
     assert plan.totals["macs"]["measured"] <= 0.45 * plan.totals["macs"]["before"]
 
 
-def test_weights_that_train_cannot_be_seen_through_fits():
-    with pytest.warns(RankoptWarning, match="cp, tt left out: factors that are fitted anew"):
-        soft = rankopt.soften(planted_model(), "params<=80%", methods=("tucker2", "cp", "tt"))
+@pytest.mark.parametrize("method", FITTED)
+@pytest.mark.parametrize("calibrated", [False, True])
+def test_weights_that_train_are_seen_through_fits(method, calibrated):
+    torch.manual_seed(0)
+    model, x = planted_model(noise=0.4), planted_inputs(32)
+    data = {"calibration": [x]} if calibrated else {}
+    soft = rankopt.soften(model, "params<=70%", methods=("svd", method), **data)
+    assert soft.build(soft.discretise()).eval()(x).isfinite().all()
+    wanted = 1.5 * model.eval()(x).detach()
+    optimiser = torch.optim.Adam(
+        [{"params": soft.weights(), "lr": 1e-3}, {"params": soft.logits(), "lr": 0.05}]
+    )
+    soft.eval()
+    before = {name: value.detach().clone() for name, value in soft.model.named_parameters()}
+    losses = []
+    for _ in range(8):
+        optimiser.zero_grad()
+        loss = (soft(x) - wanted).square().mean()
+        loss.backward()
+        assert soft.model.get_submodule("conv").weight.grad.abs().sum() > 0
+        optimiser.step()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < losses[0]
+    plan = soft.discretise()
+    assert method in {decision.method for decision in plan.changes}
+    small = soft.build(plan).eval()
+    with torch.no_grad(), soft.using(soft._certain(plan)):
+        # The factors are those of the trained weights, not fitted to the first ones.
+        torch.testing.assert_close(small(x), soft(x), rtol=1e-3, atol=1e-4)
+    trained = soft.model.get_submodule("conv").weight
+    assert not torch.equal(trained, before["conv.weight"])
+
+
+def test_a_fit_that_nothing_follows_is_left_out():
+    truncated = BranchedTucker(init="truncate")
+    with pytest.warns(RankoptWarning, match="branched_tucker left out: its factors cannot follow"):
+        soft = rankopt.soften(planted_model(), "params<=80%", methods=("tucker2", truncated))
     assert {decision.method for decision in soft.discretise().changes} == {"tucker2"}
-    with pytest.raises(ModelError, match="cp cannot mix ranks of a weight that trains"):
-        rankopt.soften(planted_model(), "params<=60%", methods=("cp",))
+    with pytest.raises(ModelError, match="branched_tucker cannot follow a weight that trains"):
+        rankopt.soften(planted_model(), "params<=60%", methods=(truncated,))

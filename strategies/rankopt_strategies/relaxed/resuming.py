@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rankopt.inputs import digest
+from rankopt.plan import FISHER
 from rankopt.strategy import Problem
 from rankopt.training.state import load_state, make_folder, save_state
 from rankopt_strategies.relaxed.objective import Objective
@@ -50,7 +51,9 @@ class Checkpoint:
                 [[site.name, [repr(method) for method in site.methods]] for site in problem.sites]
             ),
             "round_to": problem.round_to,
-            "calibration": problem.calibration,
+            "calibration": (
+                f"{problem.calibration}{FISHER}" if problem.fisher else problem.calibration
+            ),
             "loss of the dense model": None if dense_loss is None else f"{dense_loss:.4g}",
             "data": None if objective is None else digest(objective.batches),
         }
