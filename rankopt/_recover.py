@@ -15,14 +15,25 @@ from rankopt import measure, surgery
 from rankopt._apply import settle_norms
 from rankopt._progress import progress_bar
 from rankopt.errors import CalibrationError, ModelError
-from rankopt.inputs import MAX_SAMPLES, divergence, hold, main_output, run, tensors_in
+from rankopt.inputs import (
+    MAX_SAMPLES,
+    compared,
+    divergence,
+    hold,
+    main_output,
+    run,
+    tensors_in,
+)
+from rankopt.inputs import (
+    batch_size as size_of,
+)
 from rankopt.norms import has_norms
 from rankopt.training.augmentation import augmentation
 from rankopt.training.distillation import (
     PairedOutputs,
     decomposed,
     private_teacher,
-    train_without_dropout,
+    train_as_evaluated,
 )
 
 __all__ = ["Recovery", "recover"]
@@ -138,7 +149,7 @@ def recover(
         )
     generator = torch.Generator().manual_seed(seed)
     change = augmentation(augment)
-    guide = private_teacher(teacher)
+    guide = private_teacher(teacher).to(surgery.device_of(model))
     device = surgery.device_of(model).type
     tested = list(samples.batches(test, batch_size))
     with torch.no_grad():
@@ -157,7 +168,7 @@ def recover(
     try:
         with measure.preserve_rng(), torch.enable_grad(), layers:
             torch.manual_seed(seed)
-            train_without_dropout(model)
+            train_as_evaluated(model)
             optimiser = torch.optim.Adam(parameters, lr=learning_rate)
             limit = seconds * 0.95 - (time.perf_counter() - started)
             begun = time.perf_counter()
@@ -205,10 +216,14 @@ class _Samples:
 
     def __init__(self, held: list[Any]) -> None:
         alike: dict[Any, list[Any]] = {}
-        for inputs in held:
+        counts: dict[Any, int] = {}
+        for given in held:
+            size = size_of(given)
+            inputs = _by_sample(given, size)
             alike.setdefault(_form(inputs), []).append(inputs)
+            counts[_form(inputs)] = counts.get(_form(inputs), 0) + size
         self._joined = [_joined(parts) for parts in alike.values()]
-        sizes = [sum(len(next(tensors_in(x))) for x in parts) for parts in alike.values()]
+        sizes = list(counts.values())
         self.count = sum(sizes)
         self._shape = torch.repeat_interleave(torch.tensor(sizes))
         self._place = torch.cat([torch.arange(size) for size in sizes])
@@ -231,56 +246,76 @@ class _Samples:
         """Shuffled batches, epoch after epoch."""
         while True:
             shuffled = index[torch.randperm(len(index), generator=generator)]
-            parts = list(self._parts(shuffled, size))
-            # Batches of one or two would upset BatchNorm.
-            whole = [part for part in parts if 2 * len(part) >= size] or parts
-            for i in torch.randperm(len(whole), generator=generator):
-                yield self._take(whole[i])
+            parts = list(self._parts(shuffled, size, whole=True))
+            for i in torch.randperm(len(parts), generator=generator):
+                yield self._take(parts[i])
 
-    def _parts(self, index: Tensor, size: int) -> Iterator[Tensor]:
+    def _parts(self, index: Tensor, size: int, *, whole: bool = False) -> Iterator[Tensor]:
+        """Indices of one shape each; `whole` leaves out short rests of what fills a batch."""
         for shape in range(len(self._joined)):
-            alike = index[self._shape[index] == shape]
-            if len(alike):
-                yield from alike.split(size)
+            parts = index[self._shape[index] == shape].split(size)
+            # Batches of one or two would upset BatchNorm.
+            short = whole and len(parts) > 1 and 2 * len(parts[-1]) < size
+            yield from (part for part in (parts[:-1] if short else parts) if len(part))
 
     def _take(self, index: Tensor) -> Any:
         return _indexed(self._joined[self._shape[index[0]]], self._place[index])
 
 
+@dataclass(frozen=True)
+class _Shared:
+    """What all samples of a batch share, such as a mask over positions."""
+
+    value: Any
+
+
+def _by_sample(inputs: Any, size: int) -> Any:
+    """The inputs with all but tensors of one row per sample marked as shared."""
+    if isinstance(inputs, Tensor):
+        return inputs if inputs.dim() and len(inputs) == size else _Shared(inputs)
+    if isinstance(inputs, Mapping):
+        return {key: _by_sample(value, size) for key, value in inputs.items()}
+    if isinstance(inputs, (tuple, list)):
+        return tuple(_by_sample(value, size) for value in inputs)
+    return _Shared(inputs)
+
+
 def _form(inputs: Any) -> Any:
     """What two batches must have in common to be joined."""
     if isinstance(inputs, Tensor):
-        return (inputs.shape[1:], inputs.dtype) if inputs.dim() else float(inputs)
+        return inputs.shape[1:], inputs.dtype
     if isinstance(inputs, Mapping):
         return tuple((key, _form(value)) for key, value in inputs.items())
-    if isinstance(inputs, (tuple, list)):
+    if isinstance(inputs, tuple):
         return tuple(map(_form, inputs))
-    return repr(inputs)
+    value = inputs.value
+    return measure.tensor_digest(value) if isinstance(value, Tensor) else repr(value)
 
 
 def _joined(parts: list[Any]) -> Any:
     first = parts[0]
     if isinstance(first, Tensor):
-        return torch.cat(parts) if first.dim() else first
+        return torch.cat(parts)
     if isinstance(first, Mapping):
         return {key: _joined([part[key] for part in parts]) for key in first}
-    if isinstance(first, (tuple, list)):
+    if isinstance(first, tuple):
         return tuple(_joined([part[i] for part in parts]) for i in range(len(first)))
     return first
 
 
 def _indexed(inputs: Any, index: Tensor) -> Any:
     if isinstance(inputs, Tensor):
-        return inputs[index.to(inputs.device)] if inputs.dim() else inputs
+        return inputs[index.to(inputs.device)]
     if isinstance(inputs, Mapping):
         return {key: _indexed(value, index) for key, value in inputs.items()}
     if isinstance(inputs, tuple):
         return tuple(_indexed(value, index) for value in inputs)
-    return inputs
+    return inputs.value
 
 
 def _loss(layers: PairedOutputs, inputs: Any) -> Tensor:
     """Relative error² of the outputs, and of those of the layers the plan decomposed."""
+    layers.forget()
     with torch.no_grad():
         wanted = run(layers.teacher, inputs)
     found = run(layers.model, inputs)
@@ -302,6 +337,8 @@ def _output_loss(wanted: Any, found: Any) -> Tensor:
         [tensor for tensor in tensors_in(output) if tensor.is_floating_point()]
         for output in (wanted, found)
     )
+    if len(old) != len(new):  # such as more in train mode
+        old, new = [compared(wanted)], [compared(found)]
     pairs = list(zip(old, new, strict=True))
     if not pairs:
         raise CalibrationError("the model's output holds no floating-point tensor to compare")

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
 import json
+import random
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -20,7 +23,7 @@ from rankopt._fold import fold
 from rankopt._open import uses_metric
 from rankopt.budget import Budget
 from rankopt.errors import CheckpointError, ModelError, RankoptError
-from rankopt.inputs import hold, tensors_in
+from rankopt.inputs import digest, hold, tensors_in
 from rankopt.plan import RankPlan
 from rankopt.registry import strategies
 from rankopt.training.finetune import finetune as train_on
@@ -30,6 +33,12 @@ __all__ = ["RESULT", "WORK", "Run", "Stage"]
 WORK: Final = "work.json"
 RESULT: Final = "result.json"
 RECOVER_SECONDS: Final = 60.0
+FUNCTIONS: Final[Mapping[str, Callable[..., Any]]] = {
+    "search": _search.search,
+    "apply": _apply.apply,
+    "recover": _recover.recover,
+    "finetune": train_on,
+}
 
 
 @dataclass(frozen=True)
@@ -71,18 +80,33 @@ class Run:
         if source is not None:
             with measure.preserve_rng():
                 torch.manual_seed(self.seed)
+                random.seed(self.seed)
+                np.random.seed(self.seed % 2**32)
                 self.calibration = hold(self.model, source, max_samples=samples)
         self.inputs = inputs
         if inputs is None and self.calibration:
             self.inputs = self.calibration[0]
 
     def begin(self, budgets: list[Any], stages: Mapping[str, Any]) -> None:
-        """Read what an earlier call with the same arguments has done."""
+        """Read what an earlier call with the same arguments has done.
+
+        Raises:
+            TypeError: Settings that a stage does not know.
+            CheckpointError: The folder was made with others.
+        """
+        for name, how in stages.items():
+            if isinstance(how, Mapping):
+                try:
+                    inspect.signature(FUNCTIONS[name]).bind_partial(**how)
+                except TypeError as error:
+                    raise TypeError(f"{name}={dict(how)!r}: {error}") from error
         self.identity = {
             "model": measure.weights_digest(surgery.unwrap(self.model)),
             "budgets": json.loads(json.dumps(budgets)),
             "settings": json.loads(json.dumps(stages, default=_spelled)),
             "seed": self.seed,
+            "calibration": None if self.calibration is None else digest(self.calibration),
+            "evaluate": None if self.evaluate is None else _spelled(self.evaluate),
         }
         path = self.work / WORK
         if not path.exists():
@@ -92,10 +116,15 @@ class Run:
             made, done = found["identity"], found["stages"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise CheckpointError(f"{path} is damaged: {error}") from error
+        begun = {key.split()[0] for key in done}
         for key, value in self.identity.items():
-            if made.get(key) != value:
+            before = made.get(key, value)
+            if key == "settings":  # those of stages that are yet to come may change
+                before, value = ({n: v for n, v in each.items() if n in begun}
+                                 for each in (before, value))  # fmt: skip
+            if before != value:
                 raise CheckpointError(
-                    f"{path} was made with {key} {made.get(key)}, this call has {value}; use the "
+                    f"{path} was made with {key} {before}, this call has {value}; use the "
                     "same to go on with it, or another folder="
                 )
         self.done = done
@@ -278,7 +307,14 @@ def _planned(plan: RankPlan) -> str:
 
 def _same(one: Any, other: Any) -> bool:
     pairs = zip(tensors_in(one), tensors_in(other), strict=True)
-    return all(torch.equal(a, b) for a, b in pairs)
+    return all(torch.equal(a, b) or _same_with_nan(a, b) for a, b in pairs)
+
+
+def _same_with_nan(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether a model that means NaN gives the same numbers beside it."""
+    if a.shape != b.shape or not (a.is_floating_point() and b.is_floating_point()):
+        return False
+    return torch.allclose(a, b, rtol=0, atol=0, equal_nan=True)
 
 
 def _spelled(value: Any) -> str:
@@ -287,4 +323,6 @@ def _spelled(value: Any) -> str:
         return str(getattr(value, "__qualname__", type(value).__name__))
     if isinstance(value, (nn.Module, torch.Tensor)):
         return type(value).__name__
+    if " object at 0x" in repr(value):  # an address, which means nothing later
+        return type(value).__qualname__
     return repr(value)

@@ -16,6 +16,7 @@ from rankopt.errors import CalibrationError
 __all__ = [
     "MAX_SAMPLES",
     "affordable",
+    "batch_size",
     "batches",
     "class_dim",
     "compared",
@@ -32,6 +33,8 @@ __all__ = [
 
 # Samples read from an iterable that does not end by itself.
 MAX_SAMPLES: Final = 4096
+# What batches of Hugging Face call them.
+LABELS: Final = "labels"
 # What outputs that are kept for comparison may take, and how many are kept in any case.
 OUTPUT_BYTES: Final = 256 * 2**20
 LEAST_SAMPLES: Final = 4
@@ -58,10 +61,12 @@ def batches(
             "DataLoader or a list of tensors (for one batch x, pass [x])"
         )
     device, seen = surgery.device_of(model), 0
-    positional = _positional_arguments(model)
+    positional, labelled = _positional_arguments(model), _requires_labels(model)
     for batch in data:
+        if isinstance(batch, Mapping) and not labelled:
+            batch = {key: value for key, value in batch.items() if key != LABELS}
         inputs = measure.to_device(_without_labels(batch, positional), device)
-        size = _batch_size(inputs)
+        size = batch_size(inputs)
         if max_samples is not None and seen + size > max_samples:
             inputs, size = _first(inputs, max_samples - seen), max_samples - seen
         if size:
@@ -86,6 +91,18 @@ def _positional_arguments(model: nn.Module) -> tuple[int, int] | None:
         p for p in parameters if p.kind in (kinds.POSITIONAL_ONLY, kinds.POSITIONAL_OR_KEYWORD)
     ]
     return sum(p.default is kinds.empty for p in taken), len(taken)
+
+
+def _requires_labels(model: nn.Module) -> bool:
+    """Whether forward cannot do without the labels of a mapping; True if that is unknown."""
+    try:
+        parameters = inspect.signature(surgery.unwrap(model).forward).parameters
+    except (TypeError, ValueError):
+        return True
+    found = parameters.get(LABELS)
+    if found is None:  # taken, if at all, as one of many
+        return any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+    return found.default is inspect.Parameter.empty
 
 
 def _without_labels(batch: Any, positional: tuple[int, int] | None) -> Any:
@@ -124,7 +141,8 @@ def tensors_in(inputs: Any) -> Iterator[Tensor]:
             yield from tensors_in(value)
 
 
-def _batch_size(inputs: Any) -> int:
+def batch_size(inputs: Any) -> int:
+    """Samples in a batch: the length of its first tensor that has one."""
     first = next((tensor for tensor in tensors_in(inputs) if tensor.dim()), None)
     if first is None:
         raise CalibrationError("calibration yielded a batch without a tensor that has a batch size")
@@ -133,7 +151,7 @@ def _batch_size(inputs: Any) -> int:
 
 def _first(inputs: Any, count: int) -> Any:
     """The first `count` samples of whatever has the batch's size."""
-    size = _batch_size(inputs)
+    size = batch_size(inputs)
 
     def cut(value: Any) -> Any:
         if isinstance(value, Tensor):
@@ -151,7 +169,7 @@ def shortened(held: Iterable[Any], samples: int) -> list[Any]:
     """The first `samples` samples of held batches."""
     kept: list[Any] = []
     for inputs in held:
-        size = min(_batch_size(inputs), samples)
+        size = min(batch_size(inputs), samples)
         if size:
             kept.append(_first(inputs, size))
         samples -= size
@@ -250,6 +268,8 @@ def run(model: nn.Module, inputs: Any) -> Any:
     """Call `model`, turning its failure into a `CalibrationError`."""
     try:
         return measure.call(model, inputs)
+    except torch.OutOfMemoryError:
+        raise
     except (RuntimeError, TypeError, ValueError, IndexError) as error:
         shapes = [f"{list(t.shape)} {t.dtype}" for t in tensors_in(inputs)]
         raise CalibrationError(

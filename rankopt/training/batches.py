@@ -126,7 +126,7 @@ def task_loss(output: Any, labels: Any) -> Tensor:
     return F.cross_entropy(logits_of(output), labels.to(torch.int64), ignore_index=IGNORED)
 
 
-def right(output: Any, labels: Any) -> tuple[Tensor, int] | None:
+def right(output: Any, labels: Any) -> tuple[Tensor, Tensor] | None:
     """(number of right classes, number of labels); None where labels are no classes."""
     try:
         logits = logits_of(output)
@@ -136,7 +136,8 @@ def right(output: Any, labels: Any) -> tuple[Tensor, int] | None:
         return None
     if tuple(labels.shape) != (logits.shape[0], *logits.shape[2:]):
         return None
-    return (logits.detach().argmax(dim=1) == labels).sum(), labels.numel()
+    counted = labels != IGNORED
+    return (logits.detach().argmax(dim=1) == labels).sum(), counted.sum()
 
 
 def prepared(train: Any, accelerator: Any, limit: int | None) -> tuple[Any, int]:

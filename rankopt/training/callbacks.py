@@ -37,7 +37,7 @@ def hugging_face_callback(freezer: Freezer, *, steps: int | None = None) -> Any:
 
         def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             if steps is None:
-                freezer.step(round(state.epoch or 0))
+                freezer.step(int((state.epoch or 0) + 1e-6))  # may go on within an epoch
 
         def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             if steps is not None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -18,12 +19,11 @@ from torch import Tensor, nn
 from rankopt import surgery
 from rankopt._apply import plan_of, unpacked_clone
 from rankopt._fold import effective_weight
-from rankopt.errors import ModelError
-from rankopt.inputs import class_dim, main_output, run
+from rankopt.errors import CalibrationError, ModelError
+from rankopt.inputs import class_dim, compared, main_output, run
 from rankopt.layers import canonical_weight
 from rankopt.plan import MERGE
 from rankopt.training.freezing import factorised, factors
-from rankopt.unpack import UnpackedAttention
 
 __all__ = [
     "Distillation",
@@ -31,7 +31,7 @@ __all__ = [
     "PairedOutputs",
     "decomposed",
     "private_teacher",
-    "train_without_dropout",
+    "train_as_evaluated",
 ]
 
 
@@ -119,6 +119,13 @@ class Distiller:
         names = _compared(self.model, self.teacher, self.settings)
         self._layers = PairedOutputs(self.model, self.teacher, names)
         self._wanted: Any = None
+        compares = self.settings.weights or self.settings.outputs
+        if compares and decomposed(self.model) and not (self._chains or self._layers.names):
+            raise ModelError(
+                "the teacher has none of the model's decomposed layers, so neither their weights "
+                "nor their outputs can be compared; distil from the model that was compressed, or "
+                "by logits alone: Distillation(weights=0, outputs=0, logits=1)"
+            )
 
     def __enter__(self) -> Distiller:
         self._layers.__enter__()
@@ -130,6 +137,7 @@ class Distiller:
 
     def teach(self, inputs: Any) -> None:
         """Run the teacher on what the model is about to see."""
+        self._layers.forget()
         if self.settings.logits or self._layers.names:
             with torch.no_grad():
                 self._wanted = run(self.teacher, inputs)
@@ -159,7 +167,14 @@ class Distiller:
             ]
             parts["weights"] = torch.stack(errors).sum()
         if settings.outputs:
-            errors = [_mean_squared(*pair) for pair in self._layers.named_pairs()]
+            pairs = self._layers.named_pairs()
+            errors = [_mean_squared(*pair) for pair in pairs]
+            missing = {*settings.features} - {name for name, _, _ in pairs}
+            if missing:
+                raise ModelError(
+                    f"features: {min(missing)} gave no tensor to compare in this batch: it did "
+                    "not run in both model and teacher, or returned none"
+                )
             if errors:
                 parts["outputs"] = torch.stack(errors).sum()
         if settings.logits:
@@ -201,10 +216,20 @@ class PairedOutputs:
         for seen in self._seen:
             seen.clear()
 
+    def forget(self) -> None:
+        """Before a forward of both: layers may not run in each."""
+        for seen in self._seen:
+            seen.clear()
+
     def named_pairs(self) -> list[tuple[str, Tensor, Tensor]]:
-        """(name, the teacher's output, the model's) of the latest forward of each."""
+        """(name, the teacher's output, the model's) of each that ran in both alike.
+
+        Where a model routes samples by their values, a layer may have had others in the
+        teacher; such pairs are left out.
+        """
         ours, theirs = self._seen
-        return [(n, theirs[n], ours[n]) for n in self.names if n in ours and n in theirs]
+        both = [(n, theirs[n], ours[n]) for n in self.names if n in ours and n in theirs]
+        return [pair for pair in both if not _rerouted(pair[1].shape, pair[2].shape)]
 
     def pairs(self) -> list[tuple[Tensor, Tensor]]:
         """As `named_pairs`, without the names."""
@@ -228,13 +253,21 @@ def private_teacher(teacher: nn.Module) -> nn.Module:
     return unpacked_clone(surgery.unwrap(teacher), runs=True).eval()
 
 
-def train_without_dropout(model: nn.Module) -> None:
-    """Train mode with dropout off, which would only blur a teacher's target."""
-    model.train()
-    attention = (nn.MultiheadAttention, UnpackedAttention)  # these drop by their own mode
+def train_as_evaluated(model: nn.Module) -> None:
+    """Eval mode but for BatchNorm, whose statistics move.
+
+    Dropout, stochastic depth and the like would only blur a teacher's target. cuDNN
+    differentiates recurrent layers in train mode only.
+    """
+    model.eval()
     for module in model.modules():
-        if isinstance(module, (nn.modules.dropout._DropoutNd, *attention)):
-            module.training = False
+        if isinstance(module, (nn.modules.batchnorm._BatchNorm, nn.RNNBase)):
+            module.training = True
+
+
+def _rerouted(wanted: torch.Size, found: torch.Size) -> bool:
+    """Whether two outputs differ in the number of rows alone."""
+    return wanted != found and wanted[1:] == found[1:] and len(wanted) > 1
 
 
 def _chains(model: nn.Module, teacher: nn.Module) -> list[tuple[nn.Sequential, Tensor]]:
@@ -264,19 +297,19 @@ def _shapes(modules: Iterable[Any]) -> str:
 
 def _compared(model: nn.Module, teacher: nn.Module, settings: Distillation) -> list[str]:
     """Names of the modules whose outputs the settings compare."""
-    if not settings.outputs:
-        return []
     both = [dict(surgery.named_modules(module)) for module in (model, teacher)]
     for name in settings.features:
         if not all(name in modules for modules in both):
             raise ModelError(f"features: there is no module {name!r} in both model and teacher")
+    if not settings.outputs:
+        return []
     return list(dict.fromkeys([*decomposed(model), *settings.features]))
 
 
 def _store(seen: dict[str, Tensor], name: str) -> Callable[..., None]:
     def hook(module: nn.Module, args: Any, output: Any) -> None:
-        if isinstance(output, Tensor):
-            seen[name] = output
+        with suppress(CalibrationError):  # it may return no tensor of floats
+            seen[name] = compared(output)
 
     return hook
 
@@ -299,7 +332,7 @@ def _divergence(wanted: Any, found: Any, temperature: float) -> Tensor:
             "from a model with the same outputs"
         )
     dim = class_dim(old)
-    if old.shape[dim] == 1:
+    if old.dim() < 2 or old.shape[dim] == 1:
         return F.mse_loss(new, old)
     rows = (logits.movedim(dim, -1).flatten(0, -2) / temperature for logits in (old, new))
     p, q = (row.log_softmax(dim=-1) for row in rows)

@@ -54,7 +54,7 @@ class Training:
             where = f"after epoch {self.best_epoch + 1}"
             if self.best_epoch < 0:
                 where = "as before: no epoch was better, so the weights are as they were"
-            else:
+            elif self.before is not None:
                 where += f" ({self.before:.4g} before)"
             parts.append(f"metric {self.metric:.4g} {where}")
         if self.stopped == "patience":

@@ -233,14 +233,14 @@ def _set_bias_apart(module: nn.Module, *, apart: bool) -> None:
     needed = apart and isinstance(module, _CONVS) and module.bias is not None
     if needed and module.weight.device.type == "cpu":
         module.forward = MethodType(_convolve_then_add, module)
-    else:
-        module.__dict__.pop("forward", None)
+    elif getattr(module.__dict__.get("forward"), "__func__", None) is _convolve_then_add:
+        del module.__dict__["forward"]
 
 
 def _convolve_then_add(module: Any, x: Tensor) -> Tensor:
     out: Tensor = module._conv_forward(x, module.weight, None)
     bias: Tensor = module.bias.view(-1, *(1,) * (module.weight.dim() - 2))
-    return out + bias
+    return out + bias.to(out.dtype)
 
 
 class FixedFreezing(Freezer):

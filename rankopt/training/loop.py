@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import random
 import time
+import warnings
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack, nullcontext
 from pathlib import Path
@@ -16,14 +18,14 @@ from torch import Tensor, nn
 
 from rankopt import measure, surgery
 from rankopt._progress import progress_bar
-from rankopt.errors import TrainingError
+from rankopt.errors import CalibrationError, RankoptWarning, TrainingError
 from rankopt.inputs import tensors_in
 from rankopt.training import batches as data
 from rankopt.training import state as files
 from rankopt.training.augmentation import augmentation
 from rankopt.training.distillation import Distillation, Distiller
 from rankopt.training.freezing import Freezer
-from rankopt.training.recipe import Recipe
+from rankopt.training.recipe import Recipe, check_integer
 from rankopt.training.schedules import NoFreezing
 
 __all__ = ["Loop"]
@@ -61,6 +63,8 @@ class Loop:
         self.progress = progress if accelerator.is_main_process else False
         self.folder: Path | None = None if folder is None else files.make_folder(folder)
         self.plain.to(accelerator.device)
+        if batches_per_epoch is not None:
+            check_integer("batches_per_epoch", batches_per_epoch, 1)
         self.loader, self.batches = data.prepared(train, accelerator, batches_per_epoch)
         self.steps_per_epoch = -(-self.batches // recipe.accumulate)
         # Optimisers are made before anything is frozen, so that they know every factor.
@@ -68,6 +72,8 @@ class Loop:
         self.optimizer = accelerator.prepare_optimizer(recipe.make_optimizer(parameters))
         self.peaks = [group["lr"] for group in self.optimizer.param_groups]
         self.parameters = parameters
+        names = [name for name, p in self.plain.named_parameters() if p.requires_grad]
+        self.trainable = hashlib.sha256(repr(names).encode()).hexdigest()[:16]
         self.schedule = recipe.freezing_schedule(self.steps_per_epoch)
         self.freezer = None
         if not isinstance(self.schedule, NoFreezing):
@@ -105,6 +111,10 @@ class Loop:
             "optimizer": type(self.optimizer.optimizer).__name__,
             "epochs": recipe.epochs,
             "learning_rate": self.peaks,
+            "weight_decay": [g.get("weight_decay") for g in self.optimizer.param_groups],
+            "momentum": [g.get("momentum", g.get("betas")) for g in self.optimizer.param_groups],
+            "clip": recipe.clip,
+            "trainable parameters": self.trainable,
             "schedule": recipe.schedule,
             "warmup": recipe.warmup,
             "freezing": repr(self.schedule),
@@ -128,9 +138,12 @@ class Loop:
         stack.enter_context(torch.enable_grad())
         if self.distiller is not None:
             stack.enter_context(self.distiller)
+            if hasattr(self.given, "_orig_mod"):  # compiled before there were hooks
+                torch.compiler.reset()
         good: dict[str, Tensor] | None = None
         try:
             with stack:
+                good = _copied(self.plain.state_dict())
                 self._resume()
                 if not self.history:
                     self._start()
@@ -182,6 +195,14 @@ class Loop:
                 advance(_note(totals, started) if taken % NOTE_EVERY == 1 else None)
         if not taken:
             raise TrainingError(f"train yielded no batch in epoch {epoch + 1}")
+        if taken < self.steps_per_epoch:
+            warnings.warn(
+                f"train yielded {taken} steps in epoch {epoch + 1} where {self.steps_per_epoch} "
+                "were announced, so that the learning rate falls too late; pass the true number "
+                "as batches_per_epoch=",
+                RankoptWarning,
+                stacklevel=2,
+            )
         if processes > 1:  # each has seen other batches; statistics are those of the first
             for buffer in self.plain.buffers():
                 torch.distributed.broadcast(buffer, 0)
@@ -206,8 +227,8 @@ class Loop:
         """Bring the freezing, and the wrapper that exchanges gradients, up to date."""
         changed = False
         if self.freezer is not None:
-            every = self.recipe.freezing_steps
-            changed = self.freezer.step(epoch if every is None else self.step // every)
+            by_step = self.recipe.freezing_steps is not None
+            changed = self.freezer.step(self.step if by_step else epoch)
         if self.accelerator.num_processes == 1:
             self.wrapped = self.given
         elif changed or self.wrapped is None:
@@ -268,7 +289,7 @@ class Loop:
         inputs = self.augment(measure.to_device(inputs, device), generator)
         with self.accelerator.autocast():
             if self.distiller is not None:
-                self.distiller.teach(inputs)
+                self._teach(self.distiller, inputs)
             output = data.call(self.wrapped, inputs, step)
             task: Any = None
             parts: dict[str, Tensor] = {}
@@ -287,6 +308,15 @@ class Loop:
             totals[2] += counted[1]
         return task, parts
 
+    def _teach(self, distiller: Distiller, inputs: Any) -> None:
+        try:
+            distiller.teach(inputs)
+        except CalibrationError as error:
+            shapes = ", ".join(f"{list(t.shape)} {t.dtype}" for t in tensors_in(inputs))
+            raise TrainingError(
+                f"step {self.step}: the teacher fails on a batch of {shapes}: {error.__cause__}"
+            ) from error
+
     def _task(self, output: Any, labels: Any, device: torch.device) -> Any:
         if self.loss is not None:
             return self.loss(output, measure.to_device(labels, device))
@@ -302,7 +332,8 @@ class Loop:
 
     def _stream(self, epoch: int) -> int:
         process = int(self.accelerator.process_index)
-        return (self.recipe.seed * SEED_STRIDE + epoch) * SEED_STRIDE + process
+        stream = (self.recipe.seed * SEED_STRIDE + epoch) * SEED_STRIDE + process
+        return stream % 2**63  # torch takes no more
 
     # After an epoch
 
@@ -382,6 +413,8 @@ class Loop:
             scaler.load_state_dict(saved["scaler"])
         self.step, self.history = saved["step"], saved["history"]
         self.before = saved["before"]
+        if self.accelerator.is_main_process:  # it may have been killed between the two files
+            files.write_record(self.folder, self._identity(), self.history)
         self.best_epoch, self.best = saved["best_epoch"], saved["best"]
 
 

@@ -10,9 +10,9 @@ from typing import Any, Final
 import torch
 from torch import nn
 
-from rankopt.training.schedules import FREEZING, Schedule
+from rankopt.training.schedules import FREEZING, NoFreezing, Schedule
 
-__all__ = ["OPTIMIZERS", "PRECISIONS", "RATES", "Recipe", "rate"]
+__all__ = ["OPTIMIZERS", "PRECISIONS", "RATES", "Recipe", "check_integer", "rate"]
 
 RATES: Final = ("cosine", "one-cycle", "constant")
 PRECISIONS: Final = ("no", "bf16", "fp16")
@@ -48,10 +48,10 @@ class Recipe:
 
     def __post_init__(self) -> None:
         for name, least in (("epochs", 1), ("accumulate", 1), ("final_epochs", 0), ("seed", 0)):
-            _check_integer(name, getattr(self, name), least)
+            check_integer(name, getattr(self, name), least)
         for name in ("patience", "freezing_steps"):
             if getattr(self, name) is not None:
-                _check_integer(name, getattr(self, name), 1)
+                check_integer(name, getattr(self, name), 1)
         _check_number("learning_rate", self.learning_rate, 0.0, math.inf, open_below=True)
         _check_number("weight_decay", self.weight_decay, 0.0, math.inf)
         if self.clip is not None:
@@ -102,16 +102,19 @@ class Recipe:
         return made
 
     def freezing_schedule(self, steps_per_epoch: int) -> Schedule:
-        """The freezing schedule in phases, everything training in the last epochs."""
+        """The freezing schedule, everything training in the last epochs.
+
+        Its phases are epochs, or steps where `freezing_steps` are given.
+        """
         schedule = (
             self.freezing if isinstance(self.freezing, Schedule) else FREEZING[self.freezing]()
         )
-        if not self.final_epochs:
+        if isinstance(schedule, NoFreezing):
             return schedule
         last = self.epochs - self.final_epochs
         if self.freezing_steps is not None:
-            last = -(-last * steps_per_epoch // self.freezing_steps)
-        return schedule.until(last)
+            schedule, last = schedule.every(self.freezing_steps), last * steps_per_epoch
+        return schedule.until(last) if self.final_epochs else schedule
 
     def rate(self, step: int, total: int) -> float:
         """The learning rate's factor at `step` of `total`."""
@@ -141,7 +144,8 @@ def _cosine(start: float, end: float, share: float) -> float:
     return end + (start - end) * 0.5 * (1 + math.cos(math.pi * share))
 
 
-def _check_integer(name: str, value: Any, least: int) -> None:
+def check_integer(name: str, value: Any, least: int) -> None:
+    """Raise `ValueError` unless a setting is an integer of at least so much."""
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ValueError(f"{name}={value!r}: expected an integer of at least {least}")
 

@@ -24,6 +24,11 @@ class Schedule(ABC):
     one factor.
     """
 
+    def __repr__(self) -> str:
+        """What it was made with: a checkpoint is told apart by this."""
+        settings = ", ".join(f"{name}={value!r}" for name, value in sorted(vars(self).items()))
+        return f"{type(self).__qualname__}({settings})"
+
     @abstractmethod
     def frozen(self, phase: int, roles: Roles) -> Roles:
         """The roles to freeze.

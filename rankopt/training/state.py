@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -42,7 +43,18 @@ def save_state(
 ) -> None:
     """Write the checkpoint atomically; tensors and plain values only."""
     with atomic_path(folder / name) as temporary:
-        torch.save({"schema": SCHEMA, "identity": dict(identity), **state}, temporary)
+        torch.save(_plain({"schema": SCHEMA, "identity": dict(identity), **state}), temporary)
+
+
+def _plain(value: Any) -> Any:
+    """NumPy's numbers as Python's: the reader of checkpoints knows no others."""
+    if isinstance(value, np.generic):
+        return value.item()
+    if type(value) is dict:
+        return {key: _plain(part) for key, part in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(_plain(part) for part in value)
+    return value
 
 
 def load_state(
@@ -65,9 +77,9 @@ def load_state(
         raise CheckpointError(f"{path} is no checkpoint of this version of rankopt")
     made = state["identity"]
     for key, value in identity.items():
-        if made.get(key) != value:
+        if key in made and made[key] != value:
             raise CheckpointError(
-                f"{path} was made with {key} {made.get(key)!r}, this run has {value!r}; use the "
+                f"{path} was made with {key} {made[key]!r}, this run has {value!r}; use the "
                 "same to go on with it, or another folder= to start anew"
             )
     return dict(state)
