@@ -187,7 +187,8 @@ def _run(
         _copy_warm(kept, space, label)
     more: dict[str, Any] = {"sampler": sampler, "seed": seed} if sampler else {"seed": seed}
     kind, _, choice = space.partition("+")
-    more["fisher"] = "search" if choice == "fisher" else False
+    for name in ("fisher", "asymmetric"):
+        more[name] = "search" if name in choice else False
     with case.study(kept.storage, label, space=kind, **more) as study:
         done = study.status()["counted"]
         wanted = trials if sampler else len(study.optuna.trials)

@@ -19,7 +19,7 @@ from rankopt.decompositions.base import Decomposition
 from rankopt.errors import ModelError, PlanError
 from rankopt.inputs import MAX_SAMPLES
 from rankopt.layers import Patterns
-from rankopt.plan import FISHER, MERGE, Factors, RankPlan
+from rankopt.plan import MERGE, RankPlan
 from rankopt.profile_table import ProfileTable
 from rankopt.registry import strategies
 from rankopt.strategy import Problem, Strategy
@@ -184,13 +184,9 @@ def _asymmetric(plan: RankPlan) -> RankPlan:
     return replace(
         plan,
         decisions=tuple(
-            replace(decision, factors=_in_order(decision.factors))
-            if decision.factors.kind.startswith("whitened") and decision.method != MERGE
-            else decision
+            decision
+            if decision.method == MERGE
+            else replace(decision, factors=decision.factors.in_order())
             for decision in plan
         ),
     )
-
-
-def _in_order(factors: Factors) -> Factors:
-    return replace(factors, kind="asymmetric" + FISHER * factors.fisher)

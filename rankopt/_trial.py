@@ -13,11 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from rankopt import measure, surgery
-from rankopt._chains import chains_of
+from rankopt._asymmetric import fitted_in_order
+from rankopt._chains import chains_of, steps_of
 from rankopt._settle import NormSettler
 from rankopt.decompositions.base import Decomposition
 from rankopt.errors import EvaluationError
-from rankopt.plan import FISHER, KEEP, Decision
+from rankopt.plan import FISHER, KEEP, Decision, RankPlan
 from rankopt.strategy import Problem, Site
 
 __all__ = ["Evaluate", "TrialModel"]
@@ -58,7 +59,7 @@ class TrialModel:
         held: Sequence[Any] | None = None,
     ) -> None:
         self._problem, self._evaluate, self._batches = problem, evaluate, batches
-        self._dense = surgery.clone(view).eval()
+        self._dense, self._held = surgery.clone(view).eval(), held
         self._settler = None if held is None else NormSettler(self._dense, held)
         self._sites = {site.name: site for site in problem.sites}
         self._renew()
@@ -74,6 +75,7 @@ class TrialModel:
         self._norms = [(buffer, buffer.clone()) for buffer in self._root.buffers()]
         self._chains: OrderedDict[tuple[str, str], dict[str, nn.Module]] = OrderedDict()
         self._bytes = 0
+        self._in_order_of = ""
 
     def build(self, decisions: Iterable[Decision]) -> nn.Module:
         """The model with the decisions carried out; the next call changes it again.
@@ -82,14 +84,26 @@ class TrialModel:
             decisions: Of a plan of this problem; sites they leave out stay dense.
         """
         wanted = {decision.targets[0]: decision for decision in decisions if not decision.keeps}
+        plan, fitted = "", dict[str, nn.Module]()
+        if any(decision.factors.asymmetric for decision in wanted.values()):
+            # Each chain depends on those before it.
+            plan = repr([(name, _key(decision)) for name, decision in wanted.items()])
+            if plan != self._in_order_of:
+                fitted, self._in_order_of = self._fitted_in_order(list(wanted.values())), plan
         swaps: dict[nn.Module, nn.Module] = {}
         for name, site in self._sites.items():
             decision = wanted.get(name)
-            key = KEEP if decision is None else _key(decision)
+            key = KEEP if decision is None else _key(decision) + plan
             standing, old = self._standing[name]
             if key == standing:
                 continue
-            new = self._modules_of(name) if decision is None else self._chain(site, decision, key)
+            new: Mapping[str, nn.Module]
+            if decision is None:
+                new = self._modules_of(name)
+            elif plan:
+                new = {layer.name: fitted[layer.name] for layer in site.layers}
+            else:
+                new = self._chain(site, decision, key)
             swaps.update({old[layer]: new[layer] for layer in old})
             self._standing[name] = (key, dict(new))
         with torch.no_grad():
@@ -99,6 +113,20 @@ class TrialModel:
         if wanted and self._settler is not None:
             self._settler.settle(self._root)
         return self._root
+
+    def _fitted_in_order(self, decisions: Sequence[Decision]) -> dict[str, nn.Module]:
+        """Layer name to chain, for a plan all of whose factors are asymmetric."""
+        assert self._held is not None
+        steps = steps_of(self._dense, RankPlan(model={}, decisions=tuple(decisions)))
+        known = {
+            name: self._problem.known(self._sites[name], True)
+            for name in (d.targets[0] for d in decisions if d.factors.fisher)
+        }
+        pairs = ((name, m.output_root) for name, m in known.items() if m is not None)
+        roots = {name: root for name, root in pairs if root is not None}
+        with torch.no_grad():
+            student = surgery.clone(self._dense, share=self._dense.parameters())
+            return fitted_in_order(self._dense, student, steps, self._held, roots, progress=False)
 
     def _modules_of(self, name: str) -> Mapping[str, nn.Module]:
         return {layer.name: self._modules[layer.name] for layer in self._sites[name].layers}

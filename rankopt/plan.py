@@ -10,7 +10,7 @@ import json
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
@@ -50,6 +50,12 @@ class Factors:
     def asymmetric(self) -> bool:
         """Whether factors are fitted to what the compressed layers before pass on."""
         return self.kind.startswith("asymmetric")
+
+    def in_order(self) -> Factors:
+        """The same, fitted to what the compressed layers before pass on; as it is without data."""
+        if not self.kind.startswith("whitened"):
+            return self
+        return replace(self, kind="asymmetric" + FISHER * self.fisher)
 
     @property
     def fisher(self) -> bool:

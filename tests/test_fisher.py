@@ -342,6 +342,36 @@ def study_of(model, data, storage, **settings):
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("fisher", [False, True])
+def test_a_study_finds_out_whether_to_fit_in_order(fisher):
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        *(nn.Sequential(nn.Linear(24, 24), nn.ReLU()) for _ in range(4)), nn.Linear(24, 8)
+    )
+    data = [torch.randn(128, 24) for _ in range(2)]
+    made = study_of(model.eval(), data, None, fisher=fisher, asymmetric="search")
+    made.run(n_trials=14, progress=False)
+    kinds = {d.factors.asymmetric for point in made.points for d in point.plan.changes}
+    assert kinds == {False, True}
+    assert {d.factors.fisher for p in made.points for d in p.plan.changes} == {fisher}
+    x = torch.cat(data)
+    for point in made.points:  # the model of a trial is the one its plan gives
+        small = rankopt.apply(model, point.plan, calibration=data)
+        found = -divergence(model(x).detach(), small(x).detach())
+        assert found == pytest.approx(point.metric, rel=1e-3, abs=1e-6)
+
+
+def test_a_study_in_order_throughout(tmp_path):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(24, 24), nn.ReLU(), nn.Linear(24, 24)).eval()
+    data, path = [torch.randn(128, 24)], tmp_path / "s.db"
+    made = study_of(model, data, path, asymmetric=True)
+    made.run(n_trials=5, progress=False)
+    assert {d.factors.kind for p in made.points for d in p.plan.changes} == {"asymmetric"}
+    with pytest.raises(StudyError, match="has asymmetric True, the request 'search'"):
+        study_of(model, data, path, asymmetric="search")
+
+
 def test_a_study_finds_out_whether_to_weigh(tmp_path):
     model, data = Blind().eval(), [torch.randn(128, 32) for _ in range(2)]
     path = tmp_path / "study.db"

@@ -23,7 +23,7 @@ from rankopt.errors import RankoptError
 
 __all__ = ["add_study"]
 
-FISHER_CHOICES: Final[dict[Any, bool | Literal["search"]]] = {
+CHOICES: Final[dict[Any, bool | Literal["search"]]] = {
     "yes": True, "no": False, "search": "search"
 }  # fmt: skip
 
@@ -80,8 +80,12 @@ def add_study(
     create.add_argument("--direction", choices=["maximize", "minimize"], help="of the metric")
     create.add_argument("--space", help="warp, tilt, stage or layer")
     create.add_argument(
-        "--fisher", choices=list(FISHER_CHOICES),
+        "--fisher", choices=list(CHOICES),
         help="weigh outputs by the Fisher information; search lets trials choose",
+    )  # fmt: skip
+    create.add_argument(
+        "--asymmetric", choices=list(CHOICES),
+        help="fit layers to what those before pass on; search lets trials choose",
     )  # fmt: skip
     create.add_argument("--methods", help="decompositions to allow, comma-separated")
     create.add_argument("--only", action="append", metavar="GLOB")
@@ -162,7 +166,8 @@ def _create(arguments: argparse.Namespace) -> int:
             objective=arguments.objective,
             direction=arguments.direction,
             space=arguments.space,
-            fisher=FISHER_CHOICES.get(arguments.fisher),
+            fisher=CHOICES.get(arguments.fisher),
+            asymmetric=CHOICES.get(arguments.asymmetric),
             methods=arguments.methods.split(",") if arguments.methods else None,
             only=arguments.only,
             ignore=arguments.ignore,

@@ -70,6 +70,7 @@ def study(
     calibration: Any = None,
     calibration_samples: int | None = MAX_SAMPLES,
     fisher: bool | Literal["search"] | None = None,
+    asymmetric: bool | Literal["search"] | None = None,
     methods: Sequence[str | Decomposition] | None = None,
     only: Patterns | None = None,
     ignore: Patterns | None = None,
@@ -119,6 +120,7 @@ def study(
         calibration: As of `rankopt.search`; the same for all workers.
         calibration_samples: As of `rankopt.search`.
         fisher: As of `rankopt.search`; ``search`` lets each trial choose, and begins without.
+        asymmetric: The same; a trial takes two partial runs of the calibration inputs per layer.
         methods: As of `rankopt.search`; None for svd, tucker2 and spatial_svd.
         only: As of `rankopt.search`.
         ignore: As of `rankopt.search`.
@@ -157,12 +159,8 @@ def study(
     given = {"only": only, "ignore": ignore, "methods": methods}
     chosen = {key: _given(key, value, known) for key, value in given.items()}
     axes = wanted.axes if wanted is not None else ()
-    weighing = (known or {}).get("fisher", False) if fisher is None else fisher
-    if weighing not in (True, False, "search"):
-        raise StudyError(f"fisher={weighing!r}: expected True, False or 'search'")
-    weighing = weighing if weighing == "search" else bool(weighing)
-    if weighing and calibration is None:
-        raise ModelError(f"fisher={weighing!r} needs calibration=: inputs to take gradients on")
+    weighing = _choice("fisher", fisher, known, calibration)
+    ordering = _choice("asymmetric", asymmetric, known, calibration)
     timed = objective == LATENCY or bounds_latency(wanted) or (known or {}).get("times") is not None
     for axis in ("macs", LATENCY):
         if example_inputs is None and (axis in (*axes, objective) or (timed and axis == LATENCY)):
@@ -202,6 +200,7 @@ def study(
             direction=direction,
             space=space,
             switched=weighing == "search",
+            asymmetric=ordering,
             sampler=sampler,
             confidence=confidence,
             warm_starts=warm_starts,
@@ -227,6 +226,7 @@ def open_study(
     direction: str | None = None,
     space: str | None = None,
     switched: bool = False,
+    asymmetric: bool | str = False,
     sampler: Any = None,
     confidence: float | None = 0.99,
     warm_starts: Sequence[str] = WARM_STARTS,
@@ -239,7 +239,7 @@ def open_study(
     """A study of a problem that is described already; other arguments as of `study`.
 
     `problem` has `evaluate`, and its budget is the study's; `where` names the storage in
-    messages; `switched` says whether trials choose to weigh outputs; `batches` is how many
+    messages; `switched` and `asymmetric` are as of `make_space`; `batches` is how many
     `evaluate` goes through, if known; `extra` is kept with the study; `finish` verifies the
     plans that `Study.best` gives.
     """
@@ -276,13 +276,16 @@ def open_study(
             "round_to": problem.round_to,
             "rounding": problem.rounding,
             "fisher": "search" if switched else problem.fisher,
+            "asymmetric": asymmetric,
         }
         if known is not None:
             asked = {**request, **({"space": space} if space else {})}
             check_request(known, asked, name)
         spec = None if known is None else known["space"]
         kind = space or (spec or {}).get("kind", "warp")
-        made = make_space(kind, problem, axis, spec, switched=switched)
+        made = make_space(
+            kind, problem, axis, spec, switched=switched, asymmetric=asymmetric
+        )  # fmt: skip
         chosen = sampler or (known or {}).get("sampler") or DEFAULT_SAMPLER
         with storage_errors(where), quiet():
             inner = optuna.create_study(
@@ -361,6 +364,18 @@ def _given(key: str, value: Any, known: Mapping[str, Any] | None) -> Any:
     if stored is not None and any(one.startswith("<") for one in stored):
         raise StudyError(f"the study was made with {key}= that is no text: give the same again")
     return stored
+
+
+def _choice(
+    name: str, value: Any, known: Mapping[str, Any] | None, calibration: Any
+) -> bool | Literal["search"]:
+    """Whether factors are made in some way; ``search`` leaves it to the trials."""
+    wanted = (known or {}).get(name, False) if value is None else value
+    if wanted not in (True, False, "search"):
+        raise StudyError(f"{name}={wanted!r}: expected True, False or 'search'")
+    if wanted and calibration is None:
+        raise ModelError(f"{name}={wanted!r} needs calibration=: inputs to make factors with")
+    return "search" if wanted == "search" else bool(wanted)
 
 
 def _names(key: str, value: Any) -> list[str] | None:

@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from rankopt._version import __version__
 from rankopt.errors import StudyError
-from rankopt.plan import FISHER, Factors, RankPlan
+from rankopt.plan import Factors, RankPlan
 from rankopt.strategy import Option, Problem
 
 __all__ = [
@@ -94,9 +94,14 @@ def options_in(problem: Problem, plan: RankPlan) -> list[Option]:
 
 def key_of(rows: Sequence[Sequence[Any]]) -> str:
     """Digest of a configuration: two trials with the same key build the same model."""
-    parts = [[*row[:2], *([FISHER] if row and row[4].endswith(FISHER) else [])] for row in rows]
-    text = json.dumps(parts, sort_keys=True)
+    text = json.dumps([[*row[:2], *_special(row)] for row in rows], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _special(row: Sequence[Any]) -> list[str]:
+    """The kind of a row's factors where it is not the usual one."""
+    factors = Factors(row[4], None if row[4] == "weights" else "") if row else Factors()
+    return [factors.kind] if factors.fisher or factors.asymmetric else []
 
 
 def template(problem: Problem, environment: Mapping[str, Any]) -> dict[str, Any]:
@@ -203,11 +208,12 @@ def check_request(found: Mapping[str, Any], wanted: Mapping[str, Any], name: str
                 f"study {name!r} has {key} {found[key]!r}, the request {wanted[key]!r}: give the "
                 "same, or another study name"
             )
-    if "fisher" in wanted and found.get("fisher", False) != wanted["fisher"]:
-        raise StudyError(
-            f"study {name!r} has fisher {found.get('fisher', False)!r}, the request "
-            f"{wanted['fisher']!r}: give the same, or another study name"
-        )
+    for key in ("fisher", "asymmetric"):
+        if key in wanted and found.get(key, False) != wanted[key]:
+            raise StudyError(
+                f"study {name!r} has {key} {found.get(key, False)!r}, the request "
+                f"{wanted[key]!r}: give the same, or another study name"
+            )
     if "space" in wanted and found["space"]["kind"] != wanted["space"]:
         raise StudyError(
             f"study {name!r} searches the space {found['space']['kind']!r}, the request "

@@ -6,6 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar, Final
 
 import numpy as np
@@ -26,8 +27,9 @@ SMALLEST_SHARE: Final = 0.1
 # Largest weight of a feature, as a logarithm: damages move by up to e^2, seven times.
 STRETCH: Final = 2.0
 CURVES: Final = (0.5, 1.5)
-# The parameter of a `SwitchedSpace`, where it switches, and how near to that plans are put.
+# The parameters that switch a choice on, where they do, and how near to that plans are put.
 FISHER: Final = "fisher"
+ASYMMETRIC: Final = "asymmetric"
 SWITCH: Final = 0.5
 NEAR_SWITCH: Final = 0.05
 
@@ -80,6 +82,10 @@ class Space(ABC):
     @abstractmethod
     def encode(self, options: Sequence[Option]) -> dict[str, float]:
         """The parameters whose options are nearest to these."""
+
+    def own(self, options: Sequence[Option]) -> list[Option]:
+        """Options of another strategy as this space would make them."""
+        return list(options)
 
     def describe(self) -> dict[str, Any]:
         """JSON from which another process makes the same space."""
@@ -276,6 +282,50 @@ class SwitchedSpace(Space):
         return {**self._plain.describe(), FISHER: self._weighed.describe()}
 
 
+class InOrderSpace(Space):
+    """Another space whose factors are fitted in order, or whose trials choose that.
+
+    Args:
+        inner: The other space.
+        searched: Whether trials choose.
+    """
+
+    def __init__(self, inner: Space, *, searched: bool) -> None:
+        self._inner, self._searched = inner, searched
+        self.problem, self.axis, self.shares = inner.problem, inner.axis, inner.shares
+
+    def _prepare(self, spec: Mapping[str, Any]) -> None:
+        """The other space has prepared what it needs."""
+
+    @property
+    def bounds(self) -> dict[str, tuple[float, float]]:
+        switch = {ASYMMETRIC: (0.0, 1.0)} if self._searched else {}
+        return {**self._inner.bounds, **switch}
+
+    def options(self, params: Mapping[str, float]) -> list[Option]:
+        options = self._inner.options(params)
+        if self._searched and params[ASYMMETRIC] < SWITCH:
+            return options
+        return _in_order(options)
+
+    def encode(self, options: Sequence[Option]) -> dict[str, float]:
+        params = self._inner.encode(options)
+        if self._searched:
+            side = 1 if any(option.factors.asymmetric for option in options) else -1
+            params[ASYMMETRIC] = SWITCH + side * NEAR_SWITCH
+        return params
+
+    def own(self, options: Sequence[Option]) -> list[Option]:
+        return list(options) if self._searched else _in_order(options)
+
+    def describe(self) -> dict[str, Any]:
+        return self._inner.describe()
+
+
+def _in_order(options: Sequence[Option]) -> list[Option]:
+    return [replace(option, factors=option.factors.in_order()) for option in options]
+
+
 def make_space(
     kind: str,
     problem: Problem,
@@ -283,13 +333,26 @@ def make_space(
     spec: Mapping[str, Any] | None = None,
     *,
     switched: bool = False,
+    asymmetric: bool | str = False,
 ) -> Space:
-    """The space called `kind`, `switched` a `SwitchedSpace`; `StudyError` for an unknown one."""
+    """The space called `kind`; `StudyError` for an unknown one.
+
+    Args:
+        kind: One of `SPACES`.
+        problem: The model at hand.
+        axis: The figure the study makes small.
+        spec: As `Space.describe` gave it; None for a new study.
+        switched: Whether trials choose to weigh outputs, see `SwitchedSpace`.
+        asymmetric: Whether factors are fitted in order; ``search`` lets trials choose.
+    """
     if kind not in SPACES:
         raise StudyError(f"space={kind!r}: expected one of {', '.join(SPACES)}")
+    space: Space
     if switched:
-        return SwitchedSpace(problem, axis, spec or {"kind": kind})
-    return SPACES[kind](problem, axis, spec)
+        space = SwitchedSpace(problem, axis, spec or {"kind": kind})
+    else:
+        space = SPACES[kind](problem, axis, spec)
+    return InOrderSpace(space, searched=asymmetric == "search") if asymmetric else space
 
 
 def stages(names: Sequence[str]) -> list[str]:

@@ -62,7 +62,7 @@ def queue_warm_starts(
                     stacklevel=4,
                 )
                 continue
-            _queue(study, space, label, options_in(problem, plan))
+            _queue(study, space, label, space.own(options_in(problem, plan)))
 
 
 def queue_dense(study: optuna.Study, problem: Problem, space: Space) -> None:
