@@ -195,6 +195,10 @@ def rows(
             plan = opened.finish(strategy.search(problem), seconds=0.0)
             small = rankopt.apply(model, plan, calibration=data)
             found[name] = unseen.correct(small, held)
+        weighed = problem.with_fisher()
+        plan = opened.finish(Knapsack().search(weighed), seconds=0.0)
+        small = rankopt.apply(model, plan, calibration=data)
+        found["default, outputs weighed by Fisher"] = unseen.correct(small, held)
     base = found[next(iter(RULES))].double()
     made = []
     for name, right in found.items():
