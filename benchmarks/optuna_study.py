@@ -214,7 +214,9 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--samplers", default="tpe,local,random")
     parser.add_argument(
-        "--spaces", default="warp", help="of warp, tilt, stage, layer, or warp+fisher"
+        "--spaces",
+        default="warp",
+        help="of warp, tilt, stage, layer; warp+fisher and warp+asymmetric let trials choose",
     )
     parser.add_argument("--warm-starts", default=",".join(WARM_STARTS))
     parser.add_argument("--metric", choices=METRICS, default="accuracy", help="searched by")

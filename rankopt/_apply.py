@@ -304,11 +304,7 @@ def _moments_for(
 
 
 def collect_for(
-    view: nn.Module,
-    groups: Sequence[Sequence[Layer]],
-    held: Any,
-    *,
-    progress: bool | None = None,
+    view: nn.Module, groups: Sequence[Sequence[Layer]], held: Any, *, progress: bool | None = None
 ) -> dict[str, Moments]:
     """Moments for sites, under the name of each site's first layer, pooled over the site."""
     layers = [layer for group in groups for layer in group]

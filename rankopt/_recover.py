@@ -17,15 +17,13 @@ from rankopt._progress import progress_bar
 from rankopt.errors import CalibrationError, ModelError
 from rankopt.inputs import (
     MAX_SAMPLES,
+    batch_size,
     compared,
     divergence,
     hold,
     main_output,
     run,
     tensors_in,
-)
-from rankopt.inputs import (
-    batch_size as size_of,
 )
 from rankopt.norms import has_norms
 from rankopt.training.augmentation import augmentation
@@ -218,7 +216,7 @@ class _Samples:
         alike: dict[Any, list[Any]] = {}
         counts: dict[Any, int] = {}
         for given in held:
-            size = size_of(given)
+            size = batch_size(given)
             inputs = _by_sample(given, size)
             alike.setdefault(_form(inputs), []).append(inputs)
             counts[_form(inputs)] = counts.get(_form(inputs), 0) + size

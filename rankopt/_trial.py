@@ -75,7 +75,6 @@ class TrialModel:
         self._norms = [(buffer, buffer.clone()) for buffer in self._root.buffers()]
         self._chains: OrderedDict[tuple[str, str], dict[str, nn.Module]] = OrderedDict()
         self._bytes = 0
-        self._in_order_of = ""
 
     def build(self, decisions: Iterable[Decision]) -> nn.Module:
         """The model with the decisions carried out; the next call changes it again.
@@ -88,8 +87,8 @@ class TrialModel:
         if any(decision.factors.asymmetric for decision in wanted.values()):
             # Each chain depends on those before it.
             plan = repr([(name, _key(decision)) for name, decision in wanted.items()])
-            if plan != self._in_order_of:
-                fitted, self._in_order_of = self._fitted_in_order(list(wanted.values())), plan
+            if any(self._standing[name][0] != _key(d) + plan for name, d in wanted.items()):
+                fitted = self._fitted_in_order(list(wanted.values()))
         swaps: dict[nn.Module, nn.Module] = {}
         for name, site in self._sites.items():
             decision = wanted.get(name)

@@ -361,6 +361,19 @@ def test_a_study_finds_out_whether_to_fit_in_order(fisher):
         assert found == pytest.approx(point.metric, rel=1e-3, abs=1e-6)
 
 
+def test_a_plan_in_order_can_come_again():
+    model, data = Blind().eval(), [torch.randn(128, 32)]
+    plans = [
+        rankopt.search(model, "params<=60%", calibration=data, asymmetric=ordered)
+        for ordered in (True, False)
+    ]
+    problem = open_problem(
+        model, None, calibration=data, evaluate=lambda m: float(m(data[0]).square().mean())
+    ).problem
+    values = [list(problem.evaluate(plans[index])) for index in (0, 1, 0, 0)]
+    assert values[0] == values[2] == values[3]
+
+
 def test_a_study_in_order_throughout(tmp_path):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(24, 24), nn.ReLU(), nn.Linear(24, 24)).eval()

@@ -283,9 +283,7 @@ def open_study(
             check_request(known, asked, name)
         spec = None if known is None else known["space"]
         kind = space or (spec or {}).get("kind", "warp")
-        made = make_space(
-            kind, problem, axis, spec, switched=switched, asymmetric=asymmetric
-        )  # fmt: skip
+        made = make_space(kind, problem, axis, spec, switched=switched, asymmetric=asymmetric)
         chosen = sampler or (known or {}).get("sampler") or DEFAULT_SAMPLER
         with storage_errors(where), quiet():
             inner = optuna.create_study(
