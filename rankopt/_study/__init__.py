@@ -1,7 +1,8 @@
 """Studies: Optuna on the real metric, resumable, over as many workers as there are."""
 
 from rankopt._study.devices import Device, claim_device
-from rankopt._study.entry import open_study, study
+from rankopt._study.entry import study
+from rankopt._study.opening import open_study
 from rankopt._study.records import Point
 from rankopt._study.study import Study
 
