@@ -335,9 +335,27 @@ def together(folder, accumulate=1):
     rank = os.environ.get("RANK", "alone")
     normed = nn.Sequential(nn.Linear(24, 8), nn.BatchNorm1d(8), nn.Linear(8, 4))
     rankopt.finetune(normed, train, epochs=1)
-    states = {"state": small.state_dict(), "normed": normed.state_dict()}
+    seen = _seen_in_an_epoch(normed)
+    states = {"seen": seen, "state": small.state_dict(), "normed": normed.state_dict()}
     losses = [epoch["loss"] for epoch in done.history]
     torch.save({**states, "loss": losses}, f"{folder}/result-{rank}.pt")
+
+
+def _seen_in_an_epoch(model):
+    """Which of 64 samples a process trains on; their sampler knows of no other process."""
+    x = torch.arange(64.0)[:, None].expand(64, 24)
+    sampler = torch.utils.data.WeightedRandomSampler([1.0] * 64, 64, replacement=False)
+    loader = torch.utils.data.DataLoader(
+        torch.utils.data.TensorDataset(x, torch.zeros(64, dtype=torch.long)), 8, sampler=sampler
+    )
+    seen = []
+
+    def noted(inputs, generator):
+        seen.extend(inputs[:, 0].tolist())
+        return inputs
+
+    rankopt.finetune(model, loader, epochs=1, augment=noted)
+    return seen
 
 
 @pytest.mark.slow
@@ -357,6 +375,8 @@ def test_two_processes_do_what_one_does(tmp_path):
     for key, value in one["state"].items():
         assert torch.allclose(first["state"][key], value, atol=1e-5), key
     assert first["loss"] == pytest.approx(one["loss"], rel=1e-4)
+    assert len(first["seen"]) == len(second["seen"]) == 32
+    assert sorted(first["seen"] + second["seen"]) == sorted(one["seen"]) == list(range(64))
 
 
 def test_accumulated_steps_take_no_batch_too_many():

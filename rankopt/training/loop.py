@@ -7,8 +7,9 @@ import math
 import random
 import time
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, nullcontext
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Final
 
@@ -171,7 +172,6 @@ class Loop:
             self.best = _copied(self.plain.state_dict())
 
     def _epoch(self, epoch: int) -> None:
-        self._seed(epoch)
         if hasattr(self.loader, "set_epoch"):
             self.loader.set_epoch(epoch)
         self.plain.train()
@@ -184,7 +184,7 @@ class Loop:
         started = time.perf_counter()
         label = f"epoch {epoch + 1}/{self.recipe.epochs}"
         processes = self.accelerator.num_processes
-        batches = data.share(self.loader, self.accelerator)
+        batches = self._in_order(epoch)
         taken = 0
         with progress_bar(label, self.steps_per_epoch, enabled=self.progress) as advance:
             for group in data.groups(batches, self.recipe.accumulate, self.batches):
@@ -324,14 +324,29 @@ class Loop:
             data.check_labels(labels, output, self.step)
         return data.task_loss(output, measure.to_device(labels, device))
 
-    def _seed(self, epoch: int) -> None:
-        stream = self._stream(epoch)
+    def _in_order(self, epoch: int) -> Iterator[Any]:
+        """An epoch's batches of this process.
+
+        Samplers draw the order of an epoch at its first batch: from one seed in all
+        processes, as each takes its share of it.
+        """
+        batches = data.share(self.loader, self.accelerator)
+        self._seed(self._stream(epoch, process=0))
+        if self.accelerator.num_processes > 1:
+            first = list(islice(batches, 1))
+            self._seed(self._stream(epoch))
+            batches = chain(first, batches)
+        return batches
+
+    @staticmethod
+    def _seed(stream: int) -> None:
         torch.manual_seed(stream)
         random.seed(stream)
         np.random.seed(stream % 2**32)
 
-    def _stream(self, epoch: int) -> int:
-        process = int(self.accelerator.process_index)
+    def _stream(self, epoch: int, process: int | None = None) -> int:
+        if process is None:
+            process = int(self.accelerator.process_index)
         stream = (self.recipe.seed * SEED_STRIDE + epoch) * SEED_STRIDE + process
         return stream % 2**63  # torch takes no more
 
