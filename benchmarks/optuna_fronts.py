@@ -22,6 +22,8 @@ __all__ = ["METRICS", "Case", "compare", "hypervolume", "joined"]
 
 # Budgets at which the warm starts have plans.
 SHARES = (0.7, 0.5, 0.35)
+# Where all trials of a space with "+sizes" end.
+SIZES = (*SHARES, 0.25)
 WARM_ONLY = "warm starts only"
 METRICS = ("accuracy", "loss", "agreement")
 TEMPERATURE = 4.0
@@ -186,9 +188,11 @@ def _run(
     if sampler is not None:
         _copy_warm(kept, space, label)
     more: dict[str, Any] = {"sampler": sampler, "seed": seed} if sampler else {"seed": seed}
-    kind, _, choice = space.partition("+")
+    kind, *choices = space.split("+")
     for name in ("fisher", "asymmetric"):
-        more[name] = "search" if name in choice else False
+        more[name] = "search" if name in choices else False
+    if "sizes" in choices:
+        more["sizes"] = SIZES
     with case.study(kept.storage, label, space=kind, **more) as study:
         done = study.status()["counted"]
         wanted = trials if sampler else len(study.optuna.trials)

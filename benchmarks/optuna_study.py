@@ -216,7 +216,8 @@ def main() -> None:
     parser.add_argument(
         "--spaces",
         default="warp",
-        help="of warp, tilt, stage, layer; warp+fisher and warp+asymmetric let trials choose",
+        help="of warp, tilt, stage, layer; with +fisher and +asymmetric trials choose these, with "
+        "+sizes all end at the budgets reported",
     )
     parser.add_argument("--warm-starts", default=",".join(WARM_STARTS))
     parser.add_argument("--metric", choices=METRICS, default="accuracy", help="searched by")

@@ -80,6 +80,10 @@ def add_study(
     create.add_argument("--direction", choices=["maximize", "minimize"], help="of the metric")
     create.add_argument("--space", help="warp, tilt, stage or layer")
     create.add_argument(
+        "--sizes", metavar="SHARES", type=_shares,
+        help="shares of the objective that plans are wanted at, such as 0.7,0.5,0.35",
+    )  # fmt: skip
+    create.add_argument(
         "--fisher", choices=list(CHOICES),
         help="weigh outputs by the Fisher information; search lets trials choose",
     )  # fmt: skip
@@ -114,6 +118,11 @@ def add_study(
     export.add_argument("-o", "--output", metavar="FOLDER", required=True)
     export.add_argument("--figures", action="store_true", help="HTML figures too (needs plotly)")
     export.set_defaults(run=_export)
+
+
+def _shares(text: str) -> list[float]:
+    """Numbers separated by commas; argparse says what was got if they are none."""
+    return [float(part) for part in text.split(",")]
 
 
 def _claimed(arguments: argparse.Namespace, *, share: bool = False) -> Any:
@@ -166,6 +175,7 @@ def _create(arguments: argparse.Namespace) -> int:
             objective=arguments.objective,
             direction=arguments.direction,
             space=arguments.space,
+            sizes=arguments.sizes,
             fisher=CHOICES.get(arguments.fisher),
             asymmetric=CHOICES.get(arguments.asymmetric),
             methods=arguments.methods.split(",") if arguments.methods else None,

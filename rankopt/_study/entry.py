@@ -48,6 +48,7 @@ def study(
     objective: str | None = None,
     direction: Literal["maximize", "minimize"] | None = None,
     space: str | None = None,
+    sizes: Sequence[float] | None = None,
     sampler: Any = None,
     confidence: float | None = 0.99,
     warm_starts: Sequence[str] = WARM_STARTS,
@@ -95,6 +96,9 @@ def study(
         space: ``warp`` (default): a few multipliers over the layers' sensitivities, and
             the size; ``tilt``: a multiplier per layer, and the size, for ``local``;
             ``stage``: one share per stage; ``layer``: one share per layer.
+        sizes: Shares of the objective's figure that plans are wanted at, such as
+            ``(0.7, 0.5, 0.35)``: every trial uses up one of them, in the spaces ``warp`` and
+            ``tilt``. None leaves the size to the trials.
         sampler: ``tpe`` (default), ``local`` (small steps from the front), ``nsgaii``,
             ``nsgaiii``, ``gp``, ``random``, … or an Optuna sampler.
         confidence: Of stopping a trial early, one-sided; None never does.
@@ -186,6 +190,7 @@ def study(
             objective=objective,
             direction=direction,
             space=space,
+            sizes=sizes,
             switched=weighing == "search",
             asymmetric=ordering,
             sampler=sampler,

@@ -41,6 +41,7 @@ def open_study(
     objective: str | None = None,
     direction: str | None = None,
     space: str | None = None,
+    sizes: Sequence[float] | None = None,
     switched: bool = False,
     asymmetric: bool | str = False,
     sampler: Any = None,
@@ -88,10 +89,14 @@ def open_study(
             "asymmetric": asymmetric,
         }
         if known is not None:
-            check_request(known, {**request, **({"space": space} if space else {})}, name)
+            asked = {"space": space, "sizes": sorted({float(size) for size in sizes or ()})}
+            given = {key: value for key, value in asked.items() if value}
+            check_request(known, {**request, **given}, name)
         spec = None if known is None else known["space"]
         kind = space or (spec or {}).get("kind", "warp")
-        made = make_space(kind, problem, axis, spec, switched=switched, asymmetric=asymmetric)
+        made = make_space(
+            kind, problem, axis, spec, switched=switched, asymmetric=asymmetric, sizes=sizes
+        )
         chosen = sampler or (known or {}).get("sampler") or DEFAULT_SAMPLER
         with storage_errors(where), quiet():
             inner = optuna.create_study(

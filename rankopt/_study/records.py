@@ -214,6 +214,11 @@ def check_request(found: Mapping[str, Any], wanted: Mapping[str, Any], name: str
                 f"study {name!r} has {key} {found.get(key, False)!r}, the request "
                 f"{wanted[key]!r}: give the same, or another study name"
             )
+    if "sizes" in wanted and found["space"].get("sizes") != wanted["sizes"]:
+        raise StudyError(
+            f"study {name!r} has sizes {found['space'].get('sizes')}, the request "
+            f"{wanted['sizes']}: give the same, or another study name"
+        )
     if "space" in wanted and found["space"]["kind"] != wanted["space"]:
         raise StudyError(
             f"study {name!r} searches the space {found['space']['kind']!r}, the request "

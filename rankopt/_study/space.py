@@ -27,6 +27,7 @@ SMALLEST_SHARE: Final = 0.1
 # Largest weight of a feature, as a logarithm: damages move by up to e^2, seven times.
 STRETCH: Final = 2.0
 CURVES: Final = (0.5, 1.5)
+SIZE: Final = "size"
 # The parameters that switch a choice on, where they do, and how near to that plans are put.
 FISHER: Final = "fisher"
 ASYMMETRIC: Final = "asymmetric"
@@ -44,6 +45,8 @@ class Space(ABC):
     """
 
     kind: ClassVar[str]
+    # Shares of the original's figure at which all plans end; none for any share.
+    sizes: tuple[float, ...] = ()
 
     def __init__(self, problem: Problem, axis: str, spec: Mapping[str, Any] | None = None) -> None:
         self.axis = axis
@@ -168,7 +171,7 @@ class WarpSpace(Space):
 
     @property
     def bounds(self) -> dict[str, tuple[float, float]]:
-        made = {"size": (float(self._size[0]), float(self._size[1])), "curve": CURVES}
+        made = {SIZE: (float(self._size[0]), float(self._size[1])), "curve": CURVES}
         if self.sensitivities is not None:
             made["power"] = (0.0, 1.0)
         return {**made, **dict.fromkeys(self._features, (-STRETCH, STRETCH))}
@@ -179,7 +182,7 @@ class WarpSpace(Space):
         if self.sensitivities is not None:
             weights = weights * np.array(self.sensitivities) ** params["power"]
         damages = [w * d ** params["curve"] for w, d in zip(weights, self._damages, strict=True)]
-        ratios = {**self.shares, self.axis: params["size"]}
+        ratios = {**self.shares, self.axis: params[SIZE]}
         found = choose(self.problem, self.menus, damages, ratios, exact=False)
         return self._cheapest if found is None else found[0]
 
@@ -187,7 +190,7 @@ class WarpSpace(Space):
         bounds = self.bounds
         share = self.problem.figures(options)[self.axis] / self.problem.totals[self.axis]
         params = dict.fromkeys(bounds, 0.0)
-        params["size"] = min(max(share, bounds["size"][0]), bounds["size"][1])
+        params[SIZE] = min(max(share, bounds[SIZE][0]), bounds[SIZE][1])
         params["curve"] = 1.0
         powers = (0.5, 0.0, 1.0) if "power" in bounds else (0.0,)
         wanted = np.array([self.share(i, option) for i, option in enumerate(options)])
@@ -293,6 +296,7 @@ class InOrderSpace(Space):
     def __init__(self, inner: Space, *, searched: bool) -> None:
         self._inner, self._searched = inner, searched
         self.problem, self.axis, self.shares = inner.problem, inner.axis, inner.shares
+        self.sizes = inner.sizes
 
     def _prepare(self, spec: Mapping[str, Any]) -> None:
         """The other space has prepared what it needs."""
@@ -322,6 +326,54 @@ class InOrderSpace(Space):
         return self._inner.describe()
 
 
+class SizedSpace(Space):
+    """Another space whose plans end at given sizes, as many trials at one as at another.
+
+    Args:
+        inner: The other space; it has a parameter `size`.
+        sizes: Shares of the original's figure.
+    """
+
+    def __init__(self, inner: Space, sizes: Sequence[float]) -> None:
+        self._inner = inner
+        self.problem, self.axis, self.shares = inner.problem, inner.axis, inner.shares
+        if SIZE not in inner.bounds:
+            raise StudyError("sizes= needs a space with a size: 'warp' or 'tilt'")
+        self.sizes = tuple(sorted({float(size) for size in sizes}))
+        middle = {name: sum(ends) / 2 for name, ends in inner.bounds.items()}
+        cheapest = self.problem.figures(inner.options({**middle, SIZE: 0.0}))
+        low = cheapest[self.axis] / self.problem.totals[self.axis]
+        high = self.shares.get(self.axis, 1.0)
+        for size in self.sizes:
+            if not low <= size <= high:
+                raise StudyError(
+                    f"sizes={list(self.sizes)}: {size:g} is not between {low:.3g}, the smallest "
+                    f"plan this study can make, and {high:.3g} of the {self.axis}"
+                )
+
+    def _prepare(self, spec: Mapping[str, Any]) -> None:
+        """The other space has prepared what it needs."""
+
+    @property
+    def bounds(self) -> dict[str, tuple[float, float]]:
+        return {**self._inner.bounds, SIZE: (0.0, float(len(self.sizes)))}
+
+    def options(self, params: Mapping[str, float]) -> list[Option]:
+        index = min(int(params[SIZE]), len(self.sizes) - 1)
+        return self._inner.options({**params, SIZE: self.sizes[index]})
+
+    def encode(self, options: Sequence[Option]) -> dict[str, float]:
+        params = self._inner.encode(options)
+        nearest = int(np.argmin(np.abs(np.array(self.sizes) - params[SIZE])))
+        return {**params, SIZE: nearest + 0.5}
+
+    def own(self, options: Sequence[Option]) -> list[Option]:
+        return self._inner.own(options)
+
+    def describe(self) -> dict[str, Any]:
+        return {**self._inner.describe(), "sizes": list(self.sizes)}
+
+
 def _in_order(options: Sequence[Option]) -> list[Option]:
     return [replace(option, factors=option.factors.in_order()) for option in options]
 
@@ -334,6 +386,7 @@ def make_space(
     *,
     switched: bool = False,
     asymmetric: bool | str = False,
+    sizes: Sequence[float] | None = None,
 ) -> Space:
     """The space called `kind`; `StudyError` for an unknown one.
 
@@ -344,6 +397,7 @@ def make_space(
         spec: As `Space.describe` gave it; None for a new study.
         switched: Whether trials choose to weigh outputs, see `SwitchedSpace`.
         asymmetric: Whether factors are fitted in order; ``search`` lets trials choose.
+        sizes: See `SizedSpace`; None for those of `spec`, if it has any.
     """
     if kind not in SPACES:
         raise StudyError(f"space={kind!r}: expected one of {', '.join(SPACES)}")
@@ -352,6 +406,9 @@ def make_space(
         space = SwitchedSpace(problem, axis, spec or {"kind": kind})
     else:
         space = SPACES[kind](problem, axis, spec)
+    sizes = sizes or (spec or {}).get("sizes")
+    if sizes:
+        space = SizedSpace(space, sizes)
     return InOrderSpace(space, searched=asymmetric == "search") if asymmetric else space
 
 

@@ -41,10 +41,14 @@ def queue_warm_starts(
     queued = {trial.user_attrs.get("warm") for trial in study.get_trials(deepcopy=False)}
     axis = space.axis
     top = space.shares.get(axis)
-    ladder = LADDER if top is None else tuple(top * step for step in STEPS_BELOW)
+    if space.sizes:
+        ladder = tuple(sorted(space.sizes, reverse=True))
+    else:
+        ladder = LADDER if top is None else tuple(top * step for step in STEPS_BELOW)
+    others = ladder[:1] if top is not None or len(ladder) == 1 else ladder[1:2]
     known = [name for name in names if name in strategies.names()]
     for position, name in enumerate(known):
-        for share in ladder if position == 0 else ladder[:1] if top else ladder[1:2]:
+        for share in ladder if position == 0 else others:
             label = f"{name} at {share:.0%}"
             if label in queued:
                 continue

@@ -3,6 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from study_common import open_study
 
 import rankopt
 from rankopt._open import open_problem
@@ -102,3 +103,39 @@ def test_stages():
     assert found[1] == found[2] == "encoder.layers.0"
     assert stages(["a", "b"]) == ["a", "b"]
     assert stages(["x"]) == ["x"]
+
+
+def test_sizes_asked_for_are_the_sizes_of_all_trials(tmp_path):
+    path = tmp_path / "s.db"
+    sizes = (0.7, 0.5, 0.35)
+    with open_study(path, sizes=sizes).run(n_trials=16) as study:
+        dense = study.request["plan"]["totals"]["macs"]["before"]
+        found = {}
+        for point in study.points:
+            share = point.figures["macs"] / dense
+            if point.warm != "dense":
+                size = min(one for one in sizes if share <= one)
+                found.setdefault(size, []).append(share / size)
+        warm = {point.warm for point in study.points}
+    assert set(found) == set(sizes)
+    assert all(np.median(shares) > 0.9 for shares in found.values())
+    assert {"knapsack at 70%", "knapsack at 50%", "knapsack at 35%"} <= warm
+    again = open_study(path)
+    assert again.request["space"]["sizes"] == sorted(sizes)
+    assert len(again.run(n_trials=18).points) >= 17
+    with pytest.raises(StudyError, match=r"sizes \[0.35, 0.5, 0.7\], the request \[0.6\]"):
+        open_study(path, sizes=(0.6,))
+
+
+def test_sizes_that_no_plan_has_are_refused():
+    found = problem("macs<=60%")
+    for size in (0.7, 0.001):
+        with pytest.raises(StudyError, match=f"sizes=.*{size} is not between .* 0.6 of the macs"):
+            make_space("warp", found, "macs", sizes=[size])
+    with pytest.raises(StudyError, match="a space with a size: 'warp' or 'tilt'"):
+        make_space("layer", found, "macs", sizes=[0.5])
+    space = make_space("warp", found, "macs", sizes=[0.5, 0.3], asymmetric="search")
+    again = make_space("warp", found, "macs", space.describe(), asymmetric="search")
+    assert again.sizes == space.sizes == (0.3, 0.5)
+    params = space.encode(space.options({**dict.fromkeys(space.bounds, 0.6), "size": 1.2}))
+    assert params["size"] == 1.5
