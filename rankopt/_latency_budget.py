@@ -1,157 +1,39 @@
 """Budgets on time: solve on layer times, measure the whole model, correct, solve again.
 
 Times of layers do not add up to the time of a model. So the plan that layer times
-suggest is built and measured against the dense model, the share of the predicted saving
-that came true corrects the target, and the strategy chooses again.
+suggest is built and measured against the dense model, what it took corrects the target,
+and the strategy chooses again. Between a plan that keeps to the budget and one that does
+not, layer by layer the choices of the one give way to those of the other.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Any, Final
 
-from torch import nn
-
-from rankopt import measure, surgery
-from rankopt._apply import build_random
+from rankopt._model_clock import SLACK, WIDTH
 from rankopt.budget import Budget
-from rankopt.errors import BudgetInfeasible, ModelError, RankoptWarning
-from rankopt.latency import Measured, Timings
+from rankopt.errors import BudgetInfeasible, DeadlineExceeded, RankoptWarning
+from rankopt.latency import Measured
 from rankopt.plan import RankPlan
-from rankopt.probe import Probe
-from rankopt.profile_table import ProfileTable
-from rankopt.site_times import SiteTimes
-from rankopt.strategy import LATENCY, Option, Problem, Strategy, decide
+from rankopt.sites import figure
+from rankopt.strategy import LATENCY, Problem, Strategy
 
-__all__ = ["ModelClock", "adopt_times", "bounds_latency", "price_time", "solve"]
+__all__ = ["solve"]
 
+# Plans of the strategy, then plans between two of them.
 MAX_ROUNDS: Final = 6
-# Aim this far below the budget, so that the next measurement still meets it.
-AIM: Final = 0.99
-# A plan that meets the budget and leaves less than this unused, or less than the noise of
-# its own measurement, is good enough.
-SLACK: Final = 0.01
+MAX_BLENDS: Final = 6
+# Aim this far below the budget: half of what may stay unused.
+AIM: Final = 1 - SLACK / 2
 # Bounds on the share of a predicted saving that is believed to come true.
 MIN_REALISED, MAX_REALISED = 0.05, 2.0
-CLOSE: Final = 0.003
-# More rounds are timed, this often at most, while an interval is wider than this share.
-MAX_EXTENSIONS: Final = 5
-WIDTH: Final = 0.03
-
-
-class ModelClock:
-    """Times plans of one model, built with random factors, against the dense model.
-
-    Args:
-        model: Not changed; a copy is timed.
-        example_inputs: A tensor, a tuple or a mapping.
-        table: Says in which mode, with how many rounds and by which clock.
-    """
-
-    def __init__(self, model: nn.Module, example_inputs: Any, table: ProfileTable) -> None:
-        self.table = table
-        self.device = surgery.device_of(model)
-        self._inputs = measure.to_device(example_inputs, self.device)
-        self._dense = self._ready(surgery.clone(model))
-
-    def _ready(self, model: nn.Module) -> nn.Module:
-        return model.train(self.table.mode == "training")
-
-    @cached_property
-    def dense_ms(self) -> float:
-        """Median milliseconds of the dense model."""
-        return self._timed({"dense": self._run_dense}).interval("dense").median
-
-    @cached_property
-    def _run_dense(self) -> Callable[[], Any]:
-        return self.table.runner(self._dense, self._inputs)
-
-    def measure(self, plan: RankPlan) -> Measured:
-        """Build the model of a plan and time it against the dense one."""
-        built = self._ready(build_random(self._dense, plan))
-        runners = {"dense": self._run_dense, "plan": self.table.runner(built, self._inputs)}
-        timings = self._timed(runners)
-        for _ in range(MAX_EXTENSIONS):
-            ratio = timings.ratio("plan", "dense")
-            if ratio.high - ratio.low <= WIDTH * ratio.median:
-                break
-            timings += self._timed(runners)
-        ratio = timings.ratio("plan", "dense")
-        return Measured(ratio, timings.interval("plan"), timings.interval("dense"))
-
-    def _timed(self, runners: dict[str, Callable[[], Any]]) -> Timings:
-        try:
-            return self.table.time_runners(runners, device=self.device)
-        except RuntimeError as error:
-            raise ModelError(
-                f"{type(self._dense).__name__} cannot be timed for {self.table.mode}: {error}"
-            ) from error
-
-
-def price_time(
-    problem: Problem,
-    clock: ModelClock,
-    seen: Probe,
-    *,
-    axis: bool | None = None,
-    known: Mapping[str, Any] | None = None,
-) -> None:
-    """Give a problem its layer times and, where it is asked for, that cost axis.
-
-    Args:
-        problem: Changed.
-        clock: Times whole models.
-        seen: The layers' inputs.
-        axis: Whether latency becomes a cost axis; None for under a budget on it.
-        known: Times of layers and of the dense model, as `adopt_times` takes them; they
-            are measured where it is None.
-    """
-    times = SiteTimes(
-        clock.table,
-        seen.calls,
-        device=clock.device,
-        step=problem.step,
-        check=problem.check_deadline,
-    )
-    problem.times = times
-
-    def measured(options: Sequence[Option]) -> Measured:
-        problem.check_deadline()
-        pairs = zip(problem.sites, options, strict=True)
-        decisions = tuple(decide(site, option) for site, option in pairs if not option.keeps)
-        return clock.measure(RankPlan(model={}, decisions=decisions))
-
-    problem.measure = measured
-    if not (bounds_latency(problem.budget) if axis is None else axis):
-        return
-    if known is None:
-        times.prepare(problem.sites, progress=problem.progress)
-        _add_axis(problem, times, clock.dense_ms)
-    else:
-        adopt_times(problem, known)
-
-
-def adopt_times(problem: Problem, known: Mapping[str, Any]) -> None:
-    """Let a problem price time as another process does.
-
-    Args:
-        problem: With `times`; changed.
-        known: What `SiteTimes.to_dict` gave there, and ``dense_ms`` of the whole model.
-    """
-    assert problem.times is not None
-    problem.times.restore(known)
-    _add_axis(problem, problem.times, float(known["dense_ms"]))
-
-
-def _add_axis(problem: Problem, times: SiteTimes, dense_ms: float) -> None:
-    problem.totals = {**problem.totals, LATENCY: dense_ms}
-    problem.sites = tuple(
-        replace(site, cost={**site.cost, LATENCY: times.dense_ms(site)}, times=times)
-        for site in problem.sites
-    )
+# What is asked of layer times is told apart from here on.
+CLOSE: Final = 0.001
+# Where no plan has met the budget yet, ask for this share of what was asked.
+DOWN: Final = 0.85
 
 
 @dataclass(frozen=True)
@@ -159,74 +41,160 @@ class _Round:
     """One plan, what was asked of the layer times, and what the model took.
 
     Args:
-        asked: The share of the dense time that layer times had to predict.
+        asked: The share of the dense time that layer times had to predict; None for a
+            plan between two others.
         predicted: What they predicted.
     """
 
     plan: RankPlan
-    asked: float
+    asked: float | None
     predicted: float
     measured: Measured
     met: bool
 
     @property
-    def used(self) -> float:
-        return self.measured.ratio.high
+    def took(self) -> float:
+        """Median share of the dense time."""
+        return self.measured.ratio.median if self.plan.changes else 1.0
+
+    def spends(self, share: float) -> bool:
+        """Whether it meets the budget and leaves next to nothing of it."""
+        return self.met and (self.took >= (1 - SLACK) * share or not self.plan.changes)
+
+
+class _Rounds:
+    """The plans tried under one budget.
+
+    Args:
+        measure: Builds a plan's model and times it against the dense one, until it is told
+            whether it keeps to a share.
+    """
+
+    def __init__(
+        self,
+        problem: Problem,
+        strategy: Strategy,
+        measure: Callable[[RankPlan, float], Measured],
+        dense_ms: float,
+    ) -> None:
+        assert problem.budget is not None
+        self.problem, self.strategy, self.budget = problem, strategy, problem.budget
+        self.dense_ms, self._measure = dense_ms, measure
+        limit = (self.budget.latency_ms or dense_ms) / dense_ms
+        self.share = min(self.budget.latency or 1.0, limit)
+        self.done: list[_Round] = []
 
     @property
-    def slack(self) -> float:
-        """What may stay unused: less than this is not worth another plan, or not to be told."""
-        ratio = self.measured.ratio
-        return max(SLACK, min(ratio.high - ratio.median, WIDTH))
+    def spent(self) -> bool:
+        """Whether one of them is what was wanted."""
+        return any(entry.spends(self.share) for entry in self.done)
 
+    def search(self) -> None:
+        """Let the strategy choose, under targets corrected by what its plans took."""
+        asked = self.share if self.share >= 1 else AIM * self.share
+        for _ in range(MAX_ROUNDS):
+            try:
+                plan = self._chosen(asked)
+            except BudgetInfeasible as error:
+                least = error.smallest.get(LATENCY, 1.0)
+                if self.done or not asked < least < 1:
+                    if not self.done:
+                        raise _slower(self.budget, error, self.done) from error
+                    return
+                # The smallest the layer times foresee: what it takes is to be seen.
+                asked = least * (1 + 1e-6)
+                try:
+                    plan = self._chosen(asked)
+                except BudgetInfeasible:
+                    raise _slower(self.budget, error, self.done) from error
+            known = any(entry.plan.decisions == plan.decisions for entry in self.done)
+            self.take(plan, asked)
+            verdicts = {entry.met for entry in self.done}
+            if self.spent or (known and len(verdicts) == 2):
+                return  # where plans come again, those between them are left
+            following = _corrected(self.done, self.share)
+            if following is None:
+                return
+            asked = following
 
-def bounds_latency(budget: Budget | None) -> bool:
-    """Whether `budget` is on time: as a share, in milliseconds, or to be made small."""
-    if budget is None:
-        return False
-    named = (budget.latency, budget.latency_ms)
-    return budget.minimize == LATENCY or any(value is not None for value in named)
+    def _chosen(self, asked: float) -> RankPlan:
+        limits = replace(self.budget, latency=asked, latency_ms=None)
+        return self.strategy.search(self.problem.with_budget(limits))
+
+    def blend(self) -> None:
+        """Plans between one that meets the budget and one that does not."""
+        met = [entry for entry in self.done if entry.met]
+        missed = [entry for entry in self.done if not entry.met]
+        if not met or not missed:
+            return
+        low, high = max(met, key=lambda e: e.took), min(missed, key=lambda e: e.took)
+        between = _between(low.plan, high.plan, self.budget)
+        tried = {len(between)}
+        for _ in range(MAX_BLENDS):
+            part = (AIM * self.share - low.took) / max(high.took - low.took, 1e-9)
+            wanted = low.predicted + min(max(part, 0.0), 1.0) * (high.predicted - low.predicted)
+            ends = sorted((low.predicted, high.predicted))
+            left = [
+                (abs(_predicted(plan) - wanted), index)
+                for index, plan in enumerate(between)
+                if index not in tried and ends[0] < _predicted(plan) < ends[1]
+            ]
+            if not left:
+                return
+            index = min(left)[1]
+            tried.add(index)
+            entry = self.take(between[index], None)
+            if entry.spends(self.share):
+                return
+            if entry.met:
+                low = entry
+            else:
+                high = entry
+
+    def take(self, plan: RankPlan, asked: float | None) -> _Round:
+        """Measure a plan, unless it came before."""
+        same = [entry for entry in self.done if entry.plan.decisions == plan.decisions]
+        measured = same[0].measured if same else self._measure(plan, self.share)
+        unchanged = not plan.changes  # the dense model takes exactly its own time
+        ratio = 1.0 if unchanged else measured.ratio.high
+        took = self.dense_ms if unchanged else measured.latency_ms.high
+        met = ratio <= (self.budget.latency or 1.0) or (unchanged and self.budget.latency is None)
+        if self.budget.latency_ms is not None:
+            met = met and took <= self.budget.latency_ms
+        self.done.append(_Round(plan, asked, _predicted(plan), measured, met))
+        return self.done[-1]
 
 
 def solve(
-    problem: Problem, strategy: Strategy, measure: Callable[[RankPlan], Measured], dense_ms: float
+    problem: Problem,
+    strategy: Strategy,
+    measure: Callable[[RankPlan, float], Measured],
+    dense_ms: float,
 ) -> RankPlan:
-    """The plan whose *measured* time is within the budget, at the least error found.
+    """The plan whose *measured* time is within the budget and uses most of it.
 
     Args:
         problem: With the axis ``latency`` in its costs.
         strategy: Chooses on predicted time.
-        measure: Builds a plan's model and times it against the dense one.
+        measure: Builds a plan's model and times it against the dense one; also takes the
+            share of the dense time that is to be kept to.
         dense_ms: Median milliseconds of the dense model.
 
     Raises:
         BudgetInfeasible: No plan was measured to be fast enough.
+        DeadlineExceeded: Before there was one.
 
     Warns where intervals are too wide to decide anything.
     """
-    budget = problem.budget
-    assert budget is not None
-    share = min(budget.latency or 1.0, (budget.latency_ms or dense_ms) / dense_ms)
-    done: list[_Round] = []
-    asked = share if share >= 1 else AIM * share
-    while len(done) < MAX_ROUNDS:
-        inner = problem.with_budget(replace(budget, latency=asked, latency_ms=None))
-        try:
-            plan = strategy.search(inner)
-        except BudgetInfeasible as error:
-            if not done:
-                raise _slower(problem, error, done) from error
-            break
-        same = [entry for entry in done if entry.plan.decisions == plan.decisions]
-        measured = same[0].measured if same else measure(plan)
-        done.append(_judged(plan, asked, measured, budget, dense_ms))
-        spent = done[-1].used >= share - done[-1].slack or not plan.changes or same
-        if done[-1].met and spent:
-            break
-        following = _corrected(done, share)
-        if following is None:
-            break
-        asked = following
+    rounds = _Rounds(problem, strategy, measure, dense_ms)
+    done = rounds.done
+    try:
+        rounds.search()
+        if not rounds.spent:
+            rounds.blend()
+    except DeadlineExceeded:
+        if not any(entry.met for entry in done):
+            raise
     if any(entry.measured.ratio.noisy for entry in done):
         widest = max((e.measured.ratio for e in done), key=lambda r: (r.high - r.low) / r.median)
         warnings.warn(
@@ -237,59 +205,80 @@ def solve(
         )
     fitting = [entry for entry in done if entry.met]
     if not fitting:
-        raise _slower(problem, None, done)
-    best = max(fitting, key=lambda entry: entry.asked)
-    return _annotated(best, done, budget, dense_ms)
+        raise _slower(rounds.budget, None, done)
+    return _annotated(max(fitting, key=lambda e: e.took), done, rounds.budget, dense_ms)
 
 
-def _judged(
-    plan: RankPlan, asked: float, measured: Measured, budget: Budget, dense_ms: float
-) -> _Round:
+def _predicted(plan: RankPlan) -> float:
     entry = plan.totals[LATENCY]
-    predicted = float(entry["predicted"] or 0) / float(entry["before"] or 1)
-    unchanged = not plan.changes  # the dense model takes exactly its own time
-    ratio = 1.0 if unchanged else measured.ratio.high
-    took = dense_ms if unchanged else measured.latency_ms.high
-    met = ratio <= (budget.latency or 1.0) or (unchanged and budget.latency is None)
-    if budget.latency_ms is not None:
-        met = met and took <= budget.latency_ms
-    return _Round(plan, asked, predicted, measured, met)
+    return float(entry["predicted"] or 0) / float(entry["before"] or 1)
 
 
-def _corrected(done: list[_Round], share: float) -> float | None:
+def _corrected(done: Sequence[_Round], share: float) -> float | None:
     """What to ask of layer times next; None if there is nothing left to try."""
     last = done[-1]
-    saved, promised = 1 - last.measured.ratio.median, 1 - last.predicted
+    assert last.asked is not None
+    saved, promised = 1 - last.took, 1 - last.predicted
     realised = min(MAX_REALISED, max(MIN_REALISED, saved / promised if promised > 0 else 1.0))
-    # A burst of noise widens one interval, not the next one.
-    ratio = last.measured.ratio
-    spread = min(ratio.high - ratio.median, WIDTH * ratio.median)
-    asked = min(1.0, 1 - (1 - AIM * share + spread) / realised)
-    met = [entry.asked for entry in done if entry.met]
-    missed = [entry.asked for entry in done if not entry.met]
-    if met and asked <= max(met):  # slack is to be used up, not added to
-        asked = (max(met) + min(missed, default=1.0)) / 2
-    if missed and asked >= min(missed):
-        low = max(met, default=0.0)
-        asked = (low + min(missed)) / 2 if met else 0.85 * min(missed)
-    if asked <= 0:
-        asked = 0.75 * min(entry.asked for entry in done)
-    close = min(abs(asked - entry.asked) for entry in done)
-    return None if close < CLOSE else asked
+    over = last.took - AIM * share
+    if not last.met:
+        # A burst of noise widens one interval, not the next one.
+        ratio = last.measured.ratio
+        over += min(ratio.high - ratio.median, WIDTH * ratio.median)
+    asked = min(1.0, last.asked - over / realised)
+    asks = [(entry.asked, entry.met) for entry in done if entry.asked is not None]
+    low = max((one for one, met in asks if met), default=None)
+    high = min((one for one, met in asks if not met and one > (low or 0.0)), default=1.0)
+    if low is None:
+        if asked >= high:
+            asked = DOWN * high
+        if asked <= 0:
+            asked = DOWN * min(one for one, _ in asks)
+    elif not low < asked < high or min(abs(asked - one) for one, _ in asks) < CLOSE:
+        asked = (low + high) / 2  # slack is to be used up, not added to
+    return None if min(abs(asked - one) for one, _ in asks) < CLOSE else asked
+
+
+def _between(fast: RankPlan, slow: RankPlan, budget: Budget) -> list[RankPlan]:
+    """Plans that take the first sites from `slow`, least added time first, the rest from `fast`.
+
+    Those that break a bound on another axis are left out.
+    """
+    others = replace(budget, latency=1.0, latency_ms=None)
+    pairs = list(zip(fast.decisions, slow.decisions, strict=True))
+
+    def added(index: int) -> float:
+        one, other = (decision.cost.get(LATENCY, (0.0, 0.0))[1] for decision in pairs[index])
+        return other - one
+
+    moved = sorted((i for i, (a, b) in enumerate(pairs) if a != b), key=added)
+    decisions, found = list(fast.decisions), []
+    original = {axis: float(entry["before"] or 0) for axis, entry in fast.totals.items()}
+    sums = {axis: float(entry["predicted"] or 0) for axis, entry in fast.totals.items()}
+    for index in moved[:-1]:
+        before, after = pairs[index]
+        decisions[index] = after
+        for axis in sums:
+            sums[axis] += after.cost[axis][1] - before.cost[axis][1]
+        totals = {
+            axis: {**entry, "predicted": figure(axis, sums[axis])}
+            for axis, entry in fast.totals.items()
+        }
+        if others.fits(sums, original):
+            found.append(replace(fast, decisions=tuple(decisions), totals=totals))
+    return found
 
 
 def _slower(
-    problem: Problem, cause: BudgetInfeasible | None, done: list[_Round]
+    budget: Budget, cause: BudgetInfeasible | None, done: Sequence[_Round]
 ) -> BudgetInfeasible:
-    budget = problem.budget
-    assert budget is not None
     if done:
-        best = min(done, key=lambda entry: entry.used)
+        best = min(done, key=lambda entry: entry.measured.ratio.high)
         reached = (
             f"the fastest plan that was built took {best.measured.ratio} of the dense model's time "
             f"({best.measured.latency_ms} against {best.measured.dense_ms} ms)"
         )
-        smallest = {LATENCY: best.used}
+        smallest = {LATENCY: best.measured.ratio.high}
     else:
         assert cause is not None
         smallest = dict(cause.smallest)
@@ -320,6 +309,7 @@ def _annotated(best: _Round, done: list[_Round], budget: Budget, dense_ms: float
                 "predicted": round(entry.predicted, 4),
                 "measured": round(entry.measured.ratio.median, 4),
                 "high": round(entry.measured.ratio.high, 4),
+                **({"between": True} if entry.asked is None else {}),
             }
             for entry in done
         ],

@@ -11,8 +11,9 @@ import torch
 from torch import nn
 
 from rankopt import measure
-from rankopt._latency_budget import ModelClock, bounds_latency, price_time, solve
+from rankopt._latency_budget import solve
 from rankopt._metric_drop import within_drop
+from rankopt._model_clock import ModelClock, bounds_latency, price_time
 from rankopt._open import check_request, open_problem
 from rankopt.budget import Budget
 from rankopt.decompositions.base import Decomposition

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from rankopt import measure, surgery
 from rankopt._apply import build_with_factors, remember_plan
-from rankopt._latency_budget import ModelClock, bounds_latency, price_time, solve
+from rankopt._latency_budget import solve
+from rankopt._model_clock import ModelClock, bounds_latency, price_time
 from rankopt._open import Opened, check_request, open_problem
 from rankopt._soft_weights import SoftSite
 from rankopt.budget import Budget

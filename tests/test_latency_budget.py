@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import deque
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,9 +10,11 @@ import torch
 from torch import nn
 
 import rankopt
-from rankopt._latency_budget import ModelClock, _corrected, _Round
+from rankopt._latency_budget import _corrected, _Round, solve
+from rankopt._model_clock import ModelClock
 from rankopt.errors import BudgetError, BudgetInfeasible, DeadlineExceeded, RankoptWarning
 from rankopt.latency import Interval, Measured
+from rankopt.strategy import Strategy
 from rankopt.testing import ModelledClock, Operations, planted_inputs, planted_model
 
 
@@ -98,6 +101,122 @@ def test_slack_is_used_up():
     assert plan.extensions["latency"]["high"] <= 0.75
 
 
+def deep_model():
+    torch.manual_seed(0)
+    layers = [m for _ in range(8) for m in (nn.Conv2d(32, 32, 3, padding=1), nn.ReLU())]
+    return nn.Sequential(*layers)
+
+
+@pytest.mark.parametrize("share", [0.9, 0.7, 0.6])
+def test_a_deep_model_uses_up_its_budget(share):
+    plan = rankopt.search(
+        deep_model(), rankopt.Budget(latency=share), example_inputs=torch.randn(2, 32, 16, 16),
+        profile=SHARED,
+    )  # fmt: skip
+    assert 0.99 * share <= plan.extensions["latency"]["ratio"] <= share
+
+
+class Coarse(Strategy):
+    """Knows two plans, and forgets the time once it has given both."""
+
+    def __init__(self, slow, fast, timeout=False):
+        self.plans, self.timeout = [slow, fast], timeout
+
+    def search(self, problem):
+        if not self.plans:
+            raise DeadlineExceeded("late") if self.timeout else BudgetInfeasible("no", {})
+        return self.plans.pop(0)
+
+
+def two_plans():
+    plans = [
+        rankopt.search(
+            deep_model(), rankopt.Budget(latency=share), profile=SHARED,
+            example_inputs=torch.randn(2, 32, 16, 16),
+        )
+        for share in (0.9, 0.6)
+    ]  # fmt: skip
+    problem = SimpleNamespace(
+        budget=rankopt.Budget(latency=0.75),
+        with_budget=lambda budget: budget,
+    )
+    return plans, problem
+
+
+def taken(plan, limit):
+    """A model that takes 3% longer than its layers foresee."""
+    entry = plan.totals["latency"]
+    ratio = 1.03 * entry["predicted"] / entry["before"]
+    return Measured(*3 * [Interval(ratio, ratio - 1e-4, ratio + 1e-4)])
+
+
+def test_between_two_plans_layers_change_one_by_one():
+    (slow, fast), problem = two_plans()
+    plan = solve(problem, Coarse(slow, fast), taken, 1.0)
+    facts = plan.extensions["latency"]
+    assert 0.94 * 0.75 <= facts["ratio"] <= facts["high"] <= 0.75
+    assert any(entry.get("between") for entry in facts["rounds"])
+    for mine, one, other in zip(plan, slow, fast, strict=True):
+        assert mine in (one, other)
+    for axis, entry in plan.totals.items():
+        if axis != "latency":
+            saved = sum(decision.cost[axis][0] - decision.cost[axis][1] for decision in plan)
+            assert entry["predicted"] == entry["before"] - saved
+
+
+def test_a_deadline_leaves_the_plan_that_met_the_budget():
+    (_, fast), problem = two_plans()
+    assert solve(problem, Coarse(fast, fast, timeout=True), taken, 1.0).decisions == fast.decisions
+    late = Coarse(fast, fast, timeout=True)
+    late.plans = []
+    with pytest.raises(DeadlineExceeded):
+        solve(problem, late, taken, 1.0)
+
+
+def test_what_layers_do_not_foresee_is_built_before_it_is_refused():
+    """The whole model gains more than its layers: the budget below their least is met."""
+
+    class Kind(ModelledClock):
+        def __call__(self, function):
+            with Operations() as seen, torch.no_grad():
+                function()
+            chains = len(seen.found) > 18  # of a whole, decomposed model
+            return super().__call__(function) * (0.5 if chains else 1.0)
+
+    clock = rankopt.ProfileTable(clock=Kind(), rounds=3)
+    x = torch.randn(2, 32, 16, 16)
+    least = 0.3
+    plan = rankopt.search(
+        deep_model(), rankopt.Budget(latency=least), example_inputs=x, profile=clock
+    )
+    assert plan.extensions["latency"]["high"] <= least
+    with pytest.raises(BudgetInfeasible, match="fastest plan that was built took"):
+        rankopt.search(deep_model(), rankopt.Budget(latency=0.02), example_inputs=x, profile=clock)
+
+
+def test_rounds_are_timed_until_the_limit_is_decided():
+    noise = np.random.default_rng(0)
+    calls = []
+
+    def clock(run):
+        run()
+        calls.append(1)
+        return 1 + 0.05 * noise.standard_normal()
+
+    timer = ModelClock(
+        planted_model(), planted_inputs(), rankopt.ProfileTable(clock=clock, rounds=5)
+    )
+    plan = rankopt.search(planted_model(), "params<=60%")
+    counts = {}
+    for limit in (0.5, 1.5, 1.003):
+        calls.clear()
+        found = timer.measure(plan, limit).ratio
+        counts[limit] = len(calls)
+        assert (found.high <= limit) if limit == 1.5 else True
+        assert (found.low > limit) if limit == 0.5 else True
+    assert counts[1.003] > max(counts[0.5], counts[1.5])
+
+
 def test_a_burst_of_noise_does_not_ask_for_a_much_faster_plan():
     def measured(*ratio):
         found = Interval(*ratio)
@@ -112,7 +231,7 @@ def test_a_burst_of_noise_does_not_ask_for_a_much_faster_plan():
 
 
 def test_infeasible_says_what_was_reached():
-    with pytest.raises(BudgetInfeasible, match="layer times foresee no less than") as found:
+    with pytest.raises(BudgetInfeasible, match="fastest plan that was built took") as found:
         searched("latency<=2%")
     assert 0.02 < found.value.smallest["latency"] < 1
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from rankopt import measure
-from rankopt._latency_budget import ModelClock, bounds_latency, price_time
+from rankopt._model_clock import ModelClock, bounds_latency, price_time
 from rankopt._open import open_problem
 from rankopt._study.opening import existing, open_study
 from rankopt._study.reading import DEFAULT_NAME, load_optuna

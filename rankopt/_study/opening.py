@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from rankopt._latency_budget import adopt_times, bounds_latency
+from rankopt._model_clock import adopt_times, bounds_latency
 from rankopt._study.devices import opening_lock
 from rankopt._study.reading import DEFAULT_NAME, quiet
 from rankopt._study.records import (
