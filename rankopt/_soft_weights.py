@@ -23,12 +23,24 @@ __all__ = ["SoftSite"]
 
 # Where among the options of a method, by cost, its factors are fitted beforehand.
 ANCHORS: Final = (0.25, 0.75)
+# From this probability on, an option's own factors are worth making.
+SURE: Final = 0.9
 
 
 class SoftSite(nn.Module):
-    """The options of one site as a function from probabilities to a weight."""
+    """The options of one site as a function from probabilities to a weight.
 
-    def __init__(self, model: nn.Module, relaxation: Relaxation, menu: Menu) -> None:
+    Args:
+        model: Holds the layers.
+        relaxation: Of all sites.
+        menu: The options of this one.
+        frozen: Whether weights never change: options that are nearly sure then have the
+            factors a plan has, wherever no gradient is asked for.
+    """
+
+    def __init__(
+        self, model: nn.Module, relaxation: Relaxation, menu: Menu, *, frozen: bool
+    ) -> None:
         super().__init__()
         self.layers = menu.site.layers
         self.truncations = nn.ModuleList()
@@ -41,7 +53,10 @@ class SoftSite(nn.Module):
             ranks = np.array([menu.ranks[i] for i in places])
             if method.soft:
                 maxima = [axis.maximum for axis in method.rank_axes(menu.site.layer)]
-                self.truncations.append(_Truncations(basis.projection(), places, ranks, maxima))
+                own = _Own(method, menu.site.layer, basis) if frozen else None
+                self.truncations.append(
+                    _Truncations(basis.projection(), places, ranks, maxima, own)
+                )
             else:
                 weight = _canonical(self.layers[0], _stored(model, self.layers[0]).detach())
                 fitted = _Fitted(method, menu.site.layer, basis, weight)
@@ -69,6 +84,27 @@ class SoftSite(nn.Module):
         return {f"{layer.name}.weight" if layer.name else "weight": stored for layer in self.layers}
 
 
+@dataclass(frozen=True)
+class _Own:
+    """The weights that a plan's factors of one method amount to."""
+
+    method: Decomposition
+    layer: Layer
+    basis: Basis
+    held: dict[tuple[int, ...], Tensor] = field(default_factory=dict)
+
+    def weight(self, ranks: Sequence[int]) -> Tensor:
+        """[groups, out, in, *kernel]."""
+        key = tuple(map(int, ranks))
+        found = self.held.pop(key, None)
+        if found is None:
+            found = rebuild(self.method, self.layer, key, self.basis.factors(key))
+        self.held[key] = found  # the latest last
+        if len(self.held) > KEPT_FITS:
+            del self.held[next(iter(self.held))]
+        return found
+
+
 class _Truncations(nn.Module):
     """Some options of a site that truncate one basis."""
 
@@ -81,9 +117,10 @@ class _Truncations(nn.Module):
         places: list[int],
         ranks: npt.NDArray[np.int64],
         maxima: list[int],
+        own: _Own | None,
     ) -> None:
         super().__init__()
-        self.projection = projection
+        self.projection, self.own, self.ranks = projection, own, ranks
         # No option has a rank beyond these, so nothing beyond is ever open.
         self.maxima = tuple(maxima)
         flat = np.ravel_multi_index(tuple((ranks - 1).T), self.maxima)
@@ -92,10 +129,19 @@ class _Truncations(nn.Module):
         self.register_buffer("cells", torch.from_numpy(flat).to(device), persistent=False)
 
     def forward(self, weight: Tensor, probabilities: Tensor) -> Tensor:
-        mass = probabilities.new_zeros(math.prod(self.maxima))
-        mass = mass.index_add(0, self.cells, probabilities[self.places])
+        mine = probabilities[self.places]
+        sure = None if self.own is None else _sure(mine)
+        owned = torch.zeros_like(weight)
+        if sure is not None:
+            assert self.own is not None
+            owned = mine[sure].to(weight) * self.own.weight(self.ranks[sure]).to(weight)
+            mine = mine.clone()
+            mine[sure] = 0.0
+            if not mine.any():
+                return owned
+        mass = probabilities.new_zeros(math.prod(self.maxima)).index_add(0, self.cells, mine)
         soft: Tensor = self.projection(weight, survival(mass.reshape(self.maxima)))
-        return soft
+        return owned + soft
 
 
 @dataclass(frozen=True)
@@ -151,7 +197,9 @@ class _Fitted:
         found = dict(self.basis.factors(ranks))
         solver, _ = self.seen(ranks)
         last = next(reversed(found))
-        found[last] = (weight.flatten(2) @ solver).flatten(0, 1).reshape(found[last].shape)
+        found[last] = (
+            (weight.flatten(2) @ solver.to(weight)).flatten(0, 1).reshape(found[last].shape)
+        )
         return found
 
     def interpolated(self, ranks: npt.NDArray[np.int64]) -> tuple[list[tuple[Tensor, ...]], Tensor]:
@@ -187,8 +235,8 @@ class _Fitted:
 class _Interpolations(nn.Module):
     """Some options of a site whose factors are fitted anew for every rank.
 
-    Mixed, they are interpolated between a few fits. An option that is certain has the
-    factors of its own fit, so that its loss is that of the plan.
+    Mixed, they are interpolated between a few fits. An option that is nearly sure has the
+    factors of its own fit, so that the loss tends to that of the plan.
     """
 
     places: Tensor
@@ -209,15 +257,25 @@ class _Interpolations(nn.Module):
 
     def forward(self, weight: Tensor, probabilities: Tensor) -> Tensor:
         mine = probabilities[self.places].to(weight)
-        certain = (mine == 1).nonzero()
-        if len(certain) and not mine.requires_grad:
-            fit = self.fitted.seen(self.ranks[int(certain[0])])
-            return weight - self.fitted.residual(weight, fit)
         mixed = mine.sum() * weight
+        sure = _sure(mine)
+        if sure is not None:
+            fit = tuple(part.to(weight) for part in self.fitted.seen(self.ranks[sure]))
+            mixed = mixed - mine[sure] * self.fitted.residual(weight, fit)
+            mine = mine.clone()
+            mine[sure] = 0.0
         for share, names in zip(mine @ self.shares, self._names, strict=True):
             fit = tuple(getattr(self, name) for name in names)
             mixed = mixed - share * self.fitted.residual(weight, fit)
         return mixed
+
+
+def _sure(probabilities: Tensor) -> int | None:
+    """The option that is nearly sure; None where there is none or a gradient is wanted."""
+    if probabilities.requires_grad or not len(probabilities):
+        return None
+    most, index = probabilities.max(dim=0)
+    return int(index) if float(most) >= SURE else None
 
 
 def _stored(model: nn.Module, layer: Layer) -> Tensor:

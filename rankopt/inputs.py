@@ -184,10 +184,15 @@ def affordable(model: nn.Module, held: Sequence[Any], samples: int) -> list[Any]
         held: See `hold`.
         samples: At most; outputs of a language model's vocabulary allow far fewer.
     """
+    size = output_bytes(model, held)
+    return shortened(held, min(samples, max(LEAST_SAMPLES, OUTPUT_BYTES // size)))
+
+
+def output_bytes(model: nn.Module, held: Sequence[Any]) -> int:
+    """Memory of the outputs of one sample, at least 1; runs the model in its mode."""
     with torch.no_grad(), measure.preserve_rng():
         output = run(model, shortened(held, 1)[0])
-    size = sum(tensor.numel() * tensor.element_size() for tensor in tensors_in(output))
-    return shortened(held, min(samples, max(LEAST_SAMPLES, OUTPUT_BYTES // max(size, 1))))
+    return max(1, sum(tensor.numel() * tensor.element_size() for tensor in tensors_in(output)))
 
 
 def hold(model: nn.Module, data: Any, *, max_samples: int | None = MAX_SAMPLES) -> list[Any]:

@@ -257,9 +257,23 @@ class Problem:
         return Option(KEEP, {}, site.cost, 0.0, reason)
 
     def option(
-        self, site: Site, method: Decomposition, ranks: Sequence[int], reason: str = ""
+        self,
+        site: Site,
+        method: Decomposition,
+        ranks: Sequence[int],
+        reason: str = "",
+        *,
+        latency_ms: float | None = None,
     ) -> Option:
         """The option that decomposes a site, or `keep` where that saves nothing.
+
+        Args:
+            site: One of the sites.
+            method: One of its decompositions.
+            ranks: On each axis of the method.
+            reason: Why.
+            latency_ms: What a strategy measured at these ranks. Without, under a budget on
+                latency, the option has the nearest ranks below that were timed beforehand.
 
         Raises:
             LayerError: Infeasible ranks.
@@ -271,9 +285,13 @@ class Problem:
             for rank, axis in zip(wanted, axes, strict=False)
         )
         method.check_ranks(site.layer, chosen if len(chosen) == len(wanted) else wanted)
-        if site.times is not None and LATENCY in site.cost:  # only what was timed has a price
+        priced = site.times is not None and LATENCY in site.cost
+        if priced and latency_ms is None:  # only what was timed has a price
+            assert site.times is not None
             chosen = site.times.grid(site, method).snap(chosen)
         cost = site.price(method, chosen)
+        if priced and latency_ms is not None:
+            cost = {**cost, LATENCY: latency_ms}
         if self.load(cost) >= self.load(site.cost):
             named = " x ".join(map(str, chosen))
             return self.keep(site, f"{method.name} at rank {named} would save nothing")

@@ -169,7 +169,7 @@ class Relaxation:
             before = prices.copy()
             for axis in range(len(self.axes)):
                 prices[axis] = _root(lambda price, axis=axis: excess(axis, price), unit)
-            if np.allclose(before, prices, rtol=1e-6):
+            if np.allclose(before, prices, rtol=1e-6, atol=0.0):
                 break
         return solve(prices), prices
 

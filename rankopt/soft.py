@@ -169,6 +169,7 @@ class SoftModel(nn.Module):
     Args:
         model: Unpacked, on its device; used, not copied.
         relaxation: The options of its sites.
+        frozen: Whether its weights never change; see `SoftSite`.
     """
 
     owner: Tensor
@@ -177,7 +178,7 @@ class SoftModel(nn.Module):
     log_sizes: Tensor
     multipliers: Tensor
 
-    def __init__(self, model: nn.Module, relaxation: Relaxation) -> None:
+    def __init__(self, model: nn.Module, relaxation: Relaxation, *, frozen: bool = False) -> None:
         super().__init__()
         self.model, self.relaxation = model, relaxation
         device = surgery.device_of(model)
@@ -193,7 +194,9 @@ class SoftModel(nn.Module):
         for name, value in held.items():
             self.register_buffer(name, value.to(device), persistent=name == "multipliers")
         self.sizes = [len(menu) for menu in relaxation.menus]
-        self.sites = nn.ModuleList(SoftSite(model, relaxation, m) for m in relaxation.menus)
+        self.sites = nn.ModuleList(
+            SoftSite(model, relaxation, menu, frozen=frozen) for menu in relaxation.menus
+        )
         self.opened: Opened | None = None
         self.clock: ModelClock | None = None
         self.allowed: Budget | None = None
@@ -233,14 +236,16 @@ class SoftModel(nn.Module):
         """
         if not 0 <= progress <= 1:
             raise ValueError(f"progress={progress!r}: expected a share of the training, 0 to 1")
-        probabilities = self.probabilities()
         target = FIRST_ENTROPY ** (1 - progress) * LAST_ENTROPY**progress
-        excess = torch.cat(
-            [
-                probabilities @ self.shares - self.room,
-                (self.entropy(probabilities) - target)[None],
-            ]
-        )
+        # In half precision a share of the budget is told to half a percent.
+        with torch.autocast(self.scores.device.type, enabled=False):
+            probabilities = self.probabilities()
+            excess = torch.cat(
+                [
+                    probabilities @ self.shares - self.room,
+                    (self.entropy(probabilities) - target)[None],
+                ]
+            )
         raised = torch.relu(self.multipliers + STIFFNESS * excess)
         loss = (raised.square() - self.multipliers.square()).sum() / (2 * STIFFNESS)
         if self.training:
@@ -252,7 +257,7 @@ class SoftModel(nn.Module):
     def probabilities(self) -> Tensor:
         """[options] a distribution per site, from the logits or as set by `using`."""
         if self._set is not None:
-            return self._set
+            return self._set.to(self.scores)
         return softmax(self.scores, self.owner, len(self.sites))
 
     def set_probabilities(self, probabilities: npt.NDArray[np.float64]) -> None:
@@ -288,7 +293,7 @@ class SoftModel(nn.Module):
 
     def expected_cost(self) -> dict[str, float]:
         """Axis to the expected figure of the whole model, as a share of the budget's bound."""
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast(self.scores.device.type, enabled=False):
             used = self.probabilities() @ self.shares + 1 - self.room
         return dict(zip(self.relaxation.axes, used.tolist(), strict=True))
 
@@ -346,6 +351,18 @@ class SoftModel(nn.Module):
         logs = np.log(np.maximum(relaxation.softmax(scores), 1e-300))
         prices = self.multipliers[:-1].double().cpu().numpy()
         return relaxation.options(relaxation.round(logs, np.square(relaxation.error), prices))
+
+    def settle(self, plan: RankPlan) -> None:
+        """Compute with a plan's ranks alone from now on: the weights train on as `build` has them.
+
+        Args:
+            plan: From `discretise`.
+
+        Raises:
+            ModelError: A plan of other options.
+        """
+        self._set = self._certain(plan)
+        self.scores.requires_grad_(False)
 
     def build(self, plan: RankPlan) -> nn.Module:
         """The small model, with the weights as trained.

@@ -55,6 +55,35 @@ def test_ranks_are_learned_and_the_built_model_computes_the_same():
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
 
+@pytest.mark.parametrize("method", ["svd", "tucker2", "cp", "tt", "branched_tucker"])
+def test_once_settled_it_trains_what_is_built(method):
+    model = planted_model()
+    budget = "macs<=97%" if method == "svd" else "macs<=60%"
+    soft = rankopt.soften(
+        model, budget, example_inputs=planted_inputs(), methods=[method]
+    ).double()  # as accelerate moves models
+    plan = soft.discretise()
+    soft.settle(plan)
+    assert not soft.scores.requires_grad
+    optimiser = torch.optim.SGD(soft.weights(), lr=1e-2)
+    x = torch.randn(32, 3, 12, 12, dtype=torch.float64)
+    before = soft(x)
+    (soft(x).square().mean() + soft.penalty(1.0)).backward()
+    optimiser.step()
+    soft.eval()
+    with torch.no_grad():
+        small = soft.build(plan).double()
+        assert not torch.allclose(soft(x), before, rtol=1e-3)
+        torch.testing.assert_close(small(x), soft(x), rtol=1e-4, atol=1e-5)
+
+
+def test_half_precision_leaves_the_budget_exact():
+    soft = rankopt.soften(planted_model(), "macs<=50%", example_inputs=planted_inputs()).eval()
+    plain = soft.expected_cost(), soft.penalty(0.5).item()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert (soft.expected_cost(), soft.penalty(0.5).item()) == plain
+
+
 def test_a_built_model_can_be_saved(tmp_path):
     model = planted_model()
     soft = rankopt.soften(model, "params<=60%", example_inputs=planted_inputs())

@@ -248,7 +248,9 @@ def _chain_option(problem: Problem, entry: _Timed, index: int, note: str = "") -
     assert entry.method is not None
     named = " x ".join(map(str, entry.ranks[0]))
     reason = f"{entry.times[index].ratio} of the dense time{note} (base rank {named})"
-    return problem.option(entry.site, entry.method, entry.ranks[index], reason)
+    dense = entry.site.cost.get(LATENCY)
+    took = None if dense is None else float(dense) * entry.times[index].ratio.median
+    return problem.option(entry.site, entry.method, entry.ranks[index], reason, latency_ms=took)
 
 
 def _why_dense(entry: _Timed) -> str:

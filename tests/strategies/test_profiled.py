@@ -166,3 +166,18 @@ def test_a_base_that_needs_a_budget_says_so():
             example_inputs=planted_inputs(),
             profile=rankopt.ProfileTable(clock=ModelledClock(), rounds=3),
         )  # fmt: skip
+
+
+def test_under_a_budget_on_time_ranks_are_those_that_were_timed():
+    """Ranks between those of the coarse grid keep the time that the reason states."""
+    table = rankopt.ProfileTable(clock=ModelledClock(multiple=24), rounds=3)
+    torch.manual_seed(0)
+    model = nn.Sequential(*[nn.Linear(300, 300) for _ in range(4)])
+    plan = rankopt.search(
+        model, "latency<=70%", strategy="profiled", example_inputs=torch.randn(64, 300),
+        profile=table,
+    )  # fmt: skip
+    assert plan.changes
+    for decision in plan.changes:
+        before, after = decision.cost["latency"]
+        assert decision.reason.startswith(f"{after / before:.3g} [")

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from rankopt.relaxation import Relaxation
 
-__all__ = ["Record", "anneal", "at_entropy", "finite"]
+__all__ = ["LEVELS", "Record", "anneal", "at_entropy", "cooled", "finite"]
 
 Array = npt.NDArray[np.float64]
 # Each level of the annealing is this share of the one before.
@@ -113,8 +113,8 @@ def anneal(
     return logits - np.log(totals)[relaxation.owner], prices, temperature
 
 
-def at_entropy(relaxation: Relaxation, scores: Array, entropy: float) -> tuple[Array, Array]:
-    """The distributions of least expected score at a mean entropy, and their prices."""
+def at_entropy(relaxation: Relaxation, scores: Array, entropy: float) -> tuple[Array, Array, float]:
+    """The distributions of least expected score at a mean entropy, prices and temperature."""
     high = low = float(np.ptp(scores)) or 1.0
     found = relaxation.priced(scores, low)
     for _ in range(LEVELS):
@@ -129,7 +129,12 @@ def at_entropy(relaxation: Relaxation, scores: Array, entropy: float) -> tuple[A
             low, found = middle, tried
         else:
             high = middle
-    return found
+    return *found, low
+
+
+def cooled(temperature: float) -> float:
+    """The next level."""
+    return COOLING * temperature
 
 
 def finite(value: Any) -> float | None:

@@ -51,31 +51,32 @@ class Losses:
         """As a call, on every second batch where there are many."""
         return self._mean(probabilities, self._some)
 
-    def gradient(self, probabilities: Array) -> tuple[Array, float]:
-        """[options] how the loss on all batches moves with the probabilities, and the loss."""
+    def gradient(self, probabilities: Array) -> Array:
+        """[options] how the loss on all batches moves with the probabilities."""
 
         def compute() -> list[float]:
             leaf = torch.from_numpy(probabilities).to(self.soft.scores).requires_grad_()
             with torch.enable_grad():
                 with self.soft.using(leaf):
                     weights = self.soft.soft_weights()
-                # Weights follow from the probabilities once, not once for every batch.
-                cut = {name: value.detach().requires_grad_() for name, value in weights.items()}
-                total = [torch.zeros_like(value) for value in cut.values()]
-                loss = 0.0
+                # Weights follow from the probabilities once, not once for every batch; tied
+                # layers have one between them.
+                unique = {id(value): value for value in weights.values()}
+                leaves = {key: value.detach().requires_grad_() for key, value in unique.items()}
+                cut = {name: leaves[id(value)] for name, value in weights.items()}
+                total = [torch.zeros_like(value) for value in leaves.values()]
                 for index in range(len(self.objective)):
                     part = self._batch(cut, index) / len(self.objective)
                     # A layer may not reach what is compared: an auxiliary head, an idle expert.
                     found = torch.autograd.grad(
-                        part, list(cut.values()), allow_unused=True, materialize_grads=True
+                        part, list(leaves.values()), allow_unused=True, materialize_grads=True
                     )
                     total = [a + b for a, b in zip(total, found, strict=True)]
-                    loss += float(part.detach())
-                (slopes,) = torch.autograd.grad(list(weights.values()), leaf, total)
-            return [loss, *slopes.double().tolist()]
+                (slopes,) = torch.autograd.grad(list(unique.values()), leaf, total)
+            listed: list[float] = slopes.double().tolist()
+            return listed
 
-        loss, *slopes = self._once("gradient", probabilities, compute)
-        return np.array(slopes), loss
+        return np.array(self._once("gradient", probabilities, compute))
 
     def _mean(self, probabilities: Array, batches: Sequence[int]) -> float:
         def compute() -> list[float]:

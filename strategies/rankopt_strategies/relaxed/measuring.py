@@ -10,9 +10,16 @@ import numpy.typing as npt
 
 from rankopt._progress import progress_bar
 from rankopt.relaxation import Relaxation
-from rankopt_strategies.relaxed.annealing import Record, anneal
+from rankopt_strategies.relaxed.annealing import Record
 from rankopt_strategies.relaxed.losses import Losses
-from rankopt_strategies.relaxed.refining import Refined, certain, first_choice
+from rankopt_strategies.relaxed.refining import (
+    Choice,
+    Refined,
+    certain,
+    closed,
+    first_choice,
+    settled,
+)
 
 __all__ = ["measured"]
 
@@ -82,21 +89,24 @@ def measured(
         ModelError: The loss of the first choice is not finite.
     """
     relaxation = losses.soft.relaxation
-    chosen, probabilities, first = first_choice(losses, damage, weights, entropy)
+    kept, first = first_choice(losses, damage, weights, entropy)
     best, ratio = first, FIRST_RATIO
     with progress_bar("refining ranks", rounds, enabled=relaxation.problem.progress) as advance:
         for _ in range(rounds):
-            curves = _curves(losses, chosen, damage, ratio)
+            curves = _curves(losses, kept.chosen, damage, ratio)
             improved = False
             for reach in REACHES:
-                found, spread, prices = _choice(relaxation, curves, reach, entropy)
-                if found == chosen:
+                found = _choice(relaxation, curves, reach, entropy)
+                if found.chosen == kept.chosen:
                     continue
-                loss, soft_loss = losses(certain(relaxation, found)), losses(spread)
+                loss, soft_loss = losses(certain(relaxation, found.chosen)), losses(found.spread)
                 lower = loss < best  # false for NaN too
                 if lower:
-                    best, chosen, probabilities, improved = loss, found, spread, True
-                record.add(relaxation, spread, prices, soft_loss=soft_loss, loss=loss, best=best)
+                    best, kept, improved = loss, found, True
+                record.add(
+                    relaxation, found.spread, found.prices,
+                    soft_loss=soft_loss, loss=loss, best=best,
+                )  # fmt: skip
                 if improved and not lower:
                     break
             advance()
@@ -104,7 +114,7 @@ def measured(
                 ratio = ratio**0.5
                 if ratio < LAST_RATIO:
                     break
-    return Refined(chosen, losses(probabilities), best, first)
+    return Refined(kept.chosen, closed(losses, kept, best, record), best, first)
 
 
 def _curves(losses: Losses, chosen: list[int], damage: Array, ratio: float) -> list[_Curve]:
@@ -139,14 +149,11 @@ def _neighbours(damage: Array, now: int, ratio: float) -> list[int]:
     return found
 
 
-def _choice(
-    relaxation: Relaxation, curves: list[_Curve], reach: float, entropy: float
-) -> tuple[list[int], Array, Array]:
-    """The choice of least score within reach, its distribution before rounding, the prices."""
+def _choice(relaxation: Relaxation, curves: list[_Curve], reach: float, entropy: float) -> Choice:
+    """The choice of least score within reach."""
     scores = np.concatenate([curve.scores(reach) for curve in curves])
     scores -= np.minimum.reduceat(scores, relaxation.starts)[relaxation.owner]
     open_ = np.isfinite(scores)
     # Far enough above all that is open to be chosen never, near enough to compute with.
     scores[~open_] = 1e3 * max(float(scores[open_].max()), 1e-12)
-    logs, prices, _ = anneal(relaxation, scores, entropy, None)
-    return relaxation.round(logs, scores, prices, exact=True), np.exp(logs), prices
+    return settled(relaxation, scores, entropy)

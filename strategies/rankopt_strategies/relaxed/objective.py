@@ -10,7 +10,16 @@ from torch import Tensor, nn
 
 from rankopt import measure
 from rankopt.errors import CalibrationError, ModelError
-from rankopt.inputs import divergence_loss, main_output, run, tensors_in
+from rankopt.inputs import (
+    OUTPUT_BYTES,
+    batch_size,
+    divergence_loss,
+    main_output,
+    output_bytes,
+    run,
+    shortened,
+    tensors_in,
+)
 from rankopt.layers import stored_weight
 from rankopt.strategy import Problem
 
@@ -19,6 +28,10 @@ __all__ = ["Criterion", "Objective", "distillation", "task"]
 Criterion = Callable[[Any, Any], Tensor]
 # Distillation stops reading here: the teacher's outputs are held.
 MAX_BATCHES: Final = 64
+HELD_BYTES: Final = 4 * OUTPUT_BYTES
+# Of a batch whose outputs are compared: copies in double precision, gradients.
+COPIES: Final = 8
+LEAST_BATCH: Final = 2
 _NORMS: Final = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
@@ -32,19 +45,28 @@ class Objective:
         model: A dense model of its own; its mode is changed.
         batches: (inputs, target) pairs.
         criterion: A scalar tensor from (output, target).
+        distils: Whether targets are the model's own outputs, which follow from the rest and
+            are not the same to the last bit everywhere.
 
     Attributes:
         position: The batch that comes next.
     """
 
     def __init__(
-        self, model: nn.Module, batches: Sequence[tuple[Any, Any]], criterion: Criterion
+        self,
+        model: nn.Module,
+        batches: Sequence[tuple[Any, Any]],
+        criterion: Criterion,
+        *,
+        distils: bool = False,
     ) -> None:
+        self.distils = distils
         self.model, self.batches, self.criterion = model.eval(), batches, criterion
         self.position = 0
         for module in model.modules():
             if isinstance(module, _NORMS):
-                module.register_forward_pre_hook(_several)
+                module.momentum = 0.0  # statistics stay, whatever ran before
+                module.register_forward_pre_hook(_several, with_kwargs=True)
 
     def __len__(self) -> int:
         return len(self.batches)
@@ -79,9 +101,9 @@ class Objective:
         """The loss on the next batch with other weights: site name to canonical weight."""
         named = {}
         for site in problem.sites:
+            stored = stored_weight(site.layer, weights[site.name])  # one for tied layers
             for layer in site.layers:
-                key = f"{layer.name}.weight" if layer.name else "weight"
-                named[key] = stored_weight(layer, weights[site.name])
+                named[f"{layer.name}.weight" if layer.name else "weight"] = stored
 
         def forward(inputs: Any) -> Any:
             args = inputs if isinstance(inputs, (tuple, list)) else (inputs,)
@@ -92,24 +114,34 @@ class Objective:
         return self(forward)
 
 
-def _several(norm: nn.Module, args: tuple[Any, ...]) -> None:
+def _several(norm: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
     """Batch statistics, unless there is one value only, which has no variance."""
-    norm.training = args[0].numel() > args[0].shape[1]
+    values = next(tensors_in((args, named)))
+    norm.training = values.numel() > values.shape[1]
 
 
-def distillation(problem: Problem, batch_size: int, temperature: float) -> Objective:
-    """Distance of the outputs from the dense model's, on the calibration inputs."""
+def distillation(problem: Problem, samples: int, temperature: float) -> Objective:
+    """Distance of the outputs from the dense model's, on the calibration inputs.
+
+    Args:
+        problem: With calibration inputs.
+        samples: Of a batch; fewer where outputs are large, such as those of language models.
+        temperature: Of the class probabilities.
+    """
     assert problem.copy is not None
     model = problem.copy()
-    inputs = [part for batch in problem.inputs for part in _split(batch, batch_size)][:MAX_BATCHES]
     with torch.no_grad(), measure.evaluation(model):
+        size = output_bytes(model, problem.inputs)
+        samples = min(samples, max(LEAST_BATCH, OUTPUT_BYTES // (COPIES * size)))
+        held = shortened(problem.inputs, max(samples, HELD_BYTES // size))
+        inputs = [part for batch in held for part in _split(batch, samples)][:MAX_BATCHES]
         targets = [main_output(run(model, batch)) for batch in inputs]
     pairs = list(zip(inputs, targets, strict=True))
 
     def criterion(output: Any, target: Any) -> Tensor:
         return divergence_loss(target, output, temperature=temperature)
 
-    return Objective(model, pairs, criterion)
+    return Objective(model, pairs, criterion, distils=True)
 
 
 def task(problem: Problem, data: Iterable[Any], criterion: Criterion) -> Objective:
@@ -132,14 +164,13 @@ def task(problem: Problem, data: Iterable[Any], criterion: Criterion) -> Objecti
 
 def _split(inputs: Any, size: int) -> list[Any]:
     """A batch in parts of `size` samples, where everything in it has its size."""
-    tensors = list(tensors_in(inputs))
-    count = len(tensors[0])
-    if count <= size or any(not t.dim() or len(t) != count for t in tensors):
+    count = batch_size(inputs)
+    if count <= size or any(t.dim() and len(t) != count for t in tensors_in(inputs)):
         return [inputs]
 
     def cut(value: Any, start: int) -> Any:
         if isinstance(value, Tensor):
-            return value[start : start + size]
+            return value[start : start + size] if value.dim() else value
         if isinstance(value, Mapping):
             return {key: cut(entry, start) for key, entry in value.items()}
         if isinstance(value, (tuple, list)):

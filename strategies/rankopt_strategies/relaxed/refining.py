@@ -12,10 +12,10 @@ import numpy.typing as npt
 from rankopt._progress import progress_bar
 from rankopt.errors import ModelError, RankoptWarning
 from rankopt.relaxation import Relaxation
-from rankopt_strategies.relaxed.annealing import Record, anneal, at_entropy
+from rankopt_strategies.relaxed.annealing import LEVELS, Record, anneal, at_entropy, cooled
 from rankopt_strategies.relaxed.losses import Losses
 
-__all__ = ["Refined", "certain", "first_choice", "refine"]
+__all__ = ["Choice", "Refined", "certain", "closed", "first_choice", "refine", "settled"]
 
 Array = npt.NDArray[np.float64]
 # Entropy at which gradients are taken: the mixture's loss is then close to the
@@ -26,6 +26,9 @@ LOCAL_ENTROPY: Final = 0.08
 FIRST_STEP: Final = 0.1
 LAST_STEP: Final = 0.01
 GROWTH: Final = 1.5
+# Annealing onto the choice: how the bonus of the chosen options grows, and where it ends.
+BONUS_GROWTH: Final = 1.5
+NEARLY: Final = 0.999
 # No gradient makes a site matter less or more than this, relative to the median.
 RANGE: Final = (0.05, 20.0)
 
@@ -36,7 +39,7 @@ class Refined:
 
     Args:
         chosen: [sites] index among all options.
-        soft_loss: Loss of the mixture at the final entropy.
+        soft_loss: Loss of the mixture as its annealing ends.
         loss: Loss of the discretised model.
         first_loss: Loss of the discretised model before the data had a say.
     """
@@ -45,6 +48,23 @@ class Refined:
     soft_loss: float
     loss: float
     first_loss: float
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Options as rounded, and the distribution they were rounded from.
+
+    Args:
+        chosen: [sites] index among all options.
+        scores: [options] what each loses.
+        spread: [options] probabilities.
+        prices: [axes].
+    """
+
+    chosen: list[int]
+    scores: Array
+    spread: Array
+    prices: Array
 
 
 def refine(
@@ -77,45 +97,80 @@ def refine(
     """
     relaxation = losses.soft.relaxation
     weights = weights / np.median(weights)
-    chosen, probabilities, first = first_choice(losses, damage, weights, entropy)
-    best = first
-    step, wanted, slope_loss, prices = FIRST_STEP, None, 0.0, np.zeros(len(relaxation.axes))
+    kept, first = first_choice(losses, damage, weights, entropy)
+    best, step, wanted = first, FIRST_STEP, None
     with progress_bar("refining ranks", rounds, enabled=relaxation.problem.progress) as advance:
         for _ in range(rounds):
             if wanted is None:
-                wanted, slope_loss, near, prices = _wanted(losses, damage, weights)
+                wanted = _wanted(losses, damage, weights)
             logarithms = np.log(weights)
             trial = np.exp(logarithms + step * (wanted - logarithms))
-            found, spread = _settled(relaxation, trial, damage, entropy)
-            loss = losses(certain(relaxation, found))
+            found = settled(relaxation, trial[relaxation.owner] * damage, entropy)
+            loss, soft_loss = losses(certain(relaxation, found.chosen)), losses(found.spread)
             record.add(
-                relaxation, near, prices, soft_loss=slope_loss, loss=loss, best=min(best, loss)
-            )
+                relaxation, found.spread, found.prices,
+                soft_loss=soft_loss, loss=loss, best=min(best, loss),
+            )  # fmt: skip
             if loss < best:  # false for NaN too
-                best, chosen, probabilities, weights, wanted = loss, found, spread, trial, None
+                best, kept, weights, wanted = loss, found, trial, None
                 step = min(step * GROWTH, 1.0)
             else:
                 step /= 2
             advance()
             if step < LAST_STEP:
                 break
-    return Refined(chosen, losses(probabilities), best, first)
+    return Refined(kept.chosen, closed(losses, kept, best, record), best, first)
 
 
 def first_choice(
     losses: Losses, damage: Array, weights: Array, entropy: float
-) -> tuple[list[int], Array, float]:
-    """The choice of least weighted damage, its distribution before rounding, its loss.
+) -> tuple[Choice, float]:
+    """The choice of least weighted damage, and its loss.
 
     Raises:
         ModelError: The loss is not finite.
     """
     relaxation = losses.soft.relaxation
-    chosen, probabilities = _settled(relaxation, weights / np.median(weights), damage, entropy)
-    first = losses(certain(relaxation, chosen))
+    scores = (weights / np.median(weights))[relaxation.owner] * damage
+    found = settled(relaxation, scores, entropy)
+    first = losses(certain(relaxation, found.chosen))
     if not np.isfinite(first):
         raise ModelError(f"the loss of the first choice of ranks is {first}; check the criterion")
-    return chosen, probabilities, first
+    return found, first
+
+
+def closed(losses: Losses, choice: Choice, loss: float, record: Record) -> float:
+    """Anneal onto a choice, within the budget, so that the mixture's loss meets the plan's.
+
+    The minimum under the budget stays fractional in a site per axis, however cold, and its
+    vertex need not be the choice of whole ranks. So a growing bonus on the chosen options
+    goes with the cooling.
+
+    Args:
+        losses: Of the soft model.
+        choice: What was chosen.
+        loss: Its loss.
+        record: Takes one step per level; in the last the choice is certain.
+
+    Returns:
+        The mixture's loss before the last step.
+    """
+    relaxation = losses.soft.relaxation
+    sure = certain(relaxation, choice.chosen)
+    _, prices, temperature = at_entropy(relaxation, choice.scores, LOCAL_ENTROPY)
+    reduced = choice.scores + relaxation.shares @ prices
+    least = np.minimum.reduceat(reduced, relaxation.starts)
+    gap, bonus, soft_loss = float((reduced[choice.chosen] - least).sum()), 0.0, loss
+    for _ in range(LEVELS):
+        spread, prices = relaxation.priced(choice.scores - bonus * sure, temperature)
+        soft_loss = losses(spread)
+        record.add(relaxation, spread, prices, soft_loss=soft_loss, loss=loss, best=loss)
+        if spread[choice.chosen].min() >= NEARLY:
+            break
+        temperature = cooled(temperature)
+        bonus = max(BONUS_GROWTH * bonus, gap / 4 + temperature)
+    record.add(relaxation, sure, prices, soft_loss=losses(sure), loss=loss, best=loss)
+    return soft_loss
 
 
 def certain(relaxation: Relaxation, chosen: list[int]) -> Array:
@@ -125,31 +180,31 @@ def certain(relaxation: Relaxation, chosen: list[int]) -> Array:
     return sure
 
 
-def _settled(
-    relaxation: Relaxation, weights: Array, damage: Array, entropy: float
-) -> tuple[list[int], Array]:
-    scores = weights[relaxation.owner] * damage
+def settled(relaxation: Relaxation, scores: Array, entropy: float) -> Choice:
+    """The choice of least score within the budget."""
     logs, prices, _ = anneal(relaxation, scores, entropy, None)
-    return relaxation.round(logs, scores, prices, exact=True), np.exp(logs)
+    chosen = relaxation.round(logs, scores, prices, exact=True)
+    return Choice(chosen, scores, np.exp(logs), prices)
 
 
-def _wanted(losses: Losses, damage: Array, weights: Array) -> tuple[Array, float, Array, Array]:
-    """Log-weights that the gradient asks for, the loss, and where it was taken."""
+def _wanted(losses: Losses, damage: Array, weights: Array) -> Array:
+    """Log-weights that the gradient asks for."""
     relaxation = losses.soft.relaxation
-    near, prices = at_entropy(relaxation, weights[relaxation.owner] * damage, LOCAL_ENTROPY)
-    gradient, loss = losses.gradient(near)
+    near, _, _ = at_entropy(relaxation, weights[relaxation.owner] * damage, LOCAL_ENTROPY)
+    gradient = losses.gradient(near)
     if not np.isfinite(gradient).all():
         warnings.warn(
             "the gradient of the loss is not finite at the current ranks: they stay as they are",
             RankoptWarning,
             stacklevel=4,
         )
-        return np.log(weights), loss, near, prices
+        return np.log(weights)
     # Least squares of the loss on the damage of each site, where its probability lies.
     centred = damage - relaxation.expected(damage, near)[relaxation.owner]
     spread = relaxation.expected(centred**2, near)
     slopes = relaxation.expected(gradient * centred, near) / np.maximum(spread, 1e-14)
     positive = slopes[slopes > 0]
     if not len(positive):
-        return np.log(weights), loss, near, prices
-    return np.log(np.clip(slopes / np.median(positive), *RANGE)), loss, near, prices
+        return np.log(weights)
+    found: Array = np.log(np.clip(slopes / np.median(positive), *RANGE))
+    return found

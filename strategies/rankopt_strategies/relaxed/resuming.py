@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from rankopt.inputs import digest
 from rankopt.plan import FISHER
@@ -15,6 +15,9 @@ from rankopt.training.state import load_state, make_folder, save_state
 from rankopt_strategies.relaxed.objective import Objective
 
 __all__ = ["Checkpoint"]
+
+# A loss below is rounding, and another on another machine.
+DECIMALS: Final = 9
 
 
 class Checkpoint:
@@ -54,9 +57,13 @@ class Checkpoint:
             "calibration": (
                 f"{problem.calibration}{FISHER}" if problem.fisher else problem.calibration
             ),
-            "loss of the dense model": None if dense_loss is None else f"{dense_loss:.4g}",
-            "data": None if objective is None else digest(objective.batches),
+            "loss of the dense model": None,
+            "data": None,
         }
+        if objective is not None and not objective.distils:
+            assert dense_loss is not None
+            self._identity["loss of the dense model"] = f"{round(dense_loss, DECIMALS):.3g}"
+            self._identity["data"] = digest(objective.batches)
 
     @property
     def path(self) -> Path | None:

@@ -164,7 +164,7 @@ class Relaxed(Strategy):
         self, problem: Problem, objective: Objective, record: Record, checkpoint: Checkpoint
     ) -> RankPlan:
         relaxation = Relaxation(problem)
-        losses = Losses(SoftModel(objective.model, relaxation), objective, checkpoint)
+        losses = Losses(SoftModel(objective.model, relaxation, frozen=True), objective, checkpoint)
         search = measured if self.slopes == "measured" else refine
         found = search(
             losses,
