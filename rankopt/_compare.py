@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -12,8 +13,8 @@ from torch import nn
 from rankopt import measure, surgery
 from rankopt._apply import unpacked_clone
 from rankopt._conditions import conditions
-from rankopt.errors import ModelError
-from rankopt.inputs import tensors_in
+from rankopt.errors import CalibrationError, ModelError
+from rankopt.inputs import class_dim, compared, scores_classes, tensors_in
 from rankopt.latency import Interval, Mode, runner, time_interleaved
 from rankopt.probe import Call
 
@@ -42,6 +43,10 @@ class Comparison:
         memory: Bytes of parameters and buffers.
         macs: Multiply-accumulates for the example inputs; None without them.
         metric: The user's metric; None without `evaluate`.
+        output_error: Relative error ‖y' − y‖/‖y‖ of the outputs y for the example inputs;
+            None without them, or where outputs are no floating-point tensors of one shape.
+        agreement: Share of the example inputs' predictions with the same class, where
+            outputs are class scores.
         latency_before_ms: Median of the original, milliseconds.
         latency_after_ms: Median of the compressed model, milliseconds.
         latency_ratio: Median paired ratio, below 1 is faster.
@@ -53,6 +58,8 @@ class Comparison:
     memory: Figure
     macs: Figure | None = None
     metric: Figure | None = None
+    output_error: float | None = None
+    agreement: float | None = None
     latency_before_ms: Interval | None = None
     latency_after_ms: Interval | None = None
     latency_ratio: Interval | None = None
@@ -144,6 +151,7 @@ def compare(
                 timed = [surgery.clone(model).train() for model in models]
             try:
                 figures["macs"] = Figure(*(_macs(model, inputs) for model in models))
+                figures |= _apart(models[0], models[1], inputs)
                 runners = {
                     name: runner(model, inputs, mode=mode, cuda_graph=cuda_graph, compile=compile)
                     for name, model in zip(("before", "after"), timed, strict=True)
@@ -173,6 +181,24 @@ def _check_eager(*models: nn.Module) -> None:
                 "which would run without torch.compile; pass compile=True to compile the copies, "
                 "or give the plain models"
             )
+
+
+def _apart(original: nn.Module, compressed: nn.Module, inputs: Any) -> dict[str, float]:
+    """How far the outputs are from each other."""
+    # A forward may write into its inputs.
+    outputs = [measure.call(model, copy.deepcopy(inputs)) for model in (original, compressed)]
+    try:
+        before, after = (compared(output).double() for output in outputs)
+    except CalibrationError:  # nothing that can be compared
+        return {}
+    if before.shape != after.shape:
+        return {}
+    found = {"output_error": float((after - before).norm() / before.norm().clamp_min(1e-300))}
+    if scores_classes(outputs[0]):
+        dim = class_dim(before)
+        same = before.argmax(dim) == after.argmax(dim)
+        found["agreement"] = float(same.double().mean())
+    return found
 
 
 def _macs(model: nn.Module, inputs: Any) -> int:

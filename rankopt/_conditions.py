@@ -28,7 +28,11 @@ def conditions(
     settings: dict[str, Any] = {"clock": clock, "cuda_graph": cuda_graph}
     if compile:
         settings["compile"] = True
+    if torch.is_autocast_enabled(device.type):
+        settings["autocast"] = str(torch.get_autocast_dtype(device.type))
     if device.type == "cuda":
+        if torch.backends.cudnn.deterministic:
+            settings["deterministic"] = True
         settings["tf32"] = tf32()
         settings["benchmark"] = torch.backends.cudnn.benchmark
     return {

@@ -3,6 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 import rankopt
 from rankopt._report.tables import count, plan_table, to_text, totals_table
@@ -34,6 +35,28 @@ def test_measures_and_leaves_modes_alone():
     assert "macs" in text
     assert found.verdict.split(";")[0][:20] in text
     assert found.to_dict()["metric"] == {"before": 1.0, "after": 1.0}
+
+
+def test_outputs_are_compared():
+    model = planted_model()
+    x = planted_inputs()
+    small = rankopt.apply(model, rankopt.search(model, "params<=30%"))
+    found = rankopt.compare(model, small, example_inputs=x, rounds=3)
+    with torch.no_grad():
+        before, after = model(x), small(x)
+    assert found.output_error == pytest.approx(float((after - before).norm() / before.norm()))
+    assert found.agreement == float((before.argmax(1) == after.argmax(1)).double().mean())
+    assert "same class" in str(found)
+    assert "metric: not measured" in str(found)
+    same = rankopt.compare(model, model, example_inputs=x, rounds=3)
+    assert (same.output_error, same.agreement) == (0.0, 1.0)
+    indices = nn.Sequential(nn.Linear(4, 4), Index())
+    assert rankopt.compare(indices, indices, example_inputs=x[0, 0, :4, :4]).output_error is None
+
+
+class Index(nn.Module):
+    def forward(self, x):
+        return x.argmax(1)
 
 
 def test_training_is_timed_on_copies():

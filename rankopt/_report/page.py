@@ -87,6 +87,10 @@ def _compared(values: Mapping[str, Any]) -> list[str]:
                 "metric", f"{metric['after']:.4g}", f"{metric['before']:.4g} dense, {change:+.3g}"
             )
         )
+    if values.get("output_error") is not None:
+        same = values.get("agreement")
+        note = "" if same is None else f", {100 * same:.1f}% in the same class"
+        tiles.append(_tile("outputs", f"{values['output_error']:.2g}", f"relative error{note}"))
     for axis in ("params", "macs", "memory"):
         if values[axis] is not None and values[axis]["before"]:
             tiles.append(_ratio(axis, values[axis]["before"], values[axis]["after"]))

@@ -87,9 +87,10 @@ def milliseconds(value: float | None) -> str:
 
 def comparison_table(comparison: Comparison) -> Table:
     """Both models side by side, with a plain verdict on speed."""
+    unknown = "" if comparison.metric is not None else "\nmetric: not measured, pass evaluate="
     made = table(
         "original against compressed", "", "original", "compressed", "ratio",
-        caption=comparison.verdict,
+        caption=comparison.verdict + unknown,
     )  # fmt: skip
     rows: list[tuple[str, Figure | None, str]] = [
         ("params", comparison.params, ""),
@@ -104,6 +105,9 @@ def comparison_table(comparison: Comparison) -> Table:
         metric = comparison.metric
         change = f"{metric.after - metric.before:+.4g}"
         made.add_row("metric", f"{metric.before:.4g}", f"{metric.after:.4g}", change)
+    if comparison.output_error is not None:
+        same = "" if comparison.agreement is None else f"{comparison.agreement:.1%} same class"
+        made.add_row("outputs", "", f"{comparison.output_error:.2g} relative error", same)
     if comparison.latency_ratio is not None:
         ratio = comparison.latency_ratio
         made.add_row(
