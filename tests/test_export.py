@@ -11,7 +11,7 @@ from torch import nn
 
 import rankopt
 from rankopt import export
-from rankopt.errors import ExportError, MissingDependency
+from rankopt.errors import CheckpointError, ExportError, MissingDependency
 from rankopt.testing import planted_inputs, planted_model
 
 # Sums in another order.
@@ -137,7 +137,7 @@ def test_what_cannot_be_exported(small, tmp_path, monkeypatch):
         export.to_onnx(small, tmp_path / "s.onnx", planted_inputs())
 
 
-def test_int8_weight_only():
+def test_int8_weight_only(tmp_path):
     dense = planted_model()
     small = rankopt.apply(dense, rankopt.search(dense, "params<=40%"))
     with warnings.catch_warnings():
@@ -149,6 +149,8 @@ def test_int8_weight_only():
         difference = (quantised(x) - small(x)).norm() / small(x).norm()
     assert type(quantised.hidden.first.weight).__name__ != "Parameter"
     assert 0 < difference < 0.03
+    with pytest.raises(CheckpointError, match=r"is a Int8Tensor.*save the model before quantising"):
+        rankopt.save(quantised, tmp_path / "s.safetensors")
 
 
 @pytest.mark.slow
