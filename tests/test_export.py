@@ -201,13 +201,8 @@ class Tagger(nn.Module):
     def forward(self, ids, positions, mask, flag=True):
         y = self.head(self.table(ids) + self.table(positions))
         y = y / mask.sum(1)[:, None, None]  # a mask without a one would make NaN
-        return (
-            y,
-            y > 0,
-            y.argmax(-1),
-            torch.where(y > 0, y, -torch.inf),
-            torch.where(y > 0, y, torch.nan),
-        )
+        endless, none = (torch.where(y > 0, y, other) for other in (-torch.inf, torch.nan))
+        return y, y > 0, y.argmax(-1), endless, none
 
 
 def tagger_inputs():
