@@ -27,7 +27,8 @@ from benchmarks.calibrated import percent
 from benchmarks.cifar import correct, images
 from benchmarks.foundation import make
 from rankopt import _recover, surgery
-from rankopt._apply import fill_skeleton, remember_plan
+from rankopt._apply import fill_skeleton
+from rankopt._provenance import remember_plan
 from rankopt._report.tables import table, to_text
 from rankopt._settle import settle_norms
 from rankopt.bottlenecks import find_bottlenecks

@@ -13,6 +13,7 @@ from rankopt import measure, merge_fit, merge_linear, merging, surgery
 from rankopt._asymmetric import fitted_in_order
 from rankopt._chains import Fill, Step, build_chains, factoriser, steps_of
 from rankopt._memory import give_back
+from rankopt._provenance import remember_plan
 from rankopt._settle import settle_norms
 from rankopt.calibration import collect
 from rankopt.errors import NotYetSupported, PlanError, RankoptWarning
@@ -34,12 +35,10 @@ __all__ = [
     "build_empty",
     "build_random",
     "fill_skeleton",
-    "plan_of",
     "settle_norms",
     "unpacked_clone",
 ]
 
-_PLAN_ATTRIBUTE: Final = "rankopt_plan"
 # Of factors that only stand in for real ones while a model is timed.
 RANDOM_SCALE: Final = 0.05
 
@@ -238,17 +237,6 @@ def build_empty(model: nn.Module, plan: RankPlan) -> nn.Module:
     result = _emptied(view, plan, lambda step, chain, weight: {})
     remember_plan(result, plan)
     return result
-
-
-def plan_of(model: nn.Module) -> RankPlan | None:
-    """The plan `model` was built by, if `apply` or `load` built it."""
-    plan = getattr(surgery.unwrap(model), _PLAN_ATTRIBUTE, None)
-    return plan if isinstance(plan, RankPlan) else None
-
-
-def remember_plan(model: nn.Module, plan: RankPlan) -> None:
-    """Note on the module which plan it was built by."""
-    model.__dict__[_PLAN_ATTRIBUTE] = plan
 
 
 def unpacked_clone(model: nn.Module, split: Iterable[str] = (), *, runs: bool = False) -> nn.Module:

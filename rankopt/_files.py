@@ -10,7 +10,7 @@ from pathlib import Path
 
 from rankopt.errors import RankoptError
 
-__all__ = ["atomic_path", "atomic_paths", "write_text"]
+__all__ = ["atomic_path", "atomic_paths", "check_writable", "write_text"]
 
 
 @contextmanager
@@ -62,6 +62,21 @@ def atomic_paths(path: str | os.PathLike[str]) -> Iterator[Path]:
                 _move(part, target.with_name(part.name))
         except OSError as error:
             raise RankoptError(f"cannot write {target}: {error.strerror or error}") from error
+
+
+def check_writable(path: str | os.PathLike[str]) -> None:
+    """Refuse a file that cannot be written, before the work whose result it is to hold.
+
+    Raises:
+        RankoptError: It is a folder, or lies in none that exists and is writable.
+    """
+    target = Path(path)
+    if target.is_dir():
+        raise RankoptError(f"cannot write {target}: it is a folder; name a file in it")
+    try:
+        tempfile.TemporaryFile(dir=target.parent).close()
+    except OSError as error:
+        raise _unwritable(target, error) from error
 
 
 def _unwritable(target: Path, error: OSError) -> RankoptError:

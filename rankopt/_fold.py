@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rankopt import surgery
-from rankopt._apply import plan_of
+from rankopt._provenance import plan_of
 from rankopt.errors import ModelError
 from rankopt.layers import canonical_weight
 

@@ -6,18 +6,25 @@ import importlib
 import importlib.util
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import cache
 from pathlib import Path
+from textwrap import shorten
 from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
 
+from rankopt import surgery
 from rankopt.errors import ModelError, RankoptError
 from rankopt.vision import import_torchvision
 
 __all__ = ["default_input", "load_callable", "load_model", "parse_input"]
 
+# Where training loops keep the state dict in a checkpoint.
+_STATES: Final = ("state_dict", "model", "model_state_dict")
+# Characters of each line of torch's message, which may name every layer.
+LINE: Final = 200
 # Integer inputs are token ids below this, which every vocabulary holds.
 TOKEN_IDS = 100
 _DTYPES: Final = {
@@ -37,11 +44,7 @@ def load_callable(spec: str) -> Callable[..., Any]:
     if not separator or not source or not name:
         raise RankoptError(f"{spec!r}: expected FILE.py:NAME or package.module:NAME")
     try:
-        module = (
-            _import_file(Path(source))
-            if source.endswith(".py")
-            else importlib.import_module(source)
-        )
+        module = _import_file(Path(source)) if source.endswith(".py") else _import_module(source)
     except RankoptError:
         raise
     except Exception as error:
@@ -56,17 +59,31 @@ def load_callable(spec: str) -> Callable[..., Any]:
 def _import_file(path: Path) -> Any:
     if not path.is_file():
         raise RankoptError(f"{path} does not exist")
+    return _executed(path.resolve())
+
+
+@cache
+def _executed(path: Path) -> Any:
+    """A file's module: one for all options that name the file, so that they share its state."""
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[path.stem] = module
-    sys.path.insert(0, str(path.parent.resolve()))
-    try:
-        spec.loader.exec_module(module)
-    finally:
-        sys.path.remove(str(path.parent.resolve()))
+    _search_in(path.parent)
+    spec.loader.exec_module(module)
     return module
+
+
+def _import_module(name: str) -> Any:
+    _search_in(Path.cwd())  # a console script has its own folder there
+    return importlib.import_module(name)
+
+
+def _search_in(folder: Path) -> None:
+    """Import from a folder from now on, as Python does from a script's; functions may, late."""
+    if str(folder) not in sys.path:
+        sys.path.insert(0, str(folder))
 
 
 def load_model(spec: str, weights: str | None = None, *, seed: int = 0) -> nn.Module:
@@ -75,7 +92,8 @@ def load_model(spec: str, weights: str | None = None, *, seed: int = 0) -> nn.Mo
     Args:
         spec: ``torchvision:NAME``, ``FILE.py:CALLABLE`` or ``package.module:CALLABLE``.
         weights: A ``.safetensors`` file or a torch file of plain tensors with
-            the state dict; for torchvision also a weights name such as ``DEFAULT``.
+            the state dict, or a checkpoint that holds one; for torchvision also
+            a weights name such as ``DEFAULT``.
         seed: Seeds the random initialisation, so that a model without trained
             weights is the same in every command.
 
@@ -124,10 +142,36 @@ def _load_weights(model: nn.Module, path: Path) -> None:
             state = load_file(path)
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
-        model.load_state_dict(state)
+        plain = surgery.unwrap(model)
+        plain.load_state_dict(_fitting(state, plain))
     except Exception as error:
-        text = str(error).splitlines()[0]
-        raise ModelError(f"cannot load weights {path}: {text}") from error
+        lines = [shorten(line, LINE, placeholder=" ...") for line in str(error).splitlines()[:3]]
+        raise ModelError(f"cannot load weights {path}: {' '.join(lines)}") from error
+
+
+def _fitting(state: Any, model: nn.Module) -> Mapping[str, Any]:
+    """The state dict inside a checkpoint, under the names that the model has for it."""
+    if not isinstance(state, Mapping):
+        raise ModelError(f"it holds a {type(state).__name__}, not a state dict")
+    inner = [state[key] for key in _STATES if isinstance(state.get(key), Mapping)]
+    if len(inner) == 1:
+        state = inner[0]
+    places = {surgery.normalised(name): name for name in model.state_dict()}
+    named = {surgery.normalised(name): value for name, value in state.items()}
+    wrapped = all(name.startswith("module.") for name in named)
+    if wrapped and not any(name.startswith("module.") for name in places):
+        named = {name.removeprefix("module."): value for name, value in named.items()}
+    found = {places.get(name, name): value for name, value in named.items()}
+    found = {**_tied(model, found), **found}
+    return found if found.keys() != state.keys() else state  # which knows its versions
+
+
+def _tied(model: nn.Module, found: Mapping[str, Any]) -> dict[str, Any]:
+    """What is left out, as Hugging Face does, because the model has it under two names."""
+    slots = model.state_dict(keep_vars=True)
+    slots = {name: slot for name, slot in slots.items() if isinstance(slot, Tensor)}
+    known = {id(slots[name]): value for name, value in found.items() if name in slots}
+    return {name: known[id(slot)] for name, slot in slots.items() if id(slot) in known}
 
 
 def parse_input(text: str) -> Tensor:

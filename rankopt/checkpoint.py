@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from rankopt import surgery
-from rankopt._apply import build_empty, plan_of
-from rankopt._files import atomic_path, write_text
-from rankopt.errors import CheckpointError, PlanError
+from rankopt._apply import build_empty
+from rankopt._files import atomic_path, check_writable, write_text
+from rankopt._provenance import change_since_built, plan_of
+from rankopt.errors import CheckpointError, PlanError, RankoptError
 from rankopt.plan import RankPlan
 
 __all__ = ["check_target", "load", "load_plan", "save"]
@@ -34,13 +35,17 @@ def check_target(path: str | os.PathLike[str]) -> Path:
     """The path of a file to be written, before there is anything to write.
 
     Raises:
-        CheckpointError: It has another suffix than ``.safetensors``, or no folder to lie in.
+        CheckpointError: It has another suffix than ``.safetensors``, no folder to lie in, or the
+            name of a model in shards that rankopt did not write.
+        RankoptError: The folder cannot be written.
     """
     target = Path(path)
     if target.suffix != ".safetensors":
         raise CheckpointError(f"{target}: name the file *.safetensors")
     if not target.absolute().parent.is_dir():
         raise CheckpointError(f"{target}: its folder does not exist; create it first")
+    check_writable(target)
+    _shard_names(_index_of(target))
     return target
 
 
@@ -63,18 +68,24 @@ def save(
         max_shard_bytes: Largest file.
 
     Raises:
-        CheckpointError: The model carries no plan, or state that is no tensor, or see
-            `check_target`.
+        CheckpointError: The model carries no plan, was given other parameters since it was
+            built, holds state that is no plain tensor, or see `check_target`.
         RankoptError: The folder cannot be written.
     """
-    from safetensors.torch import save_file
-
     target = check_target(path)
-    plan = plan or plan_of(model)
+    built_by = plan_of(model)
+    plan = plan or built_by
     if plan is None:
         raise CheckpointError(
             f"this {type(model).__name__} was not built by rankopt.apply or rankopt.load; "
             "pass the plan it was built by as plan="
+        )
+    change = change_since_built(model) if plan == built_by else None
+    if change is not None:
+        raise CheckpointError(
+            f"this {type(model).__name__} was changed since rankopt built it ({change}), so load "
+            "could not rebuild it; change the original model and search on that, or keep this one "
+            "by torch.save(model.state_dict(), ...)"
         )
     tensors, aliases, layouts = _stored(surgery.unwrap(model))
     metadata = {
@@ -85,38 +96,71 @@ def save(
         _BUFFERS: json.dumps(_unstored_dtypes(surgery.unwrap(model))),
     }
     shards = _shards(tensors, max_shard_bytes)
-    index_path = target.with_name(f"{target.name}.index.json")
+    index_path = _index_of(target)
+    old = _shard_names(index_path)
     if len(shards) == 1:
-        with atomic_path(target) as temporary:
-            save_file(shards[0], temporary, metadata)
-        old = set(_shard_names(index_path))
+        _write(target, shards[0], metadata)
         index_path.unlink(missing_ok=True)  # of an earlier, sharded save
         _unlink_shards(target, old)
         return
-    # Shards of an earlier save stay until the index names the new ones.
-    old = set(_shard_names(index_path))
-    token = f"-{secrets.token_hex(4)}" if old else ""
-    names = [
-        f"{target.stem}{token}-{number:05d}-of-{len(shards):05d}.safetensors"
-        for number in range(1, len(shards) + 1)
-    ]
-    for name, shard in zip(names, shards, strict=True):
-        with atomic_path(target.with_name(name)) as temporary:
-            save_file(shard, temporary, {"format": "pt"})
+    names = _free_names(target, len(shards))
     located = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
     index = {"metadata": metadata, "weight_map": located}
-    write_text(index_path, json.dumps(index, indent=1))
+    try:
+        for name, shard in zip(names, shards, strict=True):
+            _write(target.with_name(name), shard, {"format": "pt"})
+        write_text(index_path, json.dumps(index, indent=1))
+    except BaseException:
+        _unlink_shards(target, set(names) - _shard_names(index_path))
+        raise
     _unlink_shards(target, old)
     target.unlink(missing_ok=True)  # of an earlier save in one file
 
 
-def _shard_names(index_path: Path) -> Iterator[str]:
-    """The files that an earlier save's index names; none where there is none to be read."""
+def _write(target: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    with atomic_path(target) as temporary:
+        try:
+            save_file(tensors, temporary, metadata)
+        except SafetensorError as error:  # of a full disk, too
+            raise RankoptError(f"cannot write {target}: {error}") from error
+
+
+def _index_of(target: Path) -> Path:
+    return target.with_name(f"{target.name}.index.json")
+
+
+def _shard_names(index_path: Path) -> set[str]:
+    """The files that an earlier save's index names; none where there is no index.
+
+    Raises:
+        CheckpointError: The index is not one of rankopt's, and neither are its files.
+    """
     try:
-        found = json.loads(index_path.read_text(encoding="utf-8"))["weight_map"].values()
-        yield from (name for name in found if Path(name).name == name)
+        content = json.loads(index_path.read_text(encoding="utf-8"))
+        if _PLAN in content["metadata"]:
+            return {name for name in content["weight_map"].values() if Path(name).name == name}
+    except FileNotFoundError:
+        return set()
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return
+        pass
+    raise CheckpointError(
+        f"{index_path} belongs to another model, or is damaged, and would be replaced; choose "
+        "another name or folder"
+    )
+
+
+def _free_names(target: Path, count: int) -> list[str]:
+    """Names of shards beside which whatever is there stays."""
+
+    def named(token: str) -> list[str]:
+        numbers = range(1, count + 1)
+        return [f"{target.stem}{token}-{n:05d}-of-{count:05d}.safetensors" for n in numbers]
+
+    taken = any(target.with_name(name).exists() for name in named(""))
+    return named(f"-{secrets.token_hex(4)}" if taken else "")
 
 
 def _unlink_shards(target: Path, names: Iterable[str]) -> None:
@@ -181,22 +225,40 @@ def _stored(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str], dict[s
                 f"{name}: extra state of type {type(value).__name__} is no tensor; "
                 "safetensors cannot hold it"
             )
+        try:
+            value.untyped_storage().data_ptr()
+        except RuntimeError as error:
+            raise CheckpointError(
+                f"{name} is a {type(value).__name__} ({value.layout}), and safetensors holds plain "
+                "tensors only; save the model before quantising it, and quantise what load returns"
+            ) from error
+        if value.is_meta:
+            raise CheckpointError(f"{name} is on the meta device: it has no values to save")
         key = (value.device, value.data_ptr(), value.shape, value.stride(), value.dtype)
         if value.numel() and key in seen:
             aliases[name] = seen[key]
             continue
         seen[key] = name
-        for layout, memory_format in _LAYOUT_NAMES.items():
-            dims = 4 if layout == "channels_last" else 5
-            if value.dim() != dims or value.is_contiguous():
-                continue
-            if value.is_contiguous(memory_format=memory_format):
-                layouts[name] = layout
+        layout = _layout_of(value)
+        if layout is not None:
+            layouts[name] = layout
         contiguous = value.detach().contiguous()
         # A slice of a larger storage is refused by safetensors: copy it out.
         whole = contiguous.untyped_storage().nbytes() == contiguous.numel() * value.element_size()
         tensors[name] = contiguous if whole else contiguous.clone()
     return tensors, aliases, layouts
+
+
+def _layout_of(value: Tensor) -> str | None:
+    """The memory format as strides have it: 1x1 kernels are contiguous in both."""
+    layout = {4: "channels_last", 5: "channels_last_3d"}.get(value.dim())
+    if layout is None:
+        return None
+    plain, last = (
+        torch.empty(value.shape, device="meta", memory_format=memory_format).stride()
+        for memory_format in (torch.contiguous_format, _LAYOUT_NAMES[layout])
+    )
+    return layout if plain != last == value.stride() else None
 
 
 def _unstored_dtypes(model: nn.Module) -> dict[str, str]:
@@ -231,7 +293,7 @@ def _shards(tensors: Mapping[str, Tensor], limit: int) -> list[dict[str, Tensor]
 
 
 def _read(path: Path, *, weights: bool = True) -> tuple[dict[str, str], dict[str, Tensor]]:
-    index = path.with_name(f"{path.name}.index.json")
+    index = _index_of(path)
     if not path.exists() and index.exists():
         try:
             content = json.loads(index.read_text(encoding="utf-8"))
@@ -300,14 +362,18 @@ def _fill(
     filled: dict[int, nn.Parameter] = {}
     for name, raw in names.items():
         slot, value = slots[raw], tensors[name]
+        owner_name, _, key = raw.rpartition(".")
+        owner = model.get_submodule(owner_name)
+        if surgery.is_extra_state(name):
+            owner.set_extra_state(value)
+            continue
         if slot.shape != value.shape:
             raise CheckpointError(
                 f"{path}: {name} is {list(value.shape)}, the model expects {list(slot.shape)}"
             )
-        owner_name, _, key = raw.rpartition(".")
-        owner = model.get_submodule(owner_name)
-        layout = _LAYOUT_NAMES.get(layouts.get(name, ""), torch.contiguous_format)
-        value = value.to(device).contiguous(memory_format=layout)
+        value, layout = value.to(device), _LAYOUT_NAMES.get(layouts.get(name, ""))
+        if layout is not None:
+            value = torch.empty_like(value, memory_format=layout).copy_(value)
         if key in owner._parameters:
             if id(slot) not in filled:
                 filled[id(slot)] = nn.Parameter(value, requires_grad=slot.requires_grad)

@@ -27,6 +27,7 @@ __all__ = [
     "no_autocast",
     "outside_inference_mode",
     "preserve_rng",
+    "state_shapes",
     "structure_digest",
     "tensor_digest",
     "weights_digest",
@@ -172,11 +173,17 @@ def tensor_digest(tensor: Tensor) -> bytes:
     return digest.digest()
 
 
+def state_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Shapes of parameters and persistent buffers, but of no extra state: that may grow."""
+    named = ((name, tuple(tensor.shape)) for name, tensor in _state(model))
+    return {name: shape for name, shape in named if not surgery.is_extra_state(name)}
+
+
 def structure_digest(model: nn.Module) -> str:
-    """Digest of the names and shapes of parameters and persistent buffers."""
+    """Digest of `state_shapes`."""
     digest = hashlib.sha256()
-    for name, tensor in _state(model):
-        digest.update(f"{name}:{tuple(tensor.shape)};".encode())
+    for name, shape in state_shapes(model).items():
+        digest.update(f"{name}:{shape};".encode())
     return digest.hexdigest()[:32]
 
 

@@ -17,6 +17,7 @@ __all__ = [
     "clone",
     "copy_parameters",
     "device_of",
+    "is_extra_state",
     "memory_format_of",
     "named_modules",
     "normalised",
@@ -37,6 +38,11 @@ def normalised(name: str) -> str:
         'layer1.conv'
     """
     return ".".join(part for part in name.split(".") if part != "_orig_mod")
+
+
+def is_extra_state(name: str) -> bool:
+    """Whether a key of a state dict holds what a module's `get_extra_state` gave."""
+    return name.rpartition(".")[2] == "_extra_state"
 
 
 def unwrap(model: nn.Module) -> nn.Module:

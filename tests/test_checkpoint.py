@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import rankopt
-from rankopt import checkpoint
+from rankopt import checkpoint, export
 from rankopt.errors import CheckpointError, PlanError, RankoptError
 from rankopt.testing import planted_inputs, planted_model
 
@@ -185,3 +185,105 @@ def test_a_sharded_save_that_is_cut_short_leaves_the_earlier_one(small, tmp_path
     rankopt.save(small, path)
     assert not any((tmp_path / name).exists() for name in named)
     assert torch.equal(rankopt.load(planted_model(), path)(planted_inputs()), expected)
+
+
+@pytest.mark.parametrize(
+    "index", ['{"metadata": {"total_size": 8}, "weight_map": {"w": "m-1.safetensors"}}', "{"]
+)
+def test_shards_of_another_model_are_left_alone(small, tmp_path, index):
+    (tmp_path / "m.safetensors.index.json").write_text(index)
+    (tmp_path / "m-1.safetensors").write_bytes(b"weights")
+    for limit in (4000, 10**9):
+        with pytest.raises(CheckpointError, match=r"index.json belongs to another model"):
+            rankopt.save(small, tmp_path / "m.safetensors", max_shard_bytes=limit)
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == ["m-1.safetensors", "m.safetensors.index.json"]
+
+
+def test_shards_never_replace_files_that_no_index_names(small, tmp_path):
+    rankopt.save(small, tmp_path / "s.safetensors", max_shard_bytes=4000)
+    (tmp_path / "s.safetensors.index.json").unlink()
+    theirs = list(tmp_path.iterdir())
+    for path in theirs:
+        path.write_bytes(b"weights")
+    rankopt.save(small, tmp_path / "s.safetensors", max_shard_bytes=4000)
+    assert {path.read_bytes() for path in theirs} == {b"weights"}
+
+
+def test_a_model_of_another_structure_is_refused(tmp_path):
+    dense = nn.Sequential(nn.Conv2d(16, 32, 3), nn.BatchNorm2d(32), nn.Flatten(), nn.Linear(32, 32))
+    small = rankopt.apply(dense, rankopt.search(dense, "params<=60%"))
+    merged = export.merge_norms(small, torch.randn(1, 16, 3, 3))
+    with pytest.raises(CheckpointError, match=r"changed since.*\(1.weight is gone, it was"):
+        rankopt.save(merged, tmp_path / "m.safetensors")
+    small[3] = nn.Linear(32, 5)
+    with pytest.raises(CheckpointError, match=r"changed since.*search on that"):
+        rankopt.save(small, tmp_path / "m.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
+def test_tensors_that_are_no_plain_ones(small, tmp_path):
+    with pytest.raises(CheckpointError, match="is on the meta device"):
+        rankopt.save(copy.deepcopy(small).to("meta"), tmp_path / "s.safetensors")
+    small.head.weight = nn.Parameter(small.head.weight.to_sparse())
+    with pytest.raises(CheckpointError, match=r"head.weight is a .*sparse.*before quantising"):
+        rankopt.save(small, tmp_path / "s.safetensors")
+
+
+def test_a_full_disk_leaves_no_shards(small, tmp_path, monkeypatch):
+    import safetensors.torch
+
+    real, written = safetensors.torch.save_file, []
+
+    def failing(tensors, path, metadata):
+        written.append(path)
+        if len(written) == 3:
+            raise safetensors.SafetensorError("No space left on device (os error 28)")
+        real(tensors, path, metadata)
+
+    monkeypatch.setattr(safetensors.torch, "save_file", failing)
+    with pytest.raises(RankoptError, match="cannot write .*-00003-of.*No space left"):
+        rankopt.save(small, tmp_path / "s.safetensors", max_shard_bytes=4000)
+    assert len(written) == 3
+    assert not list(tmp_path.iterdir())
+
+
+class Counting(nn.Module):
+    """A layer with state beside its parameters, which grows."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = torch.zeros(0)
+
+    def forward(self, x):
+        return x
+
+    def get_extra_state(self):
+        return self.seen
+
+    def set_extra_state(self, state):
+        self.seen = state
+
+
+def test_extra_state_comes_back(tmp_path):
+    dense = nn.Sequential(nn.Linear(32, 32), Counting())
+    small = rankopt.apply(dense, rankopt.search(dense, "params<=60%"))
+    small[1].seen = torch.arange(3)
+    rankopt.save(small, tmp_path / "s.safetensors")
+    again = rankopt.load(nn.Sequential(nn.Linear(32, 32), Counting()), tmp_path / "s.safetensors")
+    assert again[1].seen.tolist() == [0, 1, 2]
+    assert not list(again.buffers())
+
+
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
+def test_layouts_of_1x1_kernels_come_back(tmp_path, layout):
+    def build():
+        return nn.Sequential(
+            nn.Conv2d(64, 64, 1), nn.Conv2d(64, 8, 1), nn.Conv2d(8, 8, 3, groups=8)
+        )
+
+    dense = build().to(memory_format=layout)
+    small = rankopt.apply(dense, rankopt.search(dense, "params<=60%", only="0"))
+    rankopt.save(small, tmp_path / "s.safetensors")
+    again = rankopt.load(build(), tmp_path / "s.safetensors")
+    assert [p.stride() for p in again.parameters()] == [p.stride() for p in small.parameters()]

@@ -9,7 +9,9 @@ import pytest
 import torch
 
 import rankopt
+from rankopt import _specs
 from rankopt.cli import main
+from rankopt.errors import ModelError, RankoptError
 
 MODELS = """
 import torch
@@ -135,6 +137,80 @@ def test_weights(spec, tmp_path, capsys):
         assert run("search", spec, "--budget", "params<=95%", "--weights", path, "--json") == 0
         reasons = [d["reason"] for d in json.loads(capsys.readouterr().out)["decisions"]]
         assert "keep: its weight is all zero" in reasons
+
+
+class Tied(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.table, self.head = torch.nn.Embedding(9, 8), torch.nn.Linear(8, 9, bias=False)
+        self.head.weight = self.table.weight
+
+
+def test_weights_of_training_loops(tmp_path, monkeypatch):
+    monkeypatch.setattr(_specs, "load_callable", lambda spec: Tied)
+    weight = torch.randn(9, 8)
+    named = {"table.weight": weight, "head.weight": weight}
+    for number, content in enumerate((
+        {"model": named, "epoch": 3},
+        {"state_dict": {f"module._orig_mod.{name}": value for name, value in named.items()}},
+        {f"_orig_mod.{name}": value for name, value in named.items()},
+        {"table.weight": weight},
+    )):  # fmt: skip
+        torch.save(content, tmp_path / f"{number}.pt")
+        model = _specs.load_model("x", tmp_path / f"{number}.pt")
+        assert torch.equal(model.head.weight, weight)
+    torch.save({"other": weight}, tmp_path / "o.pt")
+    with pytest.raises(ModelError, match=r"Missing key.*table.weight.*Unexpected key.*other"):
+        _specs.load_model("x", tmp_path / "o.pt")
+    torch.save([weight], tmp_path / "l.pt")
+    with pytest.raises(ModelError, match="holds a list, not a state dict"):
+        _specs.load_model("x", tmp_path / "l.pt")
+
+
+def test_files_run_once_and_may_import_late(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    (tmp_path / "late_sibling.py").write_text("VALUE = 7")
+    (tmp_path / "once.py").write_text(
+        "runs = []\ndef late():\n    import late_sibling\n    return late_sibling.VALUE, runs\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    value, runs = _specs.load_callable(f"{tmp_path}/once.py:late")()
+    assert value == 7
+    assert _specs.load_callable("once.py:late")()[1] is runs
+
+
+def test_modules_of_the_working_folder(tmp_path):
+    (tmp_path / "in_this_folder.py").write_text(MODELS)
+    command = [str(Path(sys.executable).with_name("rankopt")), "search", "in_this_folder:number"]
+    found = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert "returned a int, not a torch.nn.Module" in found.stderr
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (("search", "SPEC", "-o", "nodir/p.json"), "cannot write nodir/p.json"),
+        (("search", "SPEC", "-o", "."), "it is a folder; name a file in it"),
+        (("apply", "SPEC", "p.json", "-o", "out.pt"), "name the file *.safetensors"),
+        (("profile", "SPEC", "--layer", "0", *INPUT, "--plot", "x.png"), "end the name in .html"),
+        (("profile", "SPEC", "--layer", "0", *INPUT, "--plot", "no/x.html"), "cannot write no/"),
+        (("study", "best", "-o", "nodir/p.json"), "cannot write nodir/p.json"),
+    ],
+)
+def test_outputs_are_checked_before_the_work(tmp_path, monkeypatch, capsys, command, message):
+    """No model is even made."""
+    monkeypatch.chdir(tmp_path)
+    assert run(*(part.replace("SPEC", "no.py:build") for part in command)) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_a_plan_that_cannot_be_written_is_printed(spec, tmp_path, capsys, monkeypatch):
+    def full(plan, path):
+        raise RankoptError("no space left")
+
+    monkeypatch.setattr(rankopt.RankPlan, "save", full)
+    assert run("search", spec, "--budget", "params<=60%", "-o", tmp_path / "p.json") == 1
+    assert "sites decomposed" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

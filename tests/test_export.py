@@ -11,7 +11,7 @@ from torch import nn
 
 import rankopt
 from rankopt import export
-from rankopt.errors import ExportError, MissingDependency
+from rankopt.errors import CheckpointError, ExportError, MissingDependency
 from rankopt.testing import planted_inputs, planted_model
 
 # Sums in another order.
@@ -137,7 +137,7 @@ def test_what_cannot_be_exported(small, tmp_path, monkeypatch):
         export.to_onnx(small, tmp_path / "s.onnx", planted_inputs())
 
 
-def test_int8_weight_only():
+def test_int8_weight_only(tmp_path):
     dense = planted_model()
     small = rankopt.apply(dense, rankopt.search(dense, "params<=40%"))
     with warnings.catch_warnings():
@@ -149,6 +149,8 @@ def test_int8_weight_only():
         difference = (quantised(x) - small(x)).norm() / small(x).norm()
     assert type(quantised.hidden.first.weight).__name__ != "Parameter"
     assert 0 < difference < 0.03
+    with pytest.raises(CheckpointError, match=r"is a Int8Tensor.*save the model before quantising"):
+        rankopt.save(quantised, tmp_path / "s.safetensors")
 
 
 @pytest.mark.slow
@@ -187,3 +189,48 @@ def test_lower_precision(tmp_path, dtype):
     model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Linear(64, 8))
     export.to_onnx(model.to(dtype), tmp_path / "s.onnx", torch.randn(4, 64).to(dtype))
     assert (tmp_path / "s.onnx").exists()
+
+
+class Tagger(nn.Module):
+    """Positions shared by all samples, a flag, and outputs that are no finite numbers."""
+
+    def __init__(self):
+        super().__init__()
+        self.table, self.head = nn.Embedding(9, 8), nn.Linear(8, 8)
+
+    def forward(self, ids, positions, mask, flag=True):
+        y = self.head(self.table(ids) + self.table(positions))
+        y = y / mask.sum(1)[:, None, None]  # a mask without a one would make NaN
+        endless, none = (torch.where(y > 0, y, other) for other in (-torch.inf, torch.nan))
+        return y, y > 0, y.argmax(-1), endless, none
+
+
+def tagger_inputs():
+    mask = torch.tensor([[1, 1, 1, 0, 0], [1, 0, 0, 0, 0], [1, 1, 1, 1, 1]])
+    ids = torch.randint(9, (3, 5))
+    return {"ids": ids, "positions": torch.arange(5)[None], "mask": mask, "flag": False}
+
+
+def test_what_all_samples_share_stays_one():
+    program = export.to_program(Tagger(), tagger_inputs())
+    more = {k: v[[0, 1, 2, 2]] if k in ("ids", "mask") else v for k, v in tagger_inputs().items()}
+    assert program.module()(**more)[0].shape == (4, 5, 8)
+
+
+@pytest.mark.slow
+def test_onnx_of_masks_flags_and_outputs_that_are_no_numbers(tmp_path, monkeypatch):
+    pytest.importorskip("onnxruntime")
+    dynamic, model, inputs = {0: "batch", 1: "length"}, Tagger(), tagger_inputs()
+    real, fed = export.measure.call, []
+    monkeypatch.setattr(export.measure, "call", lambda m, x: fed.append(x) or real(m, x))
+    export.to_onnx(model, tmp_path / "s.onnx", inputs, dynamic=dynamic, check=True)
+    for x in fed:
+        assert x["mask"].shape == x["ids"].shape > (3, 5)
+        assert x["mask"].sum(1).min() > 0
+        assert x["positions"].shape == (1, x["ids"].shape[1])
+    with torch.no_grad():
+        changed = copy.deepcopy(model)
+        changed.head.bias.neg_()
+    monkeypatch.setattr(export, "to_program", _of(changed, export.to_program))
+    with pytest.raises(ExportError, match="computes something else"):
+        export.to_onnx(model, tmp_path / "t.onnx", inputs, dynamic=dynamic, check=True)

@@ -7,11 +7,13 @@ import json
 from collections.abc import Sequence
 from typing import Any, Final
 
+from rankopt._files import check_writable
 from rankopt.errors import RankoptError
 
 __all__ = [
     "INTERRUPTED",
     "calibration_option",
+    "check_output",
     "common_options",
     "function",
     "give_plan",
@@ -129,11 +131,17 @@ def show_plan(plan: Any, arguments: argparse.Namespace) -> None:
     show(plan_table(plan), totals_table(plan))
 
 
+def check_output(path: str | None) -> None:
+    """Refuse a file that cannot be written, before the work whose result it is to hold."""
+    if path:
+        check_writable(path)
+
+
 def give_plan(plan: Any, arguments: argparse.Namespace) -> int:
-    """Write a plan to ``--output`` if there is one, show it, return the exit code."""
+    """Show a plan, write it to ``--output`` if there is one, return the exit code."""
+    show_plan(plan, arguments)
     if arguments.output:
         plan.save(arguments.output)
-    show_plan(plan, arguments)
     if arguments.output and not arguments.json:
         print(f"plan written to {arguments.output}")
     return 0

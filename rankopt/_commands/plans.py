@@ -8,6 +8,7 @@ from typing import Any
 
 from rankopt._commands.options import (
     calibration_option,
+    check_output,
     function,
     give_plan,
     made,
@@ -82,6 +83,7 @@ def _search(arguments: argparse.Namespace) -> int:
     from rankopt._search import DEFAULT_STRATEGY
     from rankopt.registry import strategies
 
+    check_output(arguments.output)
     name = arguments.strategy or DEFAULT_STRATEGY
     strategy = strategies.create(name, **settings(arguments.set))
     model, inputs = model_and_inputs(arguments)
@@ -107,7 +109,9 @@ def _search(arguments: argparse.Namespace) -> int:
 
 def _apply(arguments: argparse.Namespace) -> int:
     import rankopt
+    from rankopt.checkpoint import check_target
 
+    check_target(arguments.output)
     plan = rankopt.RankPlan.load(arguments.plan)
     model, _ = model_and_inputs(arguments)
     small = rankopt.apply(model, plan, calibration=made(arguments.calibration))
@@ -150,8 +154,12 @@ def _compare(arguments: argparse.Namespace) -> int:
 
 def _profile(arguments: argparse.Namespace) -> int:
     import rankopt
+    from rankopt._report.figures import check_name
     from rankopt.profile_table import ROUNDS
 
+    if arguments.plot:
+        check_name(arguments.plot)
+        check_output(arguments.plot)
     model, inputs = model_and_inputs(arguments)
     if inputs is None:
         raise RankoptError("profile needs --input SHAPE, such as 1,3,224,224, to run the model")
@@ -165,9 +173,9 @@ def _profile(arguments: argparse.Namespace) -> int:
             rounds=ROUNDS if arguments.rounds is None else arguments.rounds, **timing(arguments)
         ),
     )
+    print(json.dumps(found.to_dict()) if arguments.json else found)
     if arguments.plot:
         found.plot(arguments.plot)
-    print(json.dumps(found.to_dict()) if arguments.json else found)
     if arguments.plot and not arguments.json:
         print(f"plot written to {arguments.plot}")
     return 0

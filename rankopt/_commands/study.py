@@ -12,6 +12,7 @@ from typing import Any, Final, Literal
 from rankopt._commands.options import (
     INTERRUPTED,
     calibration_option,
+    check_output,
     function,
     give_plan,
     made,
@@ -227,6 +228,7 @@ def _status(arguments: argparse.Namespace) -> int:
 
 
 def _best(arguments: argparse.Namespace) -> int:
+    check_output(arguments.output)
     with _load(arguments) as study:
         plan = study.best(arguments.budget)
     code = give_plan(plan, arguments)

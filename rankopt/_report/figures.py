@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from rankopt.layer_profile import LayerProfile
     from rankopt.plan import RankPlan
 
-__all__ = ["write_profile", "write_ranks"]
+__all__ = ["check_name", "write_profile", "write_ranks"]
 
 # Entries of a step that are drawn over the steps, where a search noted them.
 CURVES = ("loss", "soft_loss", "best", "entropy")
@@ -27,7 +27,7 @@ HEADROOM: Final = 1.25
 
 def write_profile(profile: LayerProfile, path: str | os.PathLike[str]) -> None:
     """Write time against rank to an HTML page; see `LayerProfile.plot`."""
-    _check_name(path)
+    check_name(path)
     go = _plotly()
     rows = profile.rows
     ranks = [max(row.ranks) for row in rows]
@@ -101,7 +101,7 @@ def write_ranks(plan: RankPlan, path: str | os.PathLike[str]) -> None:
         MissingDependency: plotly is not installed.
         RankoptError: The plan holds no record, or the page cannot be written.
     """
-    _check_name(path)
+    check_name(path)
     name = plan.strategy.get("name")
     record = plan.extensions.get(name) if isinstance(name, str) else None
     steps = record.get("steps") if isinstance(record, Mapping) else None
@@ -137,7 +137,8 @@ def write_ranks(plan: RankPlan, path: str | os.PathLike[str]) -> None:
     write_text(path, figure.to_html(include_plotlyjs=True, full_html=True))
 
 
-def _check_name(path: str | os.PathLike[str]) -> None:
+def check_name(path: str | os.PathLike[str]) -> None:
+    """Refuse names of other formats than HTML."""
     if Path(path).suffix.lower() not in (".html", ".htm"):
         raise RankoptError(
             f"cannot plot to {path}: plots are HTML pages, so end the name in .html "

@@ -17,8 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rankopt import surgery
-from rankopt._apply import plan_of, unpacked_clone
+from rankopt._apply import unpacked_clone
 from rankopt._fold import effective_weight
+from rankopt._provenance import plan_of
 from rankopt.errors import CalibrationError, ModelError
 from rankopt.inputs import class_dim, compared, main_output, run
 from rankopt.layers import canonical_weight

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from rankopt import measure, surgery
-from rankopt._apply import plan_of
+from rankopt._provenance import plan_of
 from rankopt.errors import ModelError
 from rankopt.plan import Decision, RankPlan
 from rankopt.registry import decompositions

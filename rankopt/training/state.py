@@ -17,8 +17,8 @@ import torch
 from torch import nn
 
 from rankopt import measure
-from rankopt._apply import plan_of
 from rankopt._files import atomic_path, write_text
+from rankopt._provenance import plan_of
 from rankopt.errors import CheckpointError, RankoptError
 
 __all__ = ["CHECKPOINT", "RECORD", "fingerprint", "load_state", "save_state", "write_record"]
