@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import random
+import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -151,29 +152,40 @@ class Run:
         assert plan is not None
         return small, plan
 
-    def verify(self, small: nn.Module, plan: RankPlan, path: Path) -> Comparison:
-        """Save, read back, and hold the file to what was promised."""
+    def verify(
+        self, small: nn.Module, plan: RankPlan, budget: Budget | None, path: Path
+    ) -> Comparison:
+        """Save, read back, hold what was read to what was promised, and only then write `path`."""
         started = time.perf_counter()
-        files.save(small, path)
-        reloaded = files.load(self.model, path).eval()
-        if self.inputs is not None:
-            with torch.no_grad(), measure.preserve_rng(), measure.evaluation(small):
-                inputs = measure.to_device(self.inputs, surgery.device_of(small))
-                outputs = []
-                for each in (small, reloaded):
-                    torch.manual_seed(self.seed)  # a model may draw numbers in eval mode too
-                    outputs.append(measure.call(each, inputs))
-            if not _same(*outputs):
-                raise RankoptError(f"{path}: the model read back gives other outputs; report this")
+        with tempfile.TemporaryDirectory(dir=self.work) as folder:
+            candidate = Path(folder) / path.name
+            files.save(small, candidate)
+            reloaded = files.load(self.model, candidate).eval()
+        identical = self.inputs is not None and self._gives_the_same(small, reloaded)
+        original = surgery.unwrap(self.model)  # what was read back is not compiled either
         comparison = compare(
-            self.model, reloaded, example_inputs=self.inputs, evaluate=self.evaluate, seed=self.seed
+            original, reloaded, example_inputs=self.inputs, evaluate=self.evaluate, seed=self.seed
         )
-        _check_budget(plan.budget, comparison, path)
+        _check_budget(plan.budget if budget is None else budget, comparison)
+        files.save(small, path)
         metric = None if comparison.metric is None else comparison.metric.after
-        note = "read back: outputs identical" if self.inputs is not None else "read back"
+        note = "read back: outputs identical" if identical else "read back"
         seconds = time.perf_counter() - started
         self.stages.append(Stage("verify", seconds, int(comparison.params.after), metric, note))
         return comparison
+
+    def _gives_the_same(self, small: nn.Module, reloaded: nn.Module) -> bool:
+        """Whether outputs were found identical; False where they hold no tensor to compare."""
+        outputs = []
+        with torch.no_grad(), measure.preserve_rng(), measure.evaluation(small):
+            for each in (small, reloaded):
+                torch.manual_seed(self.seed)  # a model may draw numbers in eval mode too
+                inputs = _copied(measure.to_device(self.inputs, surgery.device_of(small)))
+                outputs.append(_copied(list(tensors_in(measure.call(each, inputs)))))
+        one, other = outputs
+        if len(one) != len(other) or not all(map(_same, one, other)):
+            raise RankoptError("the model read back from its file gives other outputs; report this")
+        return bool(one)
 
     # Stages
 
@@ -288,7 +300,7 @@ class Run:
         write_text(self.work / WORK, text + "\n")
 
 
-def _check_budget(budget: Budget | None, found: Comparison, path: Path) -> None:
+def _check_budget(budget: Budget | None, found: Comparison) -> None:
     """Hold the counted figures of the file to the budget; latency was held by the search."""
     for axis in ("params", "macs", "memory"):
         figure = getattr(found, axis)
@@ -296,8 +308,8 @@ def _check_budget(budget: Budget | None, found: Comparison, path: Path) -> None:
             continue
         if figure.after > budget.ratio(axis) * figure.before:
             raise RankoptError(
-                f"{path}: {axis} is {100 * figure.ratio:.2f}% of the original's, above the budget "
-                f"({budget.explain()})"
+                f"the result's {axis} is {100 * figure.ratio:.2f}% of the original's, above the "
+                f"budget ({budget.explain()}); no output was written"
             )
 
 
@@ -305,13 +317,19 @@ def _planned(plan: RankPlan) -> str:
     return f"{len(plan.changes)} of {len(plan.decisions)} sites decomposed"
 
 
-def _same(one: Any, other: Any) -> bool:
-    pairs = zip(tensors_in(one), tensors_in(other), strict=True)
-    return all(torch.equal(a, b) or _same_with_nan(a, b) for a, b in pairs)
+def _copied(inputs: Any) -> Any:
+    """Inputs with tensors of their own: a forward may write into those it is given."""
+    if isinstance(inputs, torch.Tensor):
+        return inputs.clone()
+    if isinstance(inputs, Mapping):
+        return {key: _copied(value) for key, value in inputs.items()}
+    return tuple(map(_copied, inputs)) if isinstance(inputs, (tuple, list)) else inputs
 
 
-def _same_with_nan(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Whether a model that means NaN gives the same numbers beside it."""
+def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two tensors are equal; NaN is, where a model means it."""
+    if torch.equal(a, b):
+        return True
     if a.shape != b.shape or not (a.is_floating_point() and b.is_floating_point()):
         return False
     return torch.allclose(a, b, rtol=0, atol=0, equal_nan=True)

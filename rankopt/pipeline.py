@@ -165,7 +165,7 @@ def compress(
         run.calibrate(calibration, train, calibration_samples, example_inputs)
         run.begin([None if b is None else b.to_dict() for b in budgets], stages)
         small, plan = run.rounds(budgets, stages, train)
-        comparison = run.verify(small, plan, path)
+        comparison = run.verify(small, plan, budgets[-1], path)
         reloaded = files.load(model, path).eval()
         done = Compression(
             reloaded,
