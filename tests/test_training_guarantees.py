@@ -382,10 +382,9 @@ def test_a_setting_of_a_stage_to_come_can_be_put_right(tmp_path):
     with pytest.raises(TypeError, match="finetune=.*epoch"):
         rankopt.compress(teacher, "params<=30%", finetune={"epoch": 1}, **arguments)
     assert not (tmp_path / "work.json").exists()
-    with pytest.raises(ValueError, match="learning_rate"):
-        rankopt.compress(
-            teacher, "params<=30%", finetune={"epochs": 1, "learning_rate": -1.0}, **arguments
-        )
+    broken = {"epochs": 1, "optimizer": lambda parameters: 3}
+    with pytest.raises(ValueError, match="optimizer made a int"):
+        rankopt.compress(teacher, "params<=30%", finetune=broken, **arguments)
     assert set(json.loads((tmp_path / "work.json").read_text())["stages"]) == {"search", "apply"}
     done = rankopt.compress(teacher, "params<=30%", finetune={"epochs": 1}, **arguments)
     assert [stage.name for stage in done.stages][-2:] == ["finetune", "verify"]
