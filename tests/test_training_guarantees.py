@@ -214,6 +214,8 @@ def test_a_schedule_of_ones_own_is_told_by_its_settings(tmp_path):
         {"weight_decay": 0.1},
         {"clip": None},
         {"optimizer": lambda p: torch.optim.AdamW(p, betas=(0.5, 0.9), weight_decay=1e-4)},
+        {"loss": nn.CrossEntropyLoss(label_smoothing=0.1)},
+        {"augment": "auto"},
     ],
     ids=lambda change: next(iter(change)),
 )
@@ -222,7 +224,7 @@ def test_a_run_is_not_gone_on_with_by_another_recipe(tmp_path, change):
     settings = {"epochs": 1, "folder": tmp_path, "optimizer": "adamw"}
     rankopt.finetune(model, in_batches(x, y), **settings)
     before = snapshot(model)
-    with pytest.raises(CheckpointError, match=r"weight_decay|clip|momentum"):
+    with pytest.raises(CheckpointError, match=r"weight_decay|clip|momentum|loss|augment"):
         rankopt.finetune(model, in_batches(x, y), **{**settings, **change})
     assert equal(before, snapshot(model))
 
