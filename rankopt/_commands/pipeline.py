@@ -130,6 +130,6 @@ def _only_plan(sources: Sequence[str]) -> str:
     """The one plan that a terminal or a plot can show."""
     if len(sources) != 1:
         raise RankoptError(
-            f"{len(sources)} sources: tables and plots show one plan; -o REPORT.html takes several"
+            f"{len(sources)} sources: tables and plots show one plan; -o REPORT.html takes runs too"
         )
     return sources[0]
