@@ -265,7 +265,7 @@ def _save_and_reload(best: dict[str, Any], folder: Path, x: Tensor) -> nn.Module
 def _console_print(item: Any) -> None:
     from rich.console import Console
 
-    console = Console()
+    console = Console(markup=False, emoji=False)
     if not console.is_terminal:
         console.width = 110
     console.print(item, highlight=False)

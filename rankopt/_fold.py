@@ -11,11 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rankopt import surgery
+from rankopt._apply import build_empty
 from rankopt._provenance import plan_of
 from rankopt.errors import ModelError
 from rankopt.layers import canonical_weight
+from rankopt.plan import RankPlan
 
-__all__ = ["effective_weight", "fold"]
+__all__ = ["check_foldable", "effective_weight", "fold"]
 
 _CONVOLVE = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
@@ -98,6 +100,13 @@ def fold(model: nn.Module, original: nn.Module) -> nn.Module:
     return result.train(small.training)
 
 
+def check_foldable(plan: RankPlan, original: nn.Module) -> None:
+    """Raise the `ModelError` of `fold` before a model is made by `plan`: no values are needed."""
+    source = surgery.unwrap(original)
+    empty = surgery.clone(source, substitute=lambda p: nn.Parameter(p.detach().to("meta")))
+    fold(build_empty(source, plan), empty)
+
+
 def _copy_kept(small: nn.Module, result: nn.Module, targets: list[str]) -> None:
     """Every parameter and buffer outside of `targets`."""
     prefixes = tuple(f"{name}." if name else "" for name in targets)
@@ -109,7 +118,7 @@ def _copy_kept(small: nn.Module, result: nn.Module, targets: list[str]) -> None:
         }
         for model in (small, result)
     ]
-    for name in states[0].keys() ^ states[1].keys():
+    for name in sorted(states[0].keys() ^ states[1].keys()):
         raise _unfoldable(name)
     for name, value in states[0].items():
         states[1][name].copy_(value)

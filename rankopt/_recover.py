@@ -34,7 +34,7 @@ from rankopt.training.distillation import (
     train_as_evaluated,
 )
 
-__all__ = ["Recovery", "recover"]
+__all__ = ["Recovery", "check_settings", "recover"]
 
 # Share of the calibration inputs kept out of training, for an honest before and after.
 HELD_OUT: Final = 1 / 16
@@ -127,10 +127,7 @@ def recover(
         >>> done.after <= done.before
         True
     """
-    if not seconds > 0:
-        raise ValueError(f"seconds={seconds!r}: expected a positive number")
-    if precision not in ("no", "bf16"):
-        raise ValueError(f"precision={precision!r}: expected 'no' or 'bf16'")
+    check_settings(seconds, precision, augment)
     started = time.perf_counter()
     with measure.preserve_rng():
         samples = _Samples(hold(model, calibration, max_samples=calibration_samples))
@@ -207,6 +204,15 @@ def recover(
         model.load_state_dict(saved)
     elapsed = time.perf_counter() - started
     return Recovery(before, after if kept else before, steps, elapsed, kept)
+
+
+def check_settings(seconds: Any = 1.0, precision: Any = "no", augment: Any = "auto") -> None:
+    """Raise `ValueError` for settings of `recover` that it cannot heed."""
+    if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not seconds > 0:
+        raise ValueError(f"seconds={seconds!r}: expected a positive number")
+    if precision not in ("no", "bf16"):
+        raise ValueError(f"precision={precision!r}: expected 'no' or 'bf16'")
+    augmentation(augment)
 
 
 class _Samples:

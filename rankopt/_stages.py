@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import random
+import tempfile
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -15,14 +15,22 @@ import numpy as np
 import torch
 from torch import nn
 
-from rankopt import _apply, _recover, _search, measure, surgery
+from rankopt import _apply, _provenance, _recover, _search, measure, surgery
 from rankopt import checkpoint as files
-from rankopt._compare import Comparison, compare
+from rankopt._compare import Comparison, Figure, compare
 from rankopt._files import write_text
-from rankopt._fold import fold
+from rankopt._fold import check_foldable, fold
 from rankopt._open import uses_metric
+from rankopt._spelled import spelled
+from rankopt._stage_checks import TUNING
 from rankopt.budget import Budget
-from rankopt.errors import CheckpointError, ModelError, RankoptError
+from rankopt.errors import (
+    CalibrationError,
+    CheckpointError,
+    EvaluationError,
+    ModelError,
+    RankoptError,
+)
 from rankopt.inputs import digest, hold, tensors_in
 from rankopt.plan import RankPlan
 from rankopt.registry import strategies
@@ -33,12 +41,6 @@ __all__ = ["RESULT", "WORK", "Run", "Stage"]
 WORK: Final = "work.json"
 RESULT: Final = "result.json"
 RECOVER_SECONDS: Final = 60.0
-FUNCTIONS: Final[Mapping[str, Callable[..., Any]]] = {
-    "search": _search.search,
-    "apply": _apply.apply,
-    "recover": _recover.recover,
-    "finetune": train_on,
-}
 
 
 @dataclass(frozen=True)
@@ -73,41 +75,61 @@ class Run:
         self.identity: dict[str, Any] = {}
         self.calibration: list[Any] | None = None
         self.inputs: Any = None
+        self.how: dict[str, Any] = {}
+        self.dense_metric: float | None = None
 
-    def calibrate(self, given: Any, train: Any, samples: int, inputs: Any) -> None:
-        """Hold the calibration inputs, so that every stage sees the same."""
+    def calibrate(
+        self, given: Any, train: Any, samples: int, inputs: Any, *, labelled: bool
+    ) -> None:
+        """Hold the calibration inputs, so that every stage sees the same.
+
+        Args:
+            given: By the user; None takes them from `train`.
+            train: See `rankopt.finetune`.
+            samples: How many of them.
+            inputs: The example inputs; None takes the first batch.
+            labelled: Whether batches of `train` end in labels.
+        """
         source = train if given is None else given
         if source is not None:
             with measure.preserve_rng():
                 torch.manual_seed(self.seed)
                 random.seed(self.seed)
                 np.random.seed(self.seed % 2**32)
-                self.calibration = hold(self.model, source, max_samples=samples)
+                self.calibration = hold(
+                    self.model, source, max_samples=samples, labelled=labelled and given is None
+                )
         self.inputs = inputs
         if inputs is None and self.calibration:
             self.inputs = self.calibration[0]
 
-    def begin(self, budgets: list[Any], stages: Mapping[str, Any]) -> None:
-        """Read what an earlier call with the same arguments has done.
+    def begin(self, budgets: list[Any], stages: Mapping[str, Any], train: Any) -> None:
+        """Read what an earlier call with the same arguments has done; score the dense model.
 
         Raises:
-            TypeError: Settings that a stage does not know.
             CheckpointError: The folder was made with others.
+            EvaluationError: `evaluate` gives no number.
         """
-        for name, how in stages.items():
-            if isinstance(how, Mapping):
-                try:
-                    inspect.signature(FUNCTIONS[name]).bind_partial(**how)
-                except TypeError as error:
-                    raise TypeError(f"{name}={dict(how)!r}: {error}") from error
-        self.identity = {
-            "model": measure.weights_digest(surgery.unwrap(self.model)),
-            "budgets": json.loads(json.dumps(budgets)),
-            "settings": json.loads(json.dumps(stages, default=_spelled)),
-            "seed": self.seed,
-            "calibration": None if self.calibration is None else digest(self.calibration),
-            "evaluate": None if self.evaluate is None else _spelled(self.evaluate),
+        needed = {"recover": bool(self.calibration), "finetune": train is not None}
+        self.how = {
+            name: how if callable(how) or needed.get(name, True) else False
+            for name, how in stages.items()
         }
+        self._read(
+            {
+                "model": measure.weights_digest(surgery.unwrap(self.model)),
+                "budgets": json.loads(json.dumps(budgets)),
+                "settings": json.loads(json.dumps(self.how, default=spelled)),
+                "seed": self.seed,
+                "calibration": None if self.calibration is None else digest(self.calibration),
+                "example_inputs": spelled(self.inputs),
+                "evaluate": None if self.evaluate is None else spelled(self.evaluate),
+            }
+        )
+        self.dense_metric = self._metric(surgery.unwrap(self.model))
+
+    def _read(self, identity: dict[str, Any]) -> None:
+        self.identity = identity
         path = self.work / WORK
         if not path.exists():
             return
@@ -116,12 +138,11 @@ class Run:
             made, done = found["identity"], found["stages"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise CheckpointError(f"{path} is damaged: {error}") from error
-        begun = {key.split()[0] for key in done}
+        begun = _begun(done, list(self.how))
         for key, value in self.identity.items():
             before = made.get(key, value)
             if key == "settings":  # those of stages that are yet to come may change
-                before, value = ({n: v for n, v in each.items() if n in begun}
-                                 for each in (before, value))  # fmt: skip
+                before, value = ({n: each.get(n) for n in begun} for each in (before, value))
             if before != value:
                 raise CheckpointError(
                     f"{path} was made with {key} {before}, this call has {value}; use the "
@@ -129,51 +150,72 @@ class Run:
                 )
         self.done = done
 
-    def rounds(
-        self, budgets: list[Budget | None], stages: Mapping[str, Any], train: Any
-    ) -> tuple[nn.Module, RankPlan]:
+    def rounds(self, budgets: list[Budget | None], train: Any) -> tuple[nn.Module, RankPlan]:
         """All rounds; the last one's model and plan."""
         source, small, plan = self.model, None, None
         for number, budget in enumerate(budgets, start=1):
             tag = f" {number}" if len(budgets) > 1 else ""
             if small is not None:
                 source = fold(small, self.model)
-            plan = self._searched(tag, source, budget, stages["search"])
-            small = self._applied(tag, source, plan, stages["apply"])
-            how = stages["recover"]
-            if how is not False and (self.calibration or callable(how)):
+            plan = self._searched(tag, source, budget, self.how["search"])
+            if number < len(budgets):
+                check_foldable(plan, self.model)
+            small = self._applied(tag, source, plan, self.how["apply"])
+            if (how := self.how["recover"]) is not False:
                 small = self._changed(tag, "recover", small, self._recoverer(how))
-            how = stages["finetune"]
-            if how is not False and (train is not None or callable(how)):
+            if (how := self.how["finetune"]) is not False:
                 tuner = self._tuner(how, train, f"training{tag}".replace(" ", "-"))
                 small = self._changed(tag, "finetune", small, tuner)
         assert small is not None
         assert plan is not None
         return small, plan
 
-    def verify(self, small: nn.Module, plan: RankPlan, path: Path) -> Comparison:
-        """Save, read back, and hold the file to what was promised."""
+    def verify(
+        self, small: nn.Module, plan: RankPlan, budget: Budget | None, path: Path
+    ) -> Comparison:
+        """Save, read back, hold what was read to what was promised, and only then write `path`."""
         started = time.perf_counter()
+        with tempfile.TemporaryDirectory(dir=self.work) as folder:
+            candidate = Path(folder) / path.name
+            files.save(small, candidate)
+            reloaded = files.load(self.model, candidate).eval()
+        identical = self.inputs is not None and self._gives_the_same(small, reloaded)
+        original = surgery.unwrap(self.model)  # what was read back is not compiled either
+        comparison = compare(original, reloaded, example_inputs=self.inputs, seed=self.seed)
+        _check_budget(plan.budget if budget is None else budget, comparison)
+        metric = self._metric(reloaded)
+        if self.dense_metric is not None and metric is not None:
+            comparison = replace(comparison, metric=Figure(self.dense_metric, metric))
         files.save(small, path)
-        reloaded = files.load(self.model, path).eval()
-        if self.inputs is not None:
-            with torch.no_grad(), measure.preserve_rng(), measure.evaluation(small):
-                inputs = measure.to_device(self.inputs, surgery.device_of(small))
-                outputs = []
-                for each in (small, reloaded):
-                    torch.manual_seed(self.seed)  # a model may draw numbers in eval mode too
-                    outputs.append(measure.call(each, inputs))
-            if not _same(*outputs):
-                raise RankoptError(f"{path}: the model read back gives other outputs; report this")
-        comparison = compare(
-            self.model, reloaded, example_inputs=self.inputs, evaluate=self.evaluate, seed=self.seed
-        )
-        _check_budget(plan.budget, comparison, path)
-        metric = None if comparison.metric is None else comparison.metric.after
-        note = "read back: outputs identical" if self.inputs is not None else "read back"
+        note = "read back: outputs identical" if identical else "read back"
         seconds = time.perf_counter() - started
         self.stages.append(Stage("verify", seconds, int(comparison.params.after), metric, note))
         return comparison
+
+    def _gives_the_same(self, small: nn.Module, reloaded: nn.Module) -> bool:
+        """Whether outputs were found identical; False where they hold no tensor to compare."""
+        outputs = []
+        with torch.no_grad(), measure.preserve_rng(), measure.evaluation(small):
+            for each in (small, reloaded):
+                torch.manual_seed(self.seed)  # a model may draw numbers in eval mode too
+                inputs = _copied(measure.to_device(self.inputs, surgery.device_of(small)))
+                outputs.append(_copied(list(tensors_in(measure.call(each, inputs)))))
+        one, other = outputs
+        if len(one) != len(other) or not all(map(_same, one, other)):
+            raise RankoptError("the model read back from its file gives other outputs; report this")
+        return bool(one)
+
+    def _metric(self, model: nn.Module) -> float | None:
+        if self.evaluate is None:
+            return None
+        with torch.no_grad(), measure.preserve_rng(), measure.evaluation(model):
+            found = self.evaluate(model)
+        try:
+            return float(found)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise EvaluationError(
+                f"evaluate returned a {type(found).__name__}; expected a number"
+            ) from error
 
     # Stages
 
@@ -217,6 +259,8 @@ class Run:
                 small = how(source, plan)
                 if not isinstance(small, nn.Module):
                     raise ModelError(f"apply returned a {type(small).__name__}, not a module")
+                if _provenance.plan_of(small) is None:  # lost in a copy, say
+                    _provenance.remember_plan(surgery.unwrap(small), plan)
                 return small, ""
             settings = {
                 "calibration": self.calibration,
@@ -240,6 +284,7 @@ class Run:
         if callable(how):
             return lambda small: how(small, self.model)
         settings = {
+            "teacher": self.model,
             "calibration": self.calibration,
             "calibration_samples": None,
             "seconds": RECOVER_SECONDS,
@@ -247,15 +292,23 @@ class Run:
             "progress": self.progress,
             **(how or {}),
         }
-        return lambda small: _recover.recover(small, teacher=self.model, **settings)
+
+        def repair(small: nn.Module) -> Any:
+            try:
+                return _recover.recover(small, **settings)
+            except (CalibrationError, ModelError) as error:
+                if how is not None:
+                    raise
+                return f"left out: {error}"  # nobody asked for it
+
+        return repair
 
     def _tuner(self, how: Any, train: Any, name: str) -> Callable[[nn.Module], Any]:
         if callable(how):
             return lambda small: how(small, self.model, self.work / name)
         settings = {
             "teacher": self.model,
-            "freezing": "sequential",
-            "final_epochs": 1,
+            **TUNING,
             "folder": self.work / name,
             "seed": self.seed,
             "progress": self.progress,
@@ -273,11 +326,7 @@ class Run:
             small, note = make()
             seconds = time.perf_counter() - started
             files.save(small, path)
-            metric = None
-            if self.evaluate is not None:
-                with torch.no_grad(), measure.preserve_rng(), measure.evaluation(small):
-                    metric = float(self.evaluate(small))
-            params = measure.count_params(small)
+            metric, params = self._metric(small), measure.count_params(small)
             self._finished(Stage(key, seconds, params, metric, note))
         self.stages.append(Stage(**self.done[key]))
         return small
@@ -288,7 +337,15 @@ class Run:
         write_text(self.work / WORK, text + "\n")
 
 
-def _check_budget(budget: Budget | None, found: Comparison, path: Path) -> None:
+def _begun(done: Iterable[str], order: list[str]) -> list[str]:
+    """The stages up to the last that was done: of those to come, settings may change."""
+    reached = [(int(number or 1), name) for name, _, number in (key.partition(" ") for key in done)]
+    if any(number > 1 for number, _ in reached):
+        return order
+    return order[: max((order.index(name) + 1 for _, name in reached), default=0)]
+
+
+def _check_budget(budget: Budget | None, found: Comparison) -> None:
     """Hold the counted figures of the file to the budget; latency was held by the search."""
     for axis in ("params", "macs", "memory"):
         figure = getattr(found, axis)
@@ -296,8 +353,8 @@ def _check_budget(budget: Budget | None, found: Comparison, path: Path) -> None:
             continue
         if figure.after > budget.ratio(axis) * figure.before:
             raise RankoptError(
-                f"{path}: {axis} is {100 * figure.ratio:.2f}% of the original's, above the budget "
-                f"({budget.explain()})"
+                f"the result's {axis} is {100 * figure.ratio:.2f}% of the original's, above the "
+                f"budget ({budget.explain()}); no output was written"
             )
 
 
@@ -305,24 +362,19 @@ def _planned(plan: RankPlan) -> str:
     return f"{len(plan.changes)} of {len(plan.decisions)} sites decomposed"
 
 
-def _same(one: Any, other: Any) -> bool:
-    pairs = zip(tensors_in(one), tensors_in(other), strict=True)
-    return all(torch.equal(a, b) or _same_with_nan(a, b) for a, b in pairs)
+def _copied(inputs: Any) -> Any:
+    """Inputs with tensors of their own: a forward may write into those it is given."""
+    if isinstance(inputs, torch.Tensor):
+        return inputs.clone()
+    if isinstance(inputs, Mapping):
+        return {key: _copied(value) for key, value in inputs.items()}
+    return tuple(map(_copied, inputs)) if isinstance(inputs, (tuple, list)) else inputs
 
 
-def _same_with_nan(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Whether a model that means NaN gives the same numbers beside it."""
+def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two tensors are equal; NaN is, where a model means it."""
+    if torch.equal(a, b):
+        return True
     if a.shape != b.shape or not (a.is_floating_point() and b.is_floating_point()):
         return False
     return torch.allclose(a, b, rtol=0, atol=0, equal_nan=True)
-
-
-def _spelled(value: Any) -> str:
-    """A setting that JSON has no word for: settings by their repr, functions by their name."""
-    if callable(value):
-        return str(getattr(value, "__qualname__", type(value).__name__))
-    if isinstance(value, (nn.Module, torch.Tensor)):
-        return type(value).__name__
-    if " object at 0x" in repr(value):  # an address, which means nothing later
-        return type(value).__qualname__
-    return repr(value)

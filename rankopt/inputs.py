@@ -41,7 +41,7 @@ LEAST_SAMPLES: Final = 4
 
 
 def batches(
-    model: nn.Module, data: Any, *, max_samples: int | None = MAX_SAMPLES
+    model: nn.Module, data: Any, *, max_samples: int | None = MAX_SAMPLES, labelled: bool = False
 ) -> Iterator[tuple[Any, int]]:
     """Yield (inputs on the model's device, number of samples).
 
@@ -51,6 +51,8 @@ def batches(
         data: An iterable of tensors, tuples (positional), mappings (keywords),
             or pairs of inputs and labels, as a DataLoader yields them.
         max_samples: Where to stop; None reads to the end.
+        labelled: Whether the last item of every tuple is a label, whatever its shape, as in
+            data to train on; unless the model requires it.
 
     Raises:
         CalibrationError: Not an iterable of inputs, or empty.
@@ -61,11 +63,11 @@ def batches(
             "DataLoader or a list of tensors (for one batch x, pass [x])"
         )
     device, seen = surgery.device_of(model), 0
-    positional, labelled = _positional_arguments(model), _requires_labels(model)
+    positional, required = _positional_arguments(model), _requires_labels(model)
     for batch in data:
-        if isinstance(batch, Mapping) and not labelled:
+        if isinstance(batch, Mapping) and not required:
             batch = {key: value for key, value in batch.items() if key != LABELS}
-        inputs = measure.to_device(_without_labels(batch, positional), device)
+        inputs = measure.to_device(_without_labels(batch, positional, labelled), device)
         size = batch_size(inputs)
         if max_samples is not None and seen + size > max_samples:
             inputs, size = _first(inputs, max_samples - seen), max_samples - seen
@@ -105,7 +107,7 @@ def _requires_labels(model: nn.Module) -> bool:
     return found.default is inspect.Parameter.empty
 
 
-def _without_labels(batch: Any, positional: tuple[int, int] | None) -> Any:
+def _without_labels(batch: Any, positional: tuple[int, int] | None, labelled: bool) -> Any:
     if isinstance(batch, (Tensor, Mapping)):
         return batch
     if not isinstance(batch, (tuple, list)) or not batch:
@@ -122,7 +124,9 @@ def _without_labels(batch: Any, positional: tuple[int, int] | None) -> Any:
         and len(first) == last.numel()
     )
     required, taken = positional or (1, len(batch))
-    if len(batch) > max(taken, 1):  # labels, indices and the like
+    if labelled and len(batch) > max(required, 1):
+        batch = batch[:-1][: max(taken, 1)]
+    elif len(batch) > max(taken, 1):  # labels, indices and the like
         batch = batch[:taken]
     elif labels and required < 2 and not last.is_floating_point():
         batch = batch[:1]
@@ -195,9 +199,12 @@ def output_bytes(model: nn.Module, held: Sequence[Any]) -> int:
     return max(1, sum(tensor.numel() * tensor.element_size() for tensor in tensors_in(output)))
 
 
-def hold(model: nn.Module, data: Any, *, max_samples: int | None = MAX_SAMPLES) -> list[Any]:
+def hold(
+    model: nn.Module, data: Any, *, max_samples: int | None = MAX_SAMPLES, labelled: bool = False
+) -> list[Any]:
     """The batches of `data`, kept for several passes; see `batches`."""
-    return [inputs for inputs, _ in batches(model, data, max_samples=max_samples)]
+    found = batches(model, data, max_samples=max_samples, labelled=labelled)
+    return [inputs for inputs, _ in found]
 
 
 def digest(held: Iterable[Any]) -> str:

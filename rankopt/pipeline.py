@@ -15,10 +15,12 @@ from torch import nn
 from rankopt import checkpoint as files
 from rankopt._compare import Comparison
 from rankopt._files import write_text
+from rankopt._stage_checks import check_stages
 from rankopt._stages import RESULT, Run, Stage
 from rankopt.budget import RATIO_AXES, Budget
 from rankopt.errors import BudgetError
 from rankopt.plan import RankPlan
+from rankopt.training.distillation import Distillation
 from rankopt.training.state import make_folder
 
 __all__ = ["Compression", "Stage", "compress"]
@@ -102,7 +104,7 @@ def compress(
         model: A trained model; not changed.
         budget: See `rankopt.search`.
         example_inputs: See `rankopt.search`; None takes the first calibration batch.
-        calibration: Unlabelled inputs; None takes them from `train`.
+        calibration: Unlabelled inputs; None takes them from `train`, without its labels.
         calibration_samples: How many of them.
         train: Labelled data, see `rankopt.finetune`; without it there is no fine-tuning.
         evaluate: The metric of a model, shown after every stage, and for searches that use
@@ -111,7 +113,8 @@ def compress(
             fine-tuned (arXiv 1903.09973); later rounds decompose the model as trained so far.
         search: Settings of `rankopt.search`, or a function.
         apply: Settings of `rankopt.apply`, or a function.
-        recover: Settings of `rankopt.recover` (60 seconds), or a function.
+        recover: Settings of `rankopt.recover` (60 seconds), or a function. None leaves it out, with
+            the reason in the table, where it cannot be done.
         finetune: Settings of `rankopt.finetune` (the dense model as teacher, sequential
             freezing, one final epoch of training everything), or a function.
         output: The ``.safetensors`` file to write; None for ``compressed.safetensors`` in `folder`.
@@ -124,6 +127,8 @@ def compress(
         RankoptError: See the stages; also a result that breaks the budget or does not
             survive being saved.
         CheckpointError: The folder holds another run.
+        TypeError: Settings that a stage does not know; before any work, as for settings out of
+            range, data to train on that cannot be used, and metrics that are no number.
 
     Example:
         >>> dense = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 4))
@@ -156,16 +161,19 @@ def compress(
         raise ValueError("finetune= needs train=, the labelled data")
     if isinstance(recover, Mapping) and calibration is None and train is None:
         raise ValueError("recover= needs calibration= or train=, inputs to repair it with")
+    check_stages(model, stages, train)
     budgets = _budgets(Budget.parse(budget), rounds)
     with ExitStack() as stack:
         kept = None if folder is None else make_folder(folder)
         work = Path(kept or stack.enter_context(tempfile.TemporaryDirectory()))
         path = files.check_target(work / "compressed.safetensors" if output is None else output)
         run = Run(model, work, evaluate, seed, progress)
-        run.calibrate(calibration, train, calibration_samples, example_inputs)
-        run.begin([None if b is None else b.to_dict() for b in budgets], stages)
-        small, plan = run.rounds(budgets, stages, train)
-        comparison = run.verify(small, plan, path)
+        run.calibrate(
+            calibration, train, calibration_samples, example_inputs, labelled=_labelled(finetune)
+        )
+        run.begin([None if b is None else b.to_dict() for b in budgets], stages, train)
+        small, plan = run.rounds(budgets, train)
+        comparison = run.verify(small, plan, budgets[-1], path)
         reloaded = files.load(model, path).eval()
         done = Compression(
             reloaded,
@@ -177,6 +185,12 @@ def compress(
         if kept is not None:
             write_text(kept / RESULT, json.dumps(done.to_dict(), indent=1) + "\n")
         return done
+
+
+def _labelled(finetune: Any) -> bool:
+    """Whether the training data ends in labels: all does but that for distillation without them."""
+    given = finetune.get("distillation") if isinstance(finetune, Mapping) else None
+    return not isinstance(given, Distillation) or given.labels > 0
 
 
 def _budgets(budget: Budget | None, rounds: int) -> list[Budget | None]:

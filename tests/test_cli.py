@@ -102,6 +102,19 @@ def test_compress(spec, tmp_path, capsys):
     assert run("compare", spec, out) == 0
 
 
+def test_compress_takes_the_options_of_a_search(spec, tmp_path, capsys):
+    train = ("--train", spec.replace(":build", ":train"), "--epochs", 0, "--recover", 0)
+    options = ("--ignore", "4", "--methods", "tucker2", "--round-to", 4, "--fisher", "--asymmetric")
+    out = ("-o", tmp_path / "out.safetensors", "--json")
+    assert run("compress", spec, "--budget", "params<=80%", *train, *options, *out) == 0
+    decisions = json.loads(capsys.readouterr().out)["plan"]["decisions"]
+    assert {d["method"] for d in decisions} == {"keep", "tucker2"}
+    assert all(d["method"] == "keep" for d in decisions if d["targets"] == ["4"])
+    refused = ("--train", spec.replace(":build", ":train"), "--recover", -3)
+    assert run("compress", spec, "--budget", "params<=80%", *refused, *out) == 1
+    assert "seconds=-3.0: expected a positive number" in capsys.readouterr().err
+
+
 def test_torchvision_needs_nothing_else(tmp_path, capsys):
     arguments = ("search", "torchvision:mobilenet_v3_small", "--budget", "macs<=50%", "--json")
     assert run(*arguments, "--strategy", "parameter_ratio") == 0

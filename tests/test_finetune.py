@@ -223,14 +223,18 @@ import torch
 torch.set_num_threads(1)
 from test_finetune import interrupted
 calls = 0
-def kill(inputs, generator):
+def unchanged(inputs, generator):
     global calls
     calls += 1
     if calls == 4 * 2 + 3:  # in the middle of the third epoch
         os.kill(os.getpid(), signal.SIGKILL)
     return inputs
-interrupted({folder!r}, kill)
+interrupted({folder!r}, unchanged)
 """
+
+
+def unchanged(inputs, generator):
+    return inputs
 
 
 def interrupted(folder, augment):
@@ -255,8 +259,8 @@ def test_goes_on_after_kill_9_to_the_same_result(tmp_path):
     assert not [p for p in (tmp_path / "killed").iterdir() if p.name.startswith(".")]
     torch.set_num_threads(1)
     try:
-        resumed = interrupted(tmp_path / "killed", "none")
-        through = interrupted(tmp_path / "through", "none")
+        resumed = interrupted(tmp_path / "killed", unchanged)
+        through = interrupted(tmp_path / "through", unchanged)
     finally:
         torch.set_num_threads(threads)
     assert equal(resumed, through)

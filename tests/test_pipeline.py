@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -174,6 +175,40 @@ def test_a_result_above_its_budget_is_refused():
 
     with pytest.raises(RankoptError, match="above the budget"):
         rankopt.compress(planted_model(), "params<=20%", search=loose)
+    with pytest.raises(RankoptError, match="above the budget"):  # nor where its plan has another
+        rankopt.compress(
+            planted_model(), "params<=20%", search=lambda m, b: rankopt.search(m, "params<=90%")
+        )
+
+
+@pytest.mark.parametrize("raised", [RankoptError, KeyboardInterrupt])
+def test_a_refused_result_leaves_an_earlier_output_alone(tmp_path, monkeypatch, raised):
+    def refuse(*_, **__):
+        raise raised("no")
+
+    path = tmp_path / "out.safetensors"
+    rankopt.compress(planted_model(), "params<=50%", output=path)
+    before = path.read_bytes()
+    monkeypatch.setattr(_stages, "compare", refuse)
+    with pytest.raises(raised):
+        rankopt.compress(planted_model(), "params<=30%", output=path, folder=tmp_path / "work")
+    assert path.read_bytes() == before
+    kept = {p.name for p in (tmp_path / "work").iterdir()}
+    assert kept == {"plan.json", "apply.safetensors", "work.json"}
+
+
+def test_a_compiled_original_is_timed_as_the_result_is(monkeypatch):
+    compared = []
+
+    def seen(original, compressed, **settings):
+        compared.append(original)
+        return rankopt.compare(original, compressed, rounds=3, **settings)
+
+    monkeypatch.setattr(_stages, "compare", seen)
+    dense = planted_model()
+    compiled = torch.compile(dense, backend="eager")
+    rankopt.compress(compiled, "params<=50%", example_inputs=planted_inputs())
+    assert compared == [dense]
 
 
 def test_a_model_of_one_layer():
@@ -192,3 +227,23 @@ def test_a_model_that_draws_numbers_in_eval_mode():
 
     done = rankopt.compress(Sampling(), "params<=60%", example_inputs=torch.randn(4, 32))
     assert done.comparison.params.ratio <= 0.6
+
+
+@dataclass
+class Boxed:
+    value: torch.Tensor
+
+
+@pytest.mark.parametrize(("boxed", "note"), [(True, "read back"), (False, "outputs identical")])
+def test_outputs_are_identical_where_they_were_compared(boxed, note):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(32, 32)
+
+        def forward(self, x):
+            found = self.fc(x.sub_(0.5))  # writes into its input
+            return Boxed(found) if boxed else found
+
+    done = rankopt.compress(Net(), "params<=60%", example_inputs=torch.randn(4, 32))
+    assert done.stages[-1].note.endswith(note)

@@ -13,6 +13,7 @@ from torch import nn
 import rankopt
 from rankopt import _stages
 from rankopt._report.charts import Line, line_chart, nice_ticks
+from rankopt._report.tables import table, to_text
 from rankopt.cli import main
 from rankopt.errors import PlanError, RankoptError
 from rankopt.testing import planted_inputs, planted_model
@@ -114,6 +115,26 @@ def test_a_page_loads_nothing(plan, tmp_path):
     assert "prefers-color-scheme: dark" in page.source
 
 
+def test_a_second_plan_is_refused(plan, tmp_path):
+    plan.save(tmp_path / "plan.json")
+    assert drawn([plan, tmp_path / "plan.json"], tmp_path).source == drawn(plan, tmp_path).source
+    other = rankopt.search(planted_model(), "params<=30%")
+    with pytest.raises(RankoptError, match="two of the sources hold a plan"):
+        rankopt.report([plan, other], tmp_path / "page.html")
+    model = planted_model()
+    compared = [rankopt.compare(model, model, evaluate=lambda m, v=v: v) for v in (1.0, 2.0)]
+    with pytest.raises(RankoptError, match="two of the sources hold a comparison"):
+        rankopt.report(compared, tmp_path / "page.html")
+
+
+def test_text_is_no_markup():
+    made = table("a [bold]title[/bold]", "note")
+    made.add_row("see log [/tmp/run.log], pip install 'rankopt[export]' :smile:")
+    text = " ".join(to_text(made).split())
+    assert "a [bold]title[/bold]" in text
+    assert "see log [/tmp/run.log], pip install 'rankopt[export]' :smile:" in text
+
+
 def test_names_are_escaped(plan, tmp_path):
     evil = '<script>alert("x")</script>&amp;'
     first, *rest = plan.decisions
@@ -182,6 +203,7 @@ def test_a_compression_finished_or_not(tmp_path, monkeypatch):
     assert {"verify", "Training 1", "Training 2", "12.5 dense, +0"} <= set(page.words)
     assert done.comparison.verdict in page.words
     assert "Training 1" not in drawn(done, tmp_path).words
+    assert drawn([done, tmp_path / "work"], tmp_path).source == page.source
     (tmp_path / "result.json").write_text(json.dumps(done.to_dict()))  # as printed by --json
     again = drawn(tmp_path / "result.json", tmp_path)
     assert again.source == drawn(done, tmp_path).source
@@ -223,7 +245,18 @@ def test_what_cannot_be_reported(plan, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("low", "high"), [(0.0, 1.0), (3.0, 3.0), (0.0, 0.0), (-2.5, 1e7), (1e-9, 3e-9), (99.1, 99.2)]
+    ("low", "high"),
+    [
+        (0.0, 1.0),
+        (3.0, 3.0),
+        (0.0, 0.0),
+        (-2.5, 1e7),
+        (1e-9, 3e-9),
+        (99.1, 99.2),
+        (1e-13, 3e-13),
+        (0.6931471805599453, 0.6931471805599454),
+        (2.5e7, 9e7),
+    ],
 )
 def test_ticks_cover_the_values(low, high):
     ticks = nice_ticks(low, high)
@@ -231,6 +264,11 @@ def test_ticks_cover_the_values(low, high):
     assert 3 <= len(ticks) <= 7
     steps = {round((b - a) / (ticks[1] - ticks[0]), 3) for a, b in itertools.pairwise(ticks)}
     assert steps == {1}
+
+
+def test_a_nearly_constant_curve():
+    points = [(1, 0.6931471805599453), (2, 0.6931471805599454)]
+    assert "<circle" in line_chart("loss", [Line("loss", points, ["a", "b"])], x_label="epoch")
 
 
 def test_charts_leave_out_what_is_not_finite():

@@ -214,6 +214,8 @@ def test_a_schedule_of_ones_own_is_told_by_its_settings(tmp_path):
         {"weight_decay": 0.1},
         {"clip": None},
         {"optimizer": lambda p: torch.optim.AdamW(p, betas=(0.5, 0.9), weight_decay=1e-4)},
+        {"loss": nn.CrossEntropyLoss(label_smoothing=0.1)},
+        {"augment": "auto"},
     ],
     ids=lambda change: next(iter(change)),
 )
@@ -222,7 +224,7 @@ def test_a_run_is_not_gone_on_with_by_another_recipe(tmp_path, change):
     settings = {"epochs": 1, "folder": tmp_path, "optimizer": "adamw"}
     rankopt.finetune(model, in_batches(x, y), **settings)
     before = snapshot(model)
-    with pytest.raises(CheckpointError, match=r"weight_decay|clip|momentum"):
+    with pytest.raises(CheckpointError, match=r"weight_decay|clip|momentum|loss|augment"):
         rankopt.finetune(model, in_batches(x, y), **{**settings, **change})
     assert equal(before, snapshot(model))
 
@@ -382,10 +384,9 @@ def test_a_setting_of_a_stage_to_come_can_be_put_right(tmp_path):
     with pytest.raises(TypeError, match="finetune=.*epoch"):
         rankopt.compress(teacher, "params<=30%", finetune={"epoch": 1}, **arguments)
     assert not (tmp_path / "work.json").exists()
-    with pytest.raises(ValueError, match="learning_rate"):
-        rankopt.compress(
-            teacher, "params<=30%", finetune={"epochs": 1, "learning_rate": -1.0}, **arguments
-        )
+    broken = {"epochs": 1, "optimizer": lambda parameters: 3}
+    with pytest.raises(ValueError, match="optimizer made a int"):
+        rankopt.compress(teacher, "params<=30%", finetune=broken, **arguments)
     assert set(json.loads((tmp_path / "work.json").read_text())["stages"]) == {"search", "apply"}
     done = rankopt.compress(teacher, "params<=30%", finetune={"epochs": 1}, **arguments)
     assert [stage.name for stage in done.stages][-2:] == ["finetune", "verify"]

@@ -12,9 +12,9 @@ from rankopt._commands.options import (
     function,
     made,
     model_and_inputs,
-    settings,
     show_plan,
 )
+from rankopt._commands.searching import search_options, search_settings
 from rankopt.errors import RankoptError
 
 __all__ = ["add_pipeline"]
@@ -34,10 +34,7 @@ def add_pipeline(
         "compress", parents=[model], help="search, apply, recover, fine-tune, verify, save"
     )
     compress.add_argument("--budget", help="such as 'macs<=50%%'")
-    compress.add_argument("--strategy", default=None, help="see `rankopt strategies`")
-    compress.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of the strategy"
-    )
+    search_options(compress)
     compress.add_argument(
         "--train", metavar="FILE.py:CALLABLE", help="makes the labelled batches or DataLoader"
     )
@@ -68,11 +65,8 @@ def add_pipeline(
 
 def _compress(arguments: argparse.Namespace) -> int:
     import rankopt
-    from rankopt._search import DEFAULT_STRATEGY
-    from rankopt.registry import strategies
 
-    name = arguments.strategy or DEFAULT_STRATEGY
-    search = {"strategy": strategies.create(name, **settings(arguments.set))}
+    search = search_settings(arguments)
     tuning = {
         key: getattr(arguments, key)
         for key in ("epochs", "learning_rate", "freezing")
@@ -130,6 +124,6 @@ def _only_plan(sources: Sequence[str]) -> str:
     """The one plan that a terminal or a plot can show."""
     if len(sources) != 1:
         raise RankoptError(
-            f"{len(sources)} sources: tables and plots show one plan; -o REPORT.html takes several"
+            f"{len(sources)} sources: tables and plots show one plan; -o REPORT.html takes runs too"
         )
     return sources[0]

@@ -13,10 +13,10 @@ from rankopt._commands.options import (
     give_plan,
     made,
     model_and_inputs,
-    settings,
     timing,
     timing_options,
 )
+from rankopt._commands.searching import search_options, search_settings
 from rankopt.errors import RankoptError
 
 __all__ = ["add_plans"]
@@ -31,25 +31,12 @@ def add_plans(commands: Any, model: argparse.ArgumentParser) -> None:
     """
     search = commands.add_parser("search", parents=[model], help="choose ranks, write a plan")
     search.add_argument("--budget", help="such as 'macs<=50%%'; left out, the strategy decides")
-    search.add_argument("--strategy", default=None, help="see `rankopt strategies`")
-    search.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of the strategy"
-    )
-    search.add_argument("--methods", help="decompositions to allow, comma-separated")
-    search.add_argument("--only", action="append", default=[], metavar="GLOB")
-    search.add_argument("--ignore", action="append", default=[], metavar="GLOB")
-    search.add_argument("--round-to", type=int, default=1, metavar="N", help="multiples of N only")
+    search_options(search)
     search.add_argument("--timeout", type=float, metavar="SECONDS")
     search.add_argument(
         "--evaluate", metavar="FILE.py:CALLABLE", help="metric of a model, for metric_drop budgets"
     )
     calibration_option(search, "makes unlabelled inputs, for better ranks and factors")
-    search.add_argument(
-        "--fisher", action="store_true", help="weigh outputs by the Fisher information"
-    )
-    search.add_argument(
-        "--asymmetric", action="store_true", help="fit layers to what those before pass on"
-    )
     timing_options(search)
     search.add_argument("-o", "--output", metavar="PLAN.json", help="where to write the plan")
     search.set_defaults(run=_search)
@@ -80,29 +67,20 @@ def add_plans(commands: Any, model: argparse.ArgumentParser) -> None:
 
 def _search(arguments: argparse.Namespace) -> int:
     import rankopt
-    from rankopt._search import DEFAULT_STRATEGY
-    from rankopt.registry import strategies
 
     check_output(arguments.output)
-    name = arguments.strategy or DEFAULT_STRATEGY
-    strategy = strategies.create(name, **settings(arguments.set))
+    chosen = search_settings(arguments)
     model, inputs = model_and_inputs(arguments)
     plan = rankopt.search(
         model,
         arguments.budget,
-        strategy=strategy,
         example_inputs=inputs,
-        methods=arguments.methods.split(",") if arguments.methods else None,
-        only=arguments.only,
-        ignore=arguments.ignore,
-        round_to=arguments.round_to,
         seed=arguments.seed,
         timeout=arguments.timeout,
         profile=rankopt.ProfileTable(**timing(arguments)),
         calibration=made(arguments.calibration),
-        fisher=arguments.fisher,
-        asymmetric=arguments.asymmetric,
         evaluate=function(arguments.evaluate),
+        **chosen,
     )
     return give_plan(plan, arguments)
 

@@ -13,6 +13,8 @@ __all__ = ["Line", "line_chart", "nice_ticks"]
 WIDTH, HEIGHT = 320, 190
 LEFT, RIGHT, TOP, BOTTOM = 46, 12, 10, 24
 TICKS: Final = 4
+# Below this share of their size values differ by rounding, or by less than labels show.
+FLAT: Final = 1e-6
 # Above this many points dots would hide the line.
 MOST_DOTS: Final = 60
 
@@ -39,14 +41,15 @@ def nice_ticks(low: float, high: float, count: int = TICKS) -> list[float]:
         >>> nice_ticks(0.13, 0.92)
         [0.0, 0.2, 0.4, 0.6, 0.8, 1.0]
     """
-    if not high > low:
+    if not high - low > FLAT * max(abs(low), abs(high)):
         pad = abs(low) / 10 or 1.0
         low, high = low - pad, high + pad
     rough = (high - low) / count
-    power = 10 ** math.floor(math.log10(rough))
+    exponent = math.floor(math.log10(rough))
+    power = 10.0**exponent
     step = next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= rough * (1 - 1e-9))
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    return [round(i * step, 12) for i in range(first, last + 1)]
+    return [round(i * step, 1 - exponent) for i in range(first, last + 1)]
 
 
 def line_chart(title: str, lines: Sequence[Line], *, x_label: str) -> str:

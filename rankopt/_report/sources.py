@@ -55,6 +55,21 @@ class Contents:
     stages: Sequence[Mapping[str, Any]] = ()
     runs: list[TrainingRun] = field(default_factory=list)
 
+    def add(self, **parts: Any) -> None:
+        """Set a plan, comparison or stages.
+
+        Raises:
+            RankoptError: There is another already: a page shows one of each.
+        """
+        for name, part in parts.items():
+            found = getattr(self, name)
+            if found and found != part:
+                what = name if name == "stages" else f"a {name}"
+                raise RankoptError(
+                    f"two of the sources hold {what}, and a page shows one; write a report for each"
+                )
+            setattr(self, name, part)
+
 
 def collect(source: Any) -> Contents:
     """Gather what one source, or several in a list, have to show.
@@ -73,9 +88,9 @@ def collect(source: Any) -> Contents:
 
 def _add(contents: Contents, source: Any) -> None:
     if isinstance(source, RankPlan):
-        contents.plan = source
+        contents.add(plan=source)
     elif isinstance(source, Comparison):
-        contents.comparison = source.to_dict()
+        contents.add(comparison=source.to_dict())
     elif isinstance(source, Compression):
         _add_result(contents, source.to_dict())
     elif isinstance(source, Training):
@@ -92,7 +107,7 @@ def _add_path(contents: Contents, path: Path) -> None:
     elif not path.exists():
         raise RankoptError(f"{path} does not exist; expected {EXPECTED}")
     elif path.suffix == ".safetensors":
-        contents.plan = checkpoint.load_plan(path)
+        contents.add(plan=checkpoint.load_plan(path))
     elif path.suffix == ".jsonl":
         contents.runs.append(_record(path, path.stem))
     elif path.suffix == ".json":
@@ -100,7 +115,7 @@ def _add_path(contents: Contents, path: Path) -> None:
         if isinstance(values, dict) and {"stages", "comparison", "plan"} <= values.keys():
             _add_result(contents, values)
         else:
-            contents.plan = RankPlan.load(path)
+            contents.add(plan=RankPlan.load(path))
     else:
         raise RankoptError(f"cannot report {path}; expected {EXPECTED}")
 
@@ -113,10 +128,10 @@ def _add_folder(contents: Contents, folder: Path) -> None:
     if (folder / RESULT).exists():
         _add_result(contents, _json(folder / RESULT))
     elif (folder / WORK).exists():
-        contents.stages = list(_json(folder / WORK)["stages"].values())
+        contents.add(stages=list(_json(folder / WORK)["stages"].values()))
         plans = sorted(folder.glob("plan*.json"), key=_round)
         if plans:
-            contents.plan = RankPlan.load(plans[-1])
+            contents.add(plan=RankPlan.load(plans[-1]))
     else:
         raise RankoptError(
             f"{folder} holds neither {RECORD} nor {WORK}; expected the folder of a "
@@ -133,8 +148,8 @@ def _round(path: Path) -> int:
 
 
 def _add_result(contents: Contents, values: Mapping[str, Any]) -> None:
-    contents.plan = RankPlan.from_dict(values["plan"])
-    contents.comparison, contents.stages = values["comparison"], values["stages"]
+    plan = RankPlan.from_dict(values["plan"])
+    contents.add(plan=plan, comparison=values["comparison"], stages=values["stages"])
 
 
 def _json(path: Path) -> Any:

@@ -45,7 +45,7 @@ def table(title: str, *columns: str, caption: str | None = None) -> Table:
 def to_text(*renderables: Any, width: int = TEXT_WIDTH) -> str:
     """Tables as plain text."""
     stream = io.StringIO()
-    console = Console(file=stream, width=width, no_color=True)
+    console = _console(file=stream, width=width, no_color=True)
     for renderable in renderables:
         console.print(renderable)
     return stream.getvalue().rstrip()
@@ -53,11 +53,16 @@ def to_text(*renderables: Any, width: int = TEXT_WIDTH) -> str:
 
 def show(*renderables: Any) -> None:
     """Print tables, as wide as the terminal, or as a log allows."""
-    console = Console()
+    console = _console()
     if not console.is_terminal:
         console.width = LOG_WIDTH
     for renderable in renderables:
         console.print(renderable)
+
+
+def _console(**settings: Any) -> Console:
+    """Text is shown as it is: names, notes and errors may hold ``[brackets]`` and ``:colons:``."""
+    return Console(markup=False, emoji=False, **settings)
 
 
 def count(value: float | None) -> str:

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from torch import nn
 
 from rankopt import measure
 from rankopt.errors import ModelError
+from rankopt.training.augmentation import augmentation
 from rankopt.training.batches import check_iterable
 from rankopt.training.distillation import Distillation
 from rankopt.training.launcher import accelerated
 from rankopt.training.loop import Loop
-from rankopt.training.recipe import MakeOptimizer, Recipe
+from rankopt.training.recipe import MakeOptimizer, Recipe, check_integer
 from rankopt.training.schedules import Schedule
 
-__all__ = ["Training", "finetune"]
+__all__ = ["Training", "check_request", "finetune"]
 
 
 @dataclass(frozen=True)
@@ -150,7 +152,9 @@ def finetune(
         >>> [epoch["frozen"] for epoch in done.history]
         [1, 1]
     """
-    recipe = Recipe(
+    recipe = check_request(
+        model,
+        train,
         epochs=epochs,
         learning_rate=learning_rate,
         optimizer=optimizer,
@@ -166,16 +170,14 @@ def finetune(
         freezing_steps=freezing_steps,
         final_epochs=final_epochs,
         seed=seed,
+        teacher=teacher,
+        distillation=distillation,
+        evaluate=evaluate,
+        augment=augment,
+        batches_per_epoch=batches_per_epoch,
     )
-    check_iterable(train)
-    if teacher is None and distillation is not None:
-        raise ValueError("distillation= needs teacher=, the dense model to learn from")
-    if patience is not None and evaluate is None:
-        raise ValueError("patience= needs evaluate=, the metric that is to improve")
     if teacher is not None and distillation is None:
         distillation = Distillation()
-    if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise ModelError("finetune has nothing to train: every parameter has requires_grad=False")
     with accelerated(model, recipe) as accelerator:
         loop = Loop(
             model,
@@ -196,3 +198,31 @@ def finetune(
     return Training(
         tuple(loop.history), loop.best_epoch, loop.best_metric, loop.before, seconds, stopped
     )
+
+
+def check_request(model: nn.Module | None, train: Any, **settings: Any) -> Recipe:
+    """The recipe, if `finetune` can do what it is asked to.
+
+    Args:
+        model: None where it is not known yet.
+        train: As given to `finetune`.
+        settings: Likewise; those that are left out have its defaults.
+
+    Raises:
+        ValueError: A setting out of range, or without another that it needs.
+        ModelError: Data that cannot be read every epoch, or nothing to train.
+    """
+    defaults = {name: p.default for name, p in inspect.signature(finetune).parameters.items()}
+    given = {**defaults, **settings}
+    recipe = Recipe(**{field.name: given[field.name] for field in fields(Recipe)})
+    check_iterable(train)
+    augmentation(given["augment"])
+    if given["batches_per_epoch"] is not None:
+        check_integer("batches_per_epoch", given["batches_per_epoch"], 1)
+    if given["teacher"] is None and given["distillation"] is not None:
+        raise ValueError("distillation= needs teacher=, the dense model to learn from")
+    if given["patience"] is not None and given["evaluate"] is None:
+        raise ValueError("patience= needs evaluate=, the metric that is to improve")
+    if model is not None and not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ModelError("finetune has nothing to train: every parameter has requires_grad=False")
+    return recipe

@@ -13,7 +13,17 @@ from rankopt import measure, surgery
 from rankopt.errors import MissingDependency
 from rankopt.training.recipe import Recipe
 
-__all__ = ["accelerated"]
+__all__ = ["accelerated", "require_accelerate"]
+
+
+def require_accelerate() -> None:
+    """Raise `MissingDependency` where accelerate is not installed."""
+    try:
+        import accelerate  # noqa: F401
+    except ImportError as error:
+        raise MissingDependency(
+            "finetune needs accelerate; pip install 'rankopt[train]'"
+        ) from error
 
 
 @contextmanager
@@ -22,14 +32,11 @@ def accelerated(model: nn.Module, recipe: Recipe) -> Iterator[Any]:
 
     Its process-wide state is removed again, so that the next run may choose otherwise.
     """
-    try:
-        from accelerate import Accelerator
-        from accelerate.state import AcceleratorState, GradientState, PartialState
-        from accelerate.utils import DataLoaderConfiguration
-    except ImportError as error:
-        raise MissingDependency(
-            "finetune needs accelerate; pip install 'rankopt[train]'"
-        ) from error
+    require_accelerate()
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState, GradientState, PartialState
+    from accelerate.utils import DataLoaderConfiguration
+
     fresh = not PartialState._shared_state
     launched = torch.distributed.is_torchelastic_launched() or torch.distributed.is_initialized()
     device = surgery.device_of(model)

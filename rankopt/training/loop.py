@@ -19,13 +19,13 @@ from torch import Tensor, nn
 
 from rankopt import measure, surgery
 from rankopt._progress import progress_bar
-from rankopt.errors import CalibrationError, RankoptWarning, TrainingError
-from rankopt.inputs import tensors_in
+from rankopt._spelled import spelled
+from rankopt.errors import RankoptWarning, TrainingError
 from rankopt.training import batches as data
 from rankopt.training import state as files
-from rankopt.training.augmentation import augmentation
 from rankopt.training.distillation import Distillation, Distiller
 from rankopt.training.freezing import Freezer
+from rankopt.training.objective import Objective
 from rankopt.training.recipe import Recipe, check_integer
 from rankopt.training.schedules import NoFreezing
 
@@ -59,8 +59,7 @@ class Loop:
     ) -> None:
         self.recipe, self.accelerator = recipe, accelerator
         self.given, self.plain = model, surgery.unwrap(model)
-        self.loss, self.evaluate = loss, evaluate
-        self.augment = augmentation(augment)
+        self.evaluate = evaluate
         self.progress = progress if accelerator.is_main_process else False
         self.folder: Path | None = None if folder is None else files.make_folder(folder)
         self.plain.to(accelerator.device)
@@ -82,7 +81,10 @@ class Loop:
         self.distiller = None
         if teacher is not None:
             self.distiller = Distiller(self.plain, teacher, distillation)
-        self.labelled = distillation is None or distillation.labels > 0
+        self.objective = Objective(
+            self.plain, accelerator, loss, augment, self.distiller,
+            labelled=distillation is None or distillation.labels > 0,
+        )  # fmt: skip
         self.average = self._averaged() if recipe.ema is not None else None
         self.wrapped: nn.Module | None = None
         self.history: list[dict[str, Any]] = []
@@ -118,9 +120,9 @@ class Loop:
             "trainable parameters": self.trainable,
             "schedule": recipe.schedule,
             "warmup": recipe.warmup,
-            "freezing": repr(self.schedule),
+            "freezing": spelled(self.schedule),
             "freezing_steps": recipe.freezing_steps,
-            "distillation": None if self.distiller is None else repr(self.distiller.settings),
+            **self.objective.identity(),
             "accumulate": recipe.accumulate,
             "ema": recipe.ema,
             "precision": recipe.precision,
@@ -257,7 +259,7 @@ class Loop:
             last = index == len(group) - 1
             silent = accelerator.num_processes > 1 and not last
             with self.wrapped.no_sync() if silent else nullcontext():  # type: ignore[union-attr,operator]
-                loss, parts = self._loss(batch, generator, totals)
+                loss, parts = self.objective.of(self.wrapped, batch, self.step, generator, totals)
                 accelerator.backward(loss / len(group))
             finite = finite * loss.detach().isfinite()
             for name, value in parts.items():
@@ -279,50 +281,6 @@ class Loop:
         self.step += 1
         if self.average is not None:
             self.average.update_parameters(self.plain)
-
-    def _loss(
-        self, batch: Any, generator: torch.Generator, totals: Tensor
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        assert self.wrapped is not None
-        device, step = self.accelerator.device, self.step
-        inputs, labels = data.split(self.plain, batch, labelled=self.labelled, step=step)
-        inputs = self.augment(measure.to_device(inputs, device), generator)
-        with self.accelerator.autocast():
-            if self.distiller is not None:
-                self._teach(self.distiller, inputs)
-            output = data.call(self.wrapped, inputs, step)
-            task: Any = None
-            parts: dict[str, Tensor] = {}
-            if labels is not None:
-                task = self._task(output, labels, device)
-            if self.distiller is not None:
-                task, parts = self.distiller.loss(output, task)
-        assert task is not None
-        if not (isinstance(task, Tensor) and task.dim() == 0 and task.requires_grad):
-            raise TrainingError(f"step {step}: the loss is {task!r}, not a scalar with a gradient")
-        size = next((len(t) for t in tensors_in(inputs) if t.dim()), 1)
-        totals[0] += task.detach() * size
-        totals[3] += size
-        if (counted := data.right(output, measure.to_device(labels, device))) is not None:
-            totals[1] += counted[0]
-            totals[2] += counted[1]
-        return task, parts
-
-    def _teach(self, distiller: Distiller, inputs: Any) -> None:
-        try:
-            distiller.teach(inputs)
-        except CalibrationError as error:
-            shapes = ", ".join(f"{list(t.shape)} {t.dtype}" for t in tensors_in(inputs))
-            raise TrainingError(
-                f"step {self.step}: the teacher fails on a batch of {shapes}: {error.__cause__}"
-            ) from error
-
-    def _task(self, output: Any, labels: Any, device: torch.device) -> Any:
-        if self.loss is not None:
-            return self.loss(output, measure.to_device(labels, device))
-        if not (isinstance(output, dict) and output.get("loss") is not None):
-            data.check_labels(labels, output, self.step)
-        return data.task_loss(output, measure.to_device(labels, device))
 
     def _in_order(self, epoch: int) -> Iterator[Any]:
         """An epoch's batches of this process.

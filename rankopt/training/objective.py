@@ -1,0 +1,116 @@
+"""The loss of one batch: the task's, the teacher's, and what is counted beside them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rankopt import measure
+from rankopt._spelled import spelled
+from rankopt.errors import CalibrationError, TrainingError
+from rankopt.inputs import tensors_in
+from rankopt.training import batches as data
+from rankopt.training.augmentation import augmentation
+from rankopt.training.distillation import Distiller
+
+__all__ = ["Objective"]
+
+
+class Objective:
+    """What `rankopt.finetune` minimises; see there for `loss` and `augment`.
+
+    Args:
+        model: Not wrapped; its signature tells labels from inputs.
+        accelerator: Hugging Face's.
+        loss: Of (output, labels); None for the model's own or cross-entropy.
+        augment: Changes inputs before teacher and model see them.
+        distiller: The teacher's terms; None without a teacher.
+        labelled: Whether labels are used.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        accelerator: Any,
+        loss: Callable[[Any, Any], Any] | None,
+        augment: Any,
+        distiller: Distiller | None,
+        *,
+        labelled: bool,
+    ) -> None:
+        self._model, self._accelerator, self._loss = model, accelerator, loss
+        self._given, self._augment = augment, augmentation(augment)
+        self._distiller, self._labelled = distiller, labelled
+
+    def identity(self) -> dict[str, str | None]:
+        """What has to be the same for a run to be gone on with."""
+        distiller, given = self._distiller, self._given
+        return {
+            "loss": None if self._loss is None else spelled(self._loss),
+            "augment": given if isinstance(given, str) else spelled(given),
+            "distillation": None if distiller is None else repr(distiller.settings),
+        }
+
+    def of(
+        self,
+        wrapped: nn.Module | None,
+        batch: Any,
+        step: int,
+        generator: torch.Generator,
+        totals: Tensor,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of one batch with a gradient to `wrapped`, and its terms by name.
+
+        Args:
+            wrapped: The model, in what exchanges gradients between processes.
+            batch: As the loader yields it.
+            step: For messages.
+            generator: Draws the augmentation.
+            totals: Loss, right, labels and samples so far; added to.
+
+        Raises:
+            TrainingError: The batch or what the loss makes of it cannot be used.
+        """
+        assert wrapped is not None
+        device = self._accelerator.device
+        inputs, labels = data.split(self._model, batch, labelled=self._labelled, step=step)
+        inputs = self._augment(measure.to_device(inputs, device), generator)
+        task: Any = None
+        parts: dict[str, Tensor] = {}
+        with self._accelerator.autocast():
+            if self._distiller is not None:
+                _teach(self._distiller, inputs, step)
+            output = data.call(wrapped, inputs, step)
+            if labels is not None:
+                task = self._task(output, labels, device, step)
+            if self._distiller is not None:
+                task, parts = self._distiller.loss(output, task)
+        if not (isinstance(task, Tensor) and task.dim() == 0 and task.requires_grad):
+            raise TrainingError(f"step {step}: the loss is {task!r}, not a scalar with a gradient")
+        size = next((len(t) for t in tensors_in(inputs) if t.dim()), 1)
+        totals[0] += task.detach() * size
+        totals[3] += size
+        if (counted := data.right(output, measure.to_device(labels, device))) is not None:
+            totals[1] += counted[0]
+            totals[2] += counted[1]
+        return task, parts
+
+    def _task(self, output: Any, labels: Any, device: torch.device, step: int) -> Any:
+        if self._loss is not None:
+            return self._loss(output, measure.to_device(labels, device))
+        if not (isinstance(output, dict) and output.get("loss") is not None):
+            data.check_labels(labels, output, step)
+        return data.task_loss(output, measure.to_device(labels, device))
+
+
+def _teach(distiller: Distiller, inputs: Any, step: int) -> None:
+    try:
+        distiller.teach(inputs)
+    except CalibrationError as error:
+        shapes = ", ".join(f"{list(t.shape)} {t.dtype}" for t in tensors_in(inputs))
+        raise TrainingError(
+            f"step {step}: the teacher fails on a batch of {shapes}: {error.__cause__}"
+        ) from error

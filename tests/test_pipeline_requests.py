@@ -1,0 +1,187 @@
+"""What `compress` refuses at once, goes on with, and hands to the model."""
+
+from __future__ import annotations
+
+import copy
+import sys
+from dataclasses import dataclass
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+
+import rankopt
+from rankopt import _stages
+from rankopt._spelled import spelled
+from rankopt.errors import (
+    CheckpointError,
+    EvaluationError,
+    MissingDependency,
+    ModelError,
+)
+from rankopt.training.distillation import Distillation
+
+pytest.importorskip("accelerate")
+
+BUDGET = "params<=60%"
+
+
+def dense():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 4))
+
+
+def data(count=32):
+    generator = torch.Generator().manual_seed(0)
+    return [(torch.randn(count, 16, generator=generator), torch.arange(count) % 4)]
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        ({"finetune": {"precision": "bf32"}}, ValueError, "precision='bf32'"),
+        ({"finetune": {"patience": 1}}, ValueError, "patience= needs evaluate="),
+        ({"finetune": {"augment": "flip"}}, ValueError, "augment='flip'"),
+        ({"train": iter(data())}, ModelError, "can be read only once"),
+        ({"model": dense().requires_grad_(False)}, ModelError, "finetune has nothing to train"),
+        ({"recover": {"seconds": -3}}, ValueError, "seconds=-3"),
+        ({"recover": {"precision": "fp16"}}, ValueError, "precision='fp16'"),
+        ({"search": {"budget": "params<=10%"}}, TypeError, "search=.*multiple values.*budget"),
+        ({"evaluate": lambda model: {"accuracy": 1}}, EvaluationError, "evaluate returned a dict"),
+    ],
+)
+def test_bad_requests_stop_it_before_the_search(monkeypatch, settings, error, message):
+    monkeypatch.setattr(_stages._search, "search", None)
+    settings = {"model": dense(), "train": data(), **settings}
+    with pytest.raises(error, match=message):
+        rankopt.compress(settings.pop("model"), BUDGET, **settings)
+
+
+def test_without_accelerate_there_is_no_search(monkeypatch):
+    monkeypatch.setattr(_stages._search, "search", None)
+    monkeypatch.setitem(sys.modules, "accelerate", None)
+    with pytest.raises(MissingDependency, match="finetune needs accelerate"):
+        rankopt.compress(dense(), BUDGET, train=data())
+
+
+def test_recover_has_the_teacher_it_is_given():
+    done = rankopt.compress(
+        dense(), BUDGET, calibration=[x for x, _ in data()],
+        recover={"teacher": dense(), "seconds": 0.2},
+    )  # fmt: skip
+    assert "recovered" in done.stages[2].note
+
+
+@pytest.mark.parametrize(
+    ("model", "count", "reason"),
+    [
+        (dense(), 8, "at least 16 calibration samples, got 8"),
+        (dense().requires_grad_(False), 32, "nothing to train"),
+    ],
+)
+def test_a_repair_nobody_asked_for_is_left_out_with_a_reason(model, count, reason):
+    arguments = {"calibration": [x for x, _ in data(count)]}
+    done = rankopt.compress(model, BUDGET, **arguments)
+    assert done.stages[2].name == "recover"
+    assert done.stages[2].note.startswith("left out: ")
+    assert reason in done.stages[2].note
+    with pytest.raises(ValueError, match=reason):
+        rankopt.compress(model, BUDGET, recover={"seconds": 1}, **arguments)
+
+
+@pytest.mark.parametrize("labelled", [True, False])
+def test_labels_of_training_data_are_no_inputs(labelled):
+    given = []
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(16, 16)
+
+        def forward(self, x, features=None):
+            given.append(features is not None)
+            return self.fc(x)
+
+    tune = {"distillation": Distillation(labels=0, logits=1), "epochs": 1}
+    rankopt.compress(
+        Net(), BUDGET, train=[(torch.randn(32, 16), torch.randn(32, 1))], recover=False,
+        finetune=False if labelled else tune,
+    )  # fmt: skip
+    assert set(given) == {not labelled}
+
+
+class Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.mix = nn.MultiheadAttention(32, 4, batch_first=True)
+        self.fc = nn.Linear(32, 32)
+
+    def forward(self, x):
+        return self.fc(self.mix(x, x, x, need_weights=False)[0])
+
+
+def test_what_later_rounds_cannot_fold_is_refused_before_the_first_trains():
+    def train(small, teacher, folder):
+        raise AssertionError("trained in vain")
+
+    x = torch.randn(2, 5, 32)
+    arguments = {"example_inputs": x, "rounds": 2}
+    with pytest.raises(ModelError, match=r"mix.*cannot be folded.*ignore="):
+        rankopt.compress(Attention(), "params<=50%", finetune=train, **arguments)
+    done = rankopt.compress(Attention(), "params<=90%", search={"ignore": "mix*"}, **arguments)
+    assert done.comparison.params.ratio <= 0.9
+
+
+def test_a_result_that_lost_its_plan():
+    def apply(model, plan):
+        made = rankopt.apply(model, plan)
+        del made.__dict__["rankopt_plan"]
+        return made
+
+    assert rankopt.compress(dense(), BUDGET, apply=apply).comparison.params.ratio <= 0.6
+
+
+# Going on in a folder
+
+
+def test_a_stage_that_would_come_before_one_done_is_refused(tmp_path):
+    arguments = {"train": data(), "finetune": {"epochs": 1}, "folder": tmp_path}
+    rankopt.compress(dense(), BUDGET, recover=False, **arguments)
+    with pytest.raises(CheckpointError, match="made with settings"):
+        rankopt.compress(dense(), BUDGET, recover={"seconds": 0.1}, **arguments)
+
+
+def test_a_stage_that_comes_last_may_be_added(tmp_path):
+    arguments = {"calibration": [x for x, _ in data()], "recover": False, "folder": tmp_path}
+    rankopt.compress(dense(), BUDGET, **arguments)
+    done = rankopt.compress(dense(), BUDGET, train=data(), finetune={"epochs": 1}, **arguments)
+    assert [stage.name for stage in done.stages][-2:] == ["finetune", "verify"]
+    rounds = {**arguments, "folder": tmp_path / "rounds", "rounds": 2}
+    rankopt.compress(dense(), BUDGET, **rounds)
+    with pytest.raises(CheckpointError, match="made with settings"):  # of round 1 too
+        rankopt.compress(dense(), BUDGET, train=data(), finetune={"epochs": 1}, **rounds)
+
+
+def test_other_example_inputs_are_refused(tmp_path):
+    rankopt.compress(dense(), BUDGET, example_inputs=torch.zeros(1, 16), folder=tmp_path)
+    with pytest.raises(CheckpointError, match="made with example_inputs"):
+        rankopt.compress(dense(), BUDGET, example_inputs=torch.zeros(2, 16), folder=tmp_path)
+
+
+def scale(x, by):
+    return x * by
+
+
+@dataclass
+class Own:
+    rule: object
+
+
+def test_settings_are_spelled_alike_in_every_process():
+    assert spelled(partial(scale, by=2)) == "partial(scale, by=2)"
+    assert spelled(partial(scale, by=2)) != spelled(partial(scale, by=3))
+    assert spelled(Own(scale)) == "Own(rule=<function scale>)"
+    assert spelled({"x": torch.zeros(1, 3)}) == "{'x': torch.float32[1, 3]}"
+    smooth = nn.CrossEntropyLoss(label_smoothing=0.1)
+    assert spelled(smooth) == spelled(copy.deepcopy(smooth)) != spelled(nn.CrossEntropyLoss())
