@@ -27,10 +27,10 @@ from benchmarks.calibrated import percent
 from benchmarks.cifar import correct, images
 from benchmarks.foundation import make
 from rankopt import _recover, surgery
-from rankopt._apply import fill_skeleton
 from rankopt._provenance import remember_plan
 from rankopt._report.tables import table, to_text
 from rankopt._settle import settle_norms
+from rankopt._skeletons import fill_skeleton
 from rankopt.bottlenecks import find_bottlenecks
 from rankopt.latency import time_interleaved
 from rankopt.merging import resize

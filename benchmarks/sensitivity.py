@@ -22,9 +22,9 @@ from torch import Tensor, nn
 import rankopt
 from benchmarks import cifar, unseen
 from rankopt import allocation, measure, surgery
-from rankopt._apply import build_with_moments
 from rankopt._open import Opened, open_problem
 from rankopt._report.tables import table, to_text
+from rankopt._skeletons import build_with_moments
 from rankopt.inputs import main_output, run
 from rankopt.strategy import Option, decide
 from rankopt_strategies import Knapsack

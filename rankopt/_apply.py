@@ -3,44 +3,41 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Final
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from rankopt import measure, merge_fit, merge_linear, merging, surgery
 from rankopt._asymmetric import fitted_in_order
-from rankopt._chains import Fill, Step, build_chains, factoriser, steps_of
+from rankopt._chains import Step, build_chains, factoriser, steps_of
 from rankopt._memory import give_back
+from rankopt._moments_for import moments_for
 from rankopt._provenance import remember_plan
 from rankopt._settle import settle_norms
-from rankopt.calibration import collect
 from rankopt.errors import NotYetSupported, PlanError, RankoptWarning
 from rankopt.fisher import output_roots
-from rankopt.inputs import MAX_SAMPLES, digest, hold, run
+from rankopt.inputs import MAX_SAMPLES, hold, run
 from rankopt.layers import (
-    Layer,
     check_materialised,
     find_layers,
 )
 from rankopt.merging import Merge
-from rankopt.moments import Moments, pool
-from rankopt.plan import MERGE, Decision, RankPlan
+from rankopt.moments import Moments
+from rankopt.plan import RankPlan
 from rankopt.unpack import unpack
 
 __all__ = [
     "apply",
     "apply_",
-    "build_empty",
-    "build_random",
-    "fill_skeleton",
+    "check_structure",
+    "placed",
     "settle_norms",
+    "swap",
+    "unpack_for",
     "unpacked_clone",
 ]
-
-# Of factors that only stand in for real ones while a model is timed.
-RANDOM_SCALE: Final = 0.05
 
 
 @measure.outside_inference_mode
@@ -85,7 +82,7 @@ def apply(
     source = surgery.unwrap(model)
     held = _held(source, calibration, calibration_samples)
     view, chains, merges = _computed_chains(source, plan, held, progress)
-    result = _placed(view, chains, merges)
+    result = placed(view, chains, merges)
     surgery.copy_parameters(result, source.parameters())
     if held is not None:
         settle_norms(result, source, held)
@@ -117,14 +114,14 @@ def apply_(
     held = _held(source, calibration, calibration_samples)
     view, chains, merges = _computed_chains(source, plan, held, progress)
     trial = surgery.clone(view, share=[*view.parameters(), *view.buffers()])
-    rewritten = _placed(trial, {}, merges) is not trial
+    rewritten = placed(trial, {}, merges) is not trial
     if "" in chains or rewritten or (chains and type(view) is not type(source)):
         raise PlanError(
             f"the plan replaces the root module {type(source).__name__} itself; "
             "use rankopt.apply, which returns a new model"
         )
     teacher = surgery.clone(source, share=source.parameters())
-    _placed(_unpack_for(source, plan), chains, merges)
+    placed(unpack_for(source, plan), chains, merges)
     if held is not None:
         settle_norms(source, teacher, held)
     remember_plan(source, plan)
@@ -157,7 +154,7 @@ def _computed_chains(
         with torch.no_grad(), measure.preserve_rng(), measure.evaluation(watched):
             run(watched, held[0])
         surgery.share_unchanged(watched, view)
-        moments = _moments_for(watched, plan, held, progress)
+        moments = moments_for(watched, plan, held, progress)
     ordered = [step for step in steps if step.decision.factors.asymmetric]
     others = [step for step in steps if step not in ordered]
     if not ordered and not merges:
@@ -165,7 +162,7 @@ def _computed_chains(
     chains = build_chains(view, others, factoriser(moments), progress)
     if ordered:
         assert held is not None
-        student = _swap(surgery.clone(watched, share=watched.parameters()), chains)
+        student = swap(surgery.clone(watched, share=watched.parameters()), chains)
         with torch.no_grad():
             weighing = [step.layers for step in ordered if step.decision.factors.fisher]
             roots = dict(output_roots(watched, weighing, held, progress=progress))
@@ -173,70 +170,6 @@ def _computed_chains(
     with torch.no_grad():
         chains.update(merge_fit.fit(watched, merges, held, progress=progress))
     return view, chains, merges
-
-
-def fill_skeleton(view: nn.Module, plan: RankPlan) -> nn.Module:
-    """Turn an unpacked clone into the model `apply` would build, with zeros as factors.
-
-    Sizes and MACs are those of the real result, which is what a search must check.
-    """
-    zeros = torch.zeros(0)
-
-    def shared_zeros(shape: torch.Size) -> Tensor:
-        """Views of one block, which several threads may ask for at a time."""
-        nonlocal zeros
-        block = zeros
-        if block.numel() < shape.numel():
-            block = zeros = torch.zeros(shape.numel())
-        return block[: shape.numel()].view(shape)
-
-    return _emptied(view, plan, _made_by(shared_zeros))
-
-
-def build_random(model: nn.Module, plan: RankPlan) -> nn.Module:
-    """The model `apply` would build, with small random factors: its time, not its answers."""
-
-    def noise(shape: torch.Size) -> Tensor:
-        return RANDOM_SCALE * torch.randn(shape)
-
-    view = _unpack_for(surgery.clone(surgery.unwrap(model)), plan)
-    return _emptied(view, plan, _made_by(noise))
-
-
-def _made_by(make: Callable[[torch.Size], Tensor]) -> Fill:
-    """Factors that know nothing but their shape."""
-
-    def fill(step: Step, chain: nn.Sequential, weight: Tensor) -> dict[str, Tensor]:
-        return {
-            name: make(parameter.shape)
-            for name, parameter in chain.named_parameters()
-            if name.endswith("weight")
-        }
-
-    return fill
-
-
-def _emptied(view: nn.Module, plan: RankPlan, fill: Fill) -> nn.Module:
-    """`view` with every change of the plan in place, merges without values of their own."""
-    modules, merges = dict(surgery.named_modules(view)), merging.planned(view, plan)
-    made = build_chains(view, steps_of(view, plan), fill, False)
-    for merge in merges:
-        made |= merging.build(modules, merge)
-    return _placed(view, made, merges)
-
-
-def build_empty(model: nn.Module, plan: RankPlan) -> nn.Module:
-    """The structure `apply` would build, every parameter on the meta device."""
-    source = surgery.unwrap(model)
-
-    def empty(parameter: Tensor) -> Tensor:
-        return nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
-
-    view = _unpack_for(surgery.clone(source, substitute=empty), plan)
-    _check_structure(source, plan)
-    result = _emptied(view, plan, lambda step, chain, weight: {})
-    remember_plan(result, plan)
-    return result
 
 
 def unpacked_clone(model: nn.Module, split: Iterable[str] = (), *, runs: bool = False) -> nn.Module:
@@ -268,107 +201,25 @@ def _check_sources(plan: RankPlan, calibration: Any, factors: Any) -> None:
             )
 
 
-def _moments_for(
-    view: nn.Module, plan: RankPlan, held: list[Any], progress: bool | None
-) -> dict[str, Moments]:
-    """Moments of the layers whose factors are data-aware."""
-    aware = [d for d in plan.changes if d.factors.kind != "weights"]
-    if not aware:
-        return {}
-    found = digest(held)
-    if any(decision.factors.digest != found for decision in aware):
-        warnings.warn(
-            "the calibration inputs are not those the plan was made with: ranks are applied, the "
-            "errors it states do not hold",
-            RankoptWarning,
-            stacklevel=4,
-        )
-    layers = {name: layer for layer in find_layers(view) for name in layer.names}
-    aware = [d for d in aware if d.method != MERGE and not d.factors.asymmetric]
-    groups = [[layers[name] for name in d.targets if name in layers] for d in aware]
-    weighing = [group for d, group in zip(aware, groups, strict=True) if d.factors.fisher]
-    moments = collect_for(view, groups, held, progress=progress)
-    return weigh(view, moments, weighing, held, progress=progress)
-
-
-def collect_for(
-    view: nn.Module, groups: Sequence[Sequence[Layer]], held: Any, *, progress: bool | None = None
-) -> dict[str, Moments]:
-    """Moments for sites, under the name of each site's first layer, pooled over the site."""
-    layers = [layer for group in groups for layer in group]
-    found = collect(view, layers, held, max_samples=None, progress=progress)
-    pooled = {}
-    for group in groups:
-        parts = [found[layer.name] for layer in group if layer.name in found]
-        if parts:
-            pooled[group[0].name] = pool(parts)
-    return pooled
-
-
-def weigh(
-    view: nn.Module,
-    moments: Mapping[str, Moments],
-    groups: Sequence[Sequence[Layer]],
-    held: Sequence[Any],
-    *,
-    progress: bool | None = None,
-    check: Callable[[], None] = lambda: None,
-) -> dict[str, Moments]:
-    """The moments of all sites, those of `groups` with their outputs weighed."""
-    found = dict(moments)
-    for name, root in output_roots(view, groups, held, progress=progress, check=check):
-        if name in found:
-            found[name] = found[name].weighing(root)
-    return found
-
-
-def build_with_moments(
-    view: nn.Module, decisions: Iterable[Decision], moments: Mapping[str, Moments]
-) -> nn.Module:
-    """A clone of an unpacked model with some decisions carried out, sharing the rest."""
-    return _built(view, decisions, factoriser(moments))
-
-
-def build_with_factors(
-    view: nn.Module,
-    decisions: Iterable[Decision],
-    factors: Mapping[str, Mapping[str, Tensor] | None],
-) -> nn.Module:
-    """The same with given factors, by the name of a site's first layer; None for any."""
-    plain = factoriser({})
-
-    def fill(step: Step, chain: nn.Sequential, weight: Tensor) -> dict[str, Tensor]:
-        given = factors.get(step.layers[0].name)
-        return plain(step, chain, weight) if given is None else dict(given)
-
-    return _built(view, decisions, fill)
-
-
-def _built(view: nn.Module, decisions: Iterable[Decision], fill: Fill) -> nn.Module:
-    copy = surgery.clone(view, share=[*view.parameters(), *view.buffers()])
-    plan = RankPlan(model={}, decisions=tuple(decisions))
-    return _swap(copy, build_chains(copy, steps_of(copy, plan), fill, False))
-
-
 def _split(plan: RankPlan) -> set[str]:
     """Attention modules whose packed projection the plan treats as three."""
     parts = (name.rpartition(".") for name in plan.layer_names)
     return {parent for parent, _, leaf in parts if leaf in ("q_proj", "k_proj", "v_proj")}
 
 
-def _unpack_for(model: nn.Module, plan: RankPlan) -> nn.Module:
+def unpack_for(model: nn.Module, plan: RankPlan) -> nn.Module:
     targets = [name for decision in plan.changes for name in decision.targets]
     return unpack(model, only=targets, split=_split(plan)) if targets else model
 
 
 def _unpacked_view(source: nn.Module, plan: RankPlan) -> nn.Module:
-    return _unpack_for(surgery.clone(source, share=source.parameters()), plan)
+    return unpack_for(surgery.clone(source, share=source.parameters()), plan)
 
 
 def _checked_steps(view: nn.Module, source: nn.Module, plan: RankPlan) -> list[Step]:
     """The steps of a plan that was made for `source`, or `PlanError`."""
     check_materialised(source)
-    _check_structure(source, plan)
+    check_structure(source, plan)
     steps = steps_of(view, plan)
     expected = plan.model.get("weights")
     if expected is not None and expected != measure.weights_digest(source):
@@ -381,7 +232,7 @@ def _checked_steps(view: nn.Module, source: nn.Module, plan: RankPlan) -> list[S
     return steps
 
 
-def _check_structure(source: nn.Module, plan: RankPlan) -> None:
+def check_structure(source: nn.Module, plan: RankPlan) -> None:
     expected = plan.model.get("structure")
     if expected is None or expected == measure.structure_digest(source):
         return
@@ -405,12 +256,12 @@ def _check_structure(source: nn.Module, plan: RankPlan) -> None:
     )
 
 
-def _swap(root: nn.Module, chains: dict[str, nn.Module]) -> nn.Module:
+def swap(root: nn.Module, chains: dict[str, nn.Module]) -> nn.Module:
     modules = dict(surgery.named_modules(root))
     return surgery.replace(root, {modules[name]: chain for name, chain in chains.items()})
 
 
-def _placed(root: nn.Module, chains: dict[str, nn.Module], merges: Sequence[Merge]) -> nn.Module:
+def placed(root: nn.Module, chains: dict[str, nn.Module], merges: Sequence[Merge]) -> nn.Module:
     """`root` with the modules in their places, and without the activations that merges drop."""
     dropping = [merge.bottleneck for merge in merges if merge.between == "drop"]
-    return merge_linear.drop_activations(_swap(root, chains), dropping)
+    return merge_linear.drop_activations(swap(root, chains), dropping)

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rankopt import surgery
-from rankopt._apply import build_empty
 from rankopt._provenance import plan_of
+from rankopt._skeletons import build_empty
 from rankopt.errors import ModelError
 from rankopt.layers import canonical_weight
 from rankopt.plan import RankPlan

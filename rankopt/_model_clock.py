@@ -11,7 +11,7 @@ from typing import Any, Final
 from torch import nn
 
 from rankopt import measure, surgery
-from rankopt._apply import build_random
+from rankopt._skeletons import build_random
 from rankopt.budget import Budget
 from rankopt.errors import ModelError
 from rankopt.latency import Interval, Measured, Timings

@@ -10,8 +10,9 @@ from typing import Any, Final
 from torch import nn
 
 from rankopt import measure, surgery
-from rankopt._apply import build_with_moments, collect_for, weigh
 from rankopt._describe import describe, problem_of, selected
+from rankopt._moments_for import collect_for, weigh
+from rankopt._skeletons import build_with_moments
 from rankopt._trial import TrialModel
 from rankopt._verify import environment, verify
 from rankopt.budget import Budget

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from rankopt import measure, surgery
-from rankopt._apply import fill_skeleton
 from rankopt._conditions import tf32
+from rankopt._skeletons import fill_skeleton
 from rankopt._version import __version__
 from rankopt.errors import ModelError, RankoptError
 from rankopt.inputs import shortened, tensors_in

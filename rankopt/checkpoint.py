@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from rankopt import surgery
-from rankopt._apply import build_empty
 from rankopt._files import atomic_path, check_writable, write_text
 from rankopt._provenance import change_since_built, plan_of
+from rankopt._skeletons import build_empty
 from rankopt.errors import CheckpointError, PlanError, RankoptError
 from rankopt.plan import RankPlan
 

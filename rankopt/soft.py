@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from rankopt import measure, surgery
-from rankopt._apply import build_with_factors
 from rankopt._latency_budget import solve
 from rankopt._model_clock import ModelClock, bounds_latency, price_time
 from rankopt._open import Opened, check_request, open_problem
 from rankopt._provenance import remember_plan
+from rankopt._skeletons import build_with_factors
 from rankopt._soft_weights import SoftSite
 from rankopt.budget import Budget
 from rankopt.decompositions.base import Decomposition, made_by
