@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from rankopt._model_clock import adopt_times, bounds_latency
+from rankopt._study.choices import make_space
 from rankopt._study.devices import opening_lock
 from rankopt._study.reading import DEFAULT_NAME, quiet
 from rankopt._study.records import (
@@ -18,7 +19,6 @@ from rankopt._study.records import (
     template,
 )
 from rankopt._study.samplers import DEFAULT_SAMPLER, make_sampler
-from rankopt._study.space import make_space
 from rankopt._study.storage import HEARTBEAT_SECONDS, open_storage, shown, storage_errors
 from rankopt._study.study import Study
 from rankopt._study.trial import Runner

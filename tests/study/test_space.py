@@ -7,8 +7,9 @@ from study_common import open_study
 
 import rankopt
 from rankopt._open import open_problem
+from rankopt._study.choices import make_space
 from rankopt._study.records import key_of, options_in, options_of, rows_of
-from rankopt._study.space import SPACES, make_space, stages
+from rankopt._study.space import SPACES, stages
 from rankopt.allocation import GOOD_GAP, damage
 from rankopt.budget import Budget
 from rankopt.errors import StudyError
