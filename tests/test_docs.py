@@ -65,7 +65,11 @@ def test_docstring_examples(name):
     assert not failures
 
 
-SLOW_EXAMPLES = {"digits_in_one_call.py"}  # they train a network
+SLOW_EXAMPLES = {
+    "digits_in_one_call.py",
+    "soft_ranks.py",
+    "vision_transformer.py",
+}  # they train a network
 
 
 def example(path):
