@@ -69,6 +69,18 @@ def test_reads_well_in_a_diff():
     assert max(map(len, lines)) < 130
 
 
+def test_prints_as_a_table():
+    assert repr(FULL) == (
+        "<RankPlan of Net, energy, macs at most 50% of the original model: 3 of 4 sites decomposed>"
+    )
+    text = str(FULL)
+    assert "layer1.0.conv1" in text
+    assert "64x64x3x3" in text
+    assert "32 x 32" in text
+    assert "49.00%" in text
+    assert len(FULL) == len(list(FULL)) == 4
+
+
 def test_lookup():
     assert FULL["layer1.0.conv2"] is MERGE
     assert FULL.changes == (MERGE, PACKED, BRANCHED)
