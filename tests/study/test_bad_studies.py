@@ -22,6 +22,7 @@ from rankopt.errors import (
     LayerError,
     MissingDependency,
     ModelError,
+    RankoptWarning,
     StudyError,
 )
 from rankopt.testing import planted_inputs, planted_model
@@ -44,6 +45,7 @@ def test_failed_trials_are_recorded_and_the_study_goes_on():
     assert status["errors"] == ["evaluate raised RuntimeError: the GPU is on fire"]
     assert status["counted"] == 9
     assert study.front
+    assert str(study).startswith("<Study 'rankopt', in memory: 9 trials, front ")
 
 
 @pytest.mark.parametrize(
@@ -54,9 +56,12 @@ def test_failed_trials_are_recorded_and_the_study_goes_on():
     ],
 )
 def test_nothing_but_failures(evaluate, match):
-    study = open_study(evaluate=evaluate).run(n_trials=3)
+    study = open_study(evaluate=evaluate)
+    with pytest.warns(RankoptWarning, match="3 of 3 trials failed, the last with: evaluate "):
+        study.run(n_trials=3)
     with pytest.raises(StudyError, match=match):
         _ = study.front
+    assert "3 trials, no result yet" in repr(study)
 
 
 def test_a_changed_model_does_not_spoil_the_next_trial():
@@ -283,7 +288,8 @@ def test_the_dense_model_is_evaluated_again_after_a_failure(tmp_path):
     def broken(model):
         raise RuntimeError("no data today")
 
-    open_study(tmp_path / "s.db", evaluate=broken).run(n_trials=2)
+    with pytest.warns(RankoptWarning, match="2 of 2 trials failed"):
+        open_study(tmp_path / "s.db", evaluate=broken).run(n_trials=2)
     again = open_study(tmp_path / "s.db").run(n_trials=12)
     assert again.dense_metric == pytest.approx(1)
     assert again.best("metric_drop<=0.5, minimize=macs").changes
