@@ -125,6 +125,8 @@ def compare(
         >>> same.macs.ratio
         1.0
     """
+    surgery.check_model(original, "original")
+    surgery.check_model(compressed, "compressed")
     models = [surgery.unwrap(original), surgery.unwrap(compressed)]
     figures: dict[str, Any] = {
         "params": Figure(*(measure.count_params(model) for model in models)),

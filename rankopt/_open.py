@@ -73,7 +73,7 @@ def open_problem(
     calibration_samples: int | None = MAX_SAMPLES,
     evaluate: Any = None,
     batches: Sequence[Any] | None = None,
-    methods: Sequence[str | Decomposition] = Strategy.methods,
+    methods: str | Decomposition | Sequence[str | Decomposition] = Strategy.methods,
     only: Patterns = (),
     ignore: Patterns = (),
     progress: bool | None = None,

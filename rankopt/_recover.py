@@ -131,6 +131,8 @@ def recover(
         raise ValueError(f"seconds={seconds!r}: expected a positive number")
     if precision not in ("no", "bf16"):
         raise ValueError(f"precision={precision!r}: expected 'no' or 'bf16'")
+    surgery.check_model(model)
+    surgery.check_model(teacher, "teacher")
     started = time.perf_counter()
     with measure.preserve_rng():
         samples = _Samples(hold(model, calibration, max_samples=calibration_samples))

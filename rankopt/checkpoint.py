@@ -69,8 +69,9 @@ def save(
     """
     from safetensors.torch import save_file
 
+    surgery.check_model(model, swapped=path)
     target = check_target(path)
-    plan = plan or plan_of(model)
+    plan = plan_of(model) if plan is None else plan
     if plan is None:
         raise CheckpointError(
             f"this {type(model).__name__} was not built by rankopt.apply or rankopt.load; "
@@ -139,6 +140,7 @@ def load(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
             or its tensors do not fit; the message names the first that does not.
         PlanError: The file was made for another architecture.
     """
+    surgery.check_model(model, swapped=path)
     metadata, tensors = _read(Path(path))
     plan = _plan_in(metadata, path)
     result = build_empty(model, plan)

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from rankopt import measure
+from rankopt import measure, surgery
 from rankopt.errors import ModelError
 from rankopt.training.batches import check_iterable
 from rankopt.training.distillation import Distillation
@@ -167,6 +167,9 @@ def finetune(
         final_epochs=final_epochs,
         seed=seed,
     )
+    surgery.check_model(model, swapped=train)
+    if teacher is not None:
+        surgery.check_model(teacher, "teacher")
     check_iterable(train)
     if teacher is None and distillation is not None:
         raise ValueError("distillation= needs teacher=, the dense model to learn from")
