@@ -30,6 +30,19 @@ pytest.importorskip("accelerate")
             [(torch.zeros(4, 5, 12, 12), torch.zeros(4, dtype=torch.long))],
             "step 0: the model fails",
         ),
+        (
+            [{"image": torch.zeros(4, 3, 12, 12), "label": torch.zeros(4, dtype=torch.long)}],
+            r"dict without labels; .*forward takes \(x\), the batch has image, label; map it, "
+            r"such as \[\(b\['image'\], b\['label'\]\) for b in loader\]",
+        ),
+        (
+            [{"input": torch.zeros(4, 3, 12, 12), "labels": torch.zeros(4, dtype=torch.long)}],
+            r"the batch has input, labels; map it, such as \[\(b\['input'\], b\['labels'\]\)",
+        ),
+        (
+            [(torch.zeros(4, 3, 12, 12), torch.zeros(4), torch.zeros(4))],
+            r"forward takes \(x\), the batch has 2 beside the labels; map it, such as \[\(b\[0\]",
+        ),
         ([], "train is empty"),
     ],
 )
