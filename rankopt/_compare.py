@@ -12,6 +12,7 @@ from torch import nn
 from rankopt import measure, surgery
 from rankopt._apply import unpacked_clone
 from rankopt._conditions import conditions
+from rankopt._metric import metric_of
 from rankopt.errors import ModelError
 from rankopt.inputs import tensors_in
 from rankopt.latency import Interval, Mode, runner, time_interleaved
@@ -117,6 +118,7 @@ def compare(
     Raises:
         ModelError: A model fails on the inputs, or training steps of a compiled model
             are to be timed without `compile`.
+        EvaluationError: `evaluate` raised, or gave no finite number.
         ValueError: An unknown mode, or too few rounds.
 
     Example:
@@ -134,7 +136,9 @@ def compare(
     }
     with measure.preserve_rng(), measure.evaluation(original, compressed), torch.no_grad():
         if evaluate is not None:
-            figures["metric"] = Figure(float(evaluate(original)), float(evaluate(compressed)))
+            figures["metric"] = Figure(
+                metric_of(evaluate, original), metric_of(evaluate, compressed)
+            )
         if example_inputs is not None:
             measure.check_inputs(example_inputs)
             device = surgery.device_of(models[0])

@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 import rankopt
-from rankopt.errors import MissingDependency, ModelError, TrainingError
+from rankopt.errors import EvaluationError, MissingDependency, ModelError, TrainingError
 from rankopt.testing import planted_model
 from rankopt.training import Distillation, Schedule
 
@@ -77,6 +77,18 @@ def test_bad_requests():
         parameter.requires_grad_(False)
     with pytest.raises(ModelError, match="nothing to train"):
         rankopt.finetune(small, train)
+
+
+def test_half_precision_is_refused():
+    _, small, x, y = problem(count=64)
+    with pytest.raises(ModelError, match=r"finetune cannot train float16 parameters.*\.float\(\)"):
+        rankopt.finetune(small.half(), in_batches(x.half(), y))
+
+
+def test_a_metric_that_is_no_number():
+    _, small, x, y = problem(count=64)
+    with pytest.raises(EvaluationError, match="evaluate gave a NoneType; expected a number"):
+        rankopt.finetune(small, in_batches(x, y), epochs=1, evaluate=lambda model: None)
 
 
 class _Stream(torch.utils.data.IterableDataset):

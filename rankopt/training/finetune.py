@@ -12,7 +12,7 @@ from torch import nn
 from rankopt import measure, surgery
 from rankopt.errors import ModelError
 from rankopt.training.batches import check_iterable
-from rankopt.training.distillation import Distillation
+from rankopt.training.distillation import Distillation, check_precision
 from rankopt.training.launcher import accelerated
 from rankopt.training.loop import Loop
 from rankopt.training.recipe import MakeOptimizer, Recipe
@@ -136,7 +136,8 @@ def finetune(
 
     Raises:
         ValueError: A setting out of range.
-        ModelError: Nothing to train, no plan to freeze by, or a teacher with other outputs.
+        ModelError: Nothing to train, float16 parameters, no plan to freeze by, or a teacher with other outputs.
+        EvaluationError: `evaluate` gave no number.
         TrainingError: A batch it cannot use, or a loss that is not finite; the model then
             has the weights of the last complete epoch.
         CheckpointError: The folder holds another run, or a damaged checkpoint.
@@ -179,6 +180,7 @@ def finetune(
         distillation = Distillation()
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ModelError("finetune has nothing to train: every parameter has requires_grad=False")
+    check_precision(model, "finetune")
     with accelerated(model, recipe) as accelerator:
         loop = Loop(
             model,
