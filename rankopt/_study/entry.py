@@ -10,7 +10,7 @@ from torch import nn
 
 from rankopt import measure, surgery
 from rankopt._model_clock import ModelClock, bounds_latency, price_time
-from rankopt._open import open_problem
+from rankopt._open import SHELL, open_problem
 from rankopt._study.opening import existing, open_study
 from rankopt._study.reading import DEFAULT_NAME, load_optuna
 from rankopt._study.records import (
@@ -141,7 +141,7 @@ def study(
         raise ModelError(f"evaluate={evaluate!r}: expected a function of a model")
     known: dict[str, Any] | None = None
     where = shown(storage)
-    opened_storage = open_storage(storage, heartbeat=heartbeat)
+    opened_storage = open_storage(storage, heartbeat=heartbeat, create=create)
     if not create:
         inner = load_optuna(opened_storage, name, where=where)
         known = read_request(inner.user_attrs, name)
@@ -157,7 +157,7 @@ def study(
     for axis in ("macs", LATENCY):
         if example_inputs is None and (axis in (*axes, objective) or (timed and axis == LATENCY)):
             raise BudgetError(
-                f"{axis}: need example_inputs, a tensor, a tuple or a dict to call with"
+                f"{axis}: need example_inputs, a tensor, a tuple or a dict to call with{SHELL}"
             )
     with torch.no_grad(), measure.preserve_rng():
         opened = open_problem(

@@ -80,7 +80,8 @@ class Study:
             StudyError: The storage fails, or holds no such study.
         """
         where = shown(storage)
-        return cls(load_optuna(open_storage(storage), name, where=where), where=where, heartbeat=1)
+        opened = open_storage(storage, create=False)
+        return cls(load_optuna(opened, name, where=where), where=where, heartbeat=1)
 
     def close(self) -> None:
         """Give back database connections; also at the end of a ``with`` block."""

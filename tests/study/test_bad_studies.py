@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import optuna
@@ -14,6 +15,7 @@ from torch import nn
 import rankopt
 from rankopt._study.storage import MAX_RETRIES, open_storage
 from rankopt._study.trial import Runner
+from rankopt._study.views import status_view
 from rankopt.errors import (
     BudgetError,
     BudgetInfeasible,
@@ -139,7 +141,7 @@ def test_another_model_or_version_is_refused(tmp_path, monkeypatch):
         ({"example_inputs": None, "budget": "macs<=50%"}, BudgetError, "need example_inputs"),
         ({"budget": "latency<=1%"}, BudgetInfeasible, "smallest reachable is latency"),
         ({"budget": "macs<=1%"}, BudgetInfeasible, "smallest reachable is macs"),
-        ({"create": False}, StudyError, "there is no study 'rankopt'; it has none"),
+        ({"create": False}, StudyError, "no study 'rankopt'; it has none; make one with"),
         (
             {"budget": rankopt.Budget(metric_drop=1, minimize="macs", direction="minimize")},
             BudgetError,
@@ -150,6 +152,21 @@ def test_another_model_or_version_is_refused(tmp_path, monkeypatch):
 def test_bad_requests(more, error, match):
     with pytest.raises(error, match=match):
         open_study(**more)
+
+
+def test_reading_makes_no_file(tmp_path):
+    for path in ("s.db", "s.journal"):
+        for storage in (tmp_path / path, f"{'sqlite' if 'db' in path else 'journal'}:///{path}"):
+            with pytest.raises(StudyError, match=r"there is no study at .*make one with"):
+                open_study(storage, create=False)
+            with pytest.raises(StudyError, match="there is no study at"):
+                rankopt.Study.load(storage)
+    assert not list(tmp_path.iterdir())
+
+
+def test_queued_plans_are_no_trials_yet():
+    text = str(status_view(open_study().status())[2])
+    assert re.fullmatch(r"\d+ plans queued, none run yet", text)
 
 
 def test_bad_runs(tmp_path):
