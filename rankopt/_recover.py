@@ -186,7 +186,7 @@ def recover(
                     nn.utils.clip_grad_norm_(parameters, GRADIENT_NORM)
                     optimiser.step()
                     steps += 1
-                    advance()
+                    advance(f"{spent * limit:.0f} of {limit:.0f} s")
     except BaseException:
         model.load_state_dict(saved)  # Ctrl-C, no memory: never leave it half-trained
         raise

@@ -86,7 +86,8 @@ def search(
         only: Case-sensitive globs on full module names, or functions of a `Layer`
             (its type, kernel, params, …); the rest is kept.
         ignore: The same; what matches is kept.
-        round_to: Ranks are multiples of this (or full); hardware likes 8 or 16.
+        round_to: Ranks are multiples of this (or full); hardware likes 8 or 16. An axis with
+            fewer channels than this takes any rank.
         rounding: Which multiple the rank of a formula becomes; the budget is held
             with the rounded ranks.
         profile: Where layer times are measured and kept, for budgets on latency and

@@ -227,7 +227,7 @@ class RankPlan:
         bounds = "no budget" if self.budget is None else self.budget.explain()
         return (
             f"<RankPlan of {self.model.get('class', 'a model')}, {strategy}, {bounds}: "
-            f"{len(self.changes)} of {len(self)} sites decomposed>"
+            f"{len(self.changes)} of {len(self)} sites changed>"
         )
 
     def __str__(self) -> str:

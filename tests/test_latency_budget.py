@@ -44,6 +44,9 @@ def test_the_measured_model_meets_the_budget(strategy, budget):
     assert plan.changes
     facts = plan.extensions["latency"]
     assert facts["high"] <= plan.budget.latency
+    if strategy == "knapsack":
+        what = "time" if plan.budget.axes == ("latency",) else "cost"
+        assert all(f"of its dense {what}" in decision.reason for decision in plan.changes)
     entry = plan.totals["latency"]
     assert entry["measured"] == pytest.approx(facts["ratio"] * entry["before"], abs=1e-3)
     small = rankopt.apply(planted_model(), plan)

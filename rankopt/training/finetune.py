@@ -136,7 +136,8 @@ def finetune(
 
     Raises:
         ValueError: A setting out of range.
-        ModelError: Nothing to train, float16 parameters, no plan to freeze by, or a teacher with other outputs.
+        ModelError: Nothing to train, float16 parameters, no plan to freeze by, or a teacher
+            with other outputs.
         EvaluationError: `evaluate` gave no number.
         TrainingError: A batch it cannot use, or a loss that is not finite; the model then
             has the weights of the last complete epoch.
