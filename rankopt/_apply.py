@@ -11,7 +11,7 @@ from torch import nn
 
 from rankopt import measure, merge_fit, merge_linear, merging, surgery
 from rankopt._asymmetric import fitted_in_order
-from rankopt._chains import Step, build_chains, factoriser, steps_of
+from rankopt._chains import Step, build_chains, check_arguments, factoriser, steps_of
 from rankopt._memory import give_back
 from rankopt._moments_for import moments_for
 from rankopt._provenance import remember_plan
@@ -70,6 +70,7 @@ def apply(
     Raises:
         PlanError: The plan does not fit the model; the message names the
             layer, what was expected and what was found.
+        ModelError: `model` is no module.
         LayerError: A weight holds NaN or infinity.
 
     Example:
@@ -78,6 +79,7 @@ def apply(
         >>> rankopt.compare(model, rankopt.apply(model, plan)).params.ratio < 0.5
         True
     """
+    check_arguments(model, plan)
     _check_sources(plan, calibration, factors)
     source = surgery.unwrap(model)
     held = _held(source, calibration, calibration_samples)
@@ -109,6 +111,7 @@ def apply_(
         PlanError: As `apply`; also if the root module itself would be
             replaced, which cannot happen in place.
     """
+    check_arguments(model, plan)
     _check_sources(plan, calibration, factors)
     source = surgery.unwrap(model)
     held = _held(source, calibration, calibration_samples)

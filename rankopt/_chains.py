@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +20,16 @@ from rankopt.moments import Moments
 from rankopt.plan import MERGE, Decision, RankPlan
 from rankopt.registry import decompositions
 
-__all__ = ["Fill", "Step", "build_chains", "chains_for", "chains_of", "factoriser", "steps_of"]
+__all__ = [
+    "Fill",
+    "Step",
+    "build_chains",
+    "chains_for",
+    "chains_of",
+    "check_arguments",
+    "factoriser",
+    "steps_of",
+]
 
 
 @dataclass(frozen=True)
@@ -33,6 +43,21 @@ class Step:
 
 
 Fill = Callable[[Step, nn.Sequential, Tensor], dict[str, Tensor]]
+
+
+def check_arguments(model: Any, plan: Any) -> None:
+    """Check what a user gave as a model and its plan.
+
+    Raises:
+        ModelError: `model` is no module.
+        PlanError: `plan` is no plan.
+    """
+    surgery.check_model(model, swapped=plan)
+    if not isinstance(plan, RankPlan):
+        got, hint = type(plan).__name__, "make one with rankopt.search"
+        if isinstance(plan, (str, os.PathLike)):
+            hint = f"read the file first: rankopt.RankPlan.load({os.fspath(plan)!r})"
+        raise PlanError(f"plan: expected a rankopt.RankPlan, got {got}; {hint}")
 
 
 def chains_of(

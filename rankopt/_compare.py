@@ -13,6 +13,7 @@ from torch import nn
 from rankopt import measure, surgery
 from rankopt._apply import unpacked_clone
 from rankopt._conditions import conditions
+from rankopt._metric import metric_of
 from rankopt.errors import CalibrationError, ModelError
 from rankopt.inputs import class_dim, compared, scores_classes, tensors_in
 from rankopt.latency import Interval, Mode, runner, time_interleaved
@@ -70,7 +71,9 @@ class Comparison:
         """In plain words, whether the compressed model is faster."""
         ratio = self.latency_ratio
         if ratio is None:
-            return "latency was not measured: pass example_inputs"
+            return (
+                "latency was not measured: pass example_inputs (in the shell --input 1,3,224,224)"
+            )
         if ratio.low <= 1 <= ratio.high:
             noise = "; the machine is noisy, measure again with more rounds" if ratio.noisy else ""
             return f"no faster and no slower than the original, as far as measured{noise}"
@@ -124,6 +127,7 @@ def compare(
     Raises:
         ModelError: A model fails on the inputs, or training steps of a compiled model
             are to be timed without `compile`.
+        EvaluationError: `evaluate` raised, or gave no finite number.
         ValueError: An unknown mode, or too few rounds.
 
     Example:
@@ -132,6 +136,8 @@ def compare(
         >>> same.macs.ratio
         1.0
     """
+    surgery.check_model(original, "original")
+    surgery.check_model(compressed, "compressed")
     models = [surgery.unwrap(original), surgery.unwrap(compressed)]
     figures: dict[str, Any] = {
         "params": Figure(*(measure.count_params(model) for model in models)),
@@ -139,7 +145,9 @@ def compare(
     }
     with measure.preserve_rng(), measure.evaluation(original, compressed), torch.no_grad():
         if evaluate is not None:
-            figures["metric"] = Figure(float(evaluate(original)), float(evaluate(compressed)))
+            figures["metric"] = Figure(
+                metric_of(evaluate, original), metric_of(evaluate, compressed)
+            )
         if example_inputs is not None:
             measure.check_inputs(example_inputs)
             device = surgery.device_of(models[0])

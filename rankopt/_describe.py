@@ -73,9 +73,10 @@ def problem_of(
     layers: list[Layer],
     seen: Probe | None,
     budget: Budget | None,
-    methods: Sequence[str | Decomposition],
+    methods: str | Decomposition | Sequence[str | Decomposition],
 ) -> Problem:
-    available = [decompositions.create(method) for method in methods]
+    every = [methods] if isinstance(methods, (str, Decomposition)) else methods
+    available = [decompositions.create(method) for method in every]
     modules = dict(surgery.named_modules(view))
 
     def weight(layer: Layer) -> Tensor:

@@ -32,6 +32,8 @@ AIM: Final = 1 - SLACK / 2
 MIN_REALISED, MAX_REALISED = 0.05, 2.0
 # What is asked of layer times is told apart from here on.
 CLOSE: Final = 0.001
+# A share of the dense time that no model would be changed for.
+DENSE: Final = 0.97
 # Where no plan has met the budget yet, ask for this share of what was asked.
 DOWN: Final = 0.85
 
@@ -56,6 +58,11 @@ class _Round:
     def took(self) -> float:
         """Median share of the dense time."""
         return self.measured.ratio.median if self.plan.changes else 1.0
+
+    def undecided(self, share: float) -> bool:
+        """Whether its time, measured again on a calmer machine, may well be within the budget."""
+        ratio = self.measured.ratio
+        return bool(self.plan.changes) and not self.met and ratio.noisy and ratio.low <= share
 
     def spends(self, share: float) -> bool:
         """Whether it meets the budget and leaves next to nothing of it."""
@@ -184,7 +191,7 @@ def solve(
         BudgetInfeasible: No plan was measured to be fast enough.
         DeadlineExceeded: Before there was one.
 
-    Warns where intervals are too wide to decide anything.
+    Warns where a plan is returned although intervals were too wide to decide much.
     """
     rounds = _Rounds(problem, strategy, measure, dense_ms)
     done = rounds.done
@@ -195,7 +202,12 @@ def solve(
     except DeadlineExceeded:
         if not any(entry.met for entry in done):
             raise
-    if any(entry.measured.ratio.noisy for entry in done):
+    fitting = [entry for entry in done if entry.met]
+    if not fitting:
+        raise _slower(rounds.budget, None, done, rounds.share)
+    best = max(fitting, key=lambda e: e.took)
+    # A plan that changes nothing takes the dense model's time, however that is measured.
+    if best.plan.changes and any(entry.measured.ratio.noisy for entry in done):
         widest = max((e.measured.ratio for e in done), key=lambda r: (r.high - r.low) / r.median)
         warnings.warn(
             f"the time of the whole model varies too much to decide: {widest} of dense; the "
@@ -203,10 +215,7 @@ def solve(
             RankoptWarning,
             stacklevel=3,
         )
-    fitting = [entry for entry in done if entry.met]
-    if not fitting:
-        raise _slower(rounds.budget, None, done)
-    return _annotated(max(fitting, key=lambda e: e.took), done, rounds.budget, dense_ms)
+    return _annotated(best, done, rounds.budget, dense_ms)
 
 
 def _predicted(plan: RankPlan) -> float:
@@ -270,24 +279,36 @@ def _between(fast: RankPlan, slow: RankPlan, budget: Budget) -> list[RankPlan]:
 
 
 def _slower(
-    budget: Budget, cause: BudgetInfeasible | None, done: Sequence[_Round]
+    budget: Budget, cause: BudgetInfeasible | None, done: Sequence[_Round], share: float = 1.0
 ) -> BudgetInfeasible:
+    """The error where no plan was measured to keep to `share` of the dense time."""
+    verdict = "cannot be met"
     if done:
-        best = min(done, key=lambda entry: entry.measured.ratio.high)
+        undecided = [entry for entry in done if entry.undecided(share)]
+        best = min(undecided or done, key=lambda entry: entry.measured.ratio.high)
+        ratio = best.measured.ratio
         reached = (
-            f"the fastest plan that was built took {best.measured.ratio} of the dense model's time "
+            f"the fastest plan that was built took {ratio} of the dense model's time "
             f"({best.measured.latency_ms} against {best.measured.dense_ms} ms)"
         )
-        smallest = {LATENCY: best.measured.ratio.high}
+        smallest = {LATENCY: ratio.high}
+        dense = not undecided and (ratio.low >= DENSE or not best.plan.changes)
+        if undecided:
+            verdict = (
+                "could not be decided, for the time of the whole model varies too much (the "
+                "machine is busy, throttled or not warm; close other programs and search again)"
+            )
     else:
         assert cause is not None
         smallest = dict(cause.smallest)
-        share = smallest.get(LATENCY, 1.0)
-        reached = f"layer times foresee no less than {100 * share:.1f}% of the dense model's time"
-    dense = " As measured, dense is the right answer here:" if smallest[LATENCY] >= 0.97 else ""
+        least = smallest.get(LATENCY, 1.0)
+        reached = f"layer times foresee no less than {100 * least:.1f}% of the dense model's time"
+        dense = least >= DENSE
+    if dense:
+        verdict += "; as measured, dense is the right answer here"
     return BudgetInfeasible(
-        f"{budget.explain()}: cannot be met;{dense} {reached}; loosen the budget, free more "
-        "layers, or use a larger batch, where chains gain more",
+        f"{budget.explain()}: {verdict}; {reached}; loosen the budget, free more layers, or use a "
+        "larger batch, where chains gain more",
         smallest,
     )
 

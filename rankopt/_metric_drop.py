@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Final
 
-from rankopt._trial import mean
+from rankopt._metric import mean
 from rankopt.budget import RATIO_AXES, Budget
 from rankopt.errors import BudgetInfeasible, DeadlineExceeded, RankoptWarning
 from rankopt.plan import RankPlan

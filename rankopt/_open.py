@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -12,12 +13,13 @@ from torch import nn
 from rankopt import measure, surgery
 from rankopt._describe import describe, problem_of, selected
 from rankopt._moments_for import collect_for, weigh
+from rankopt._provenance import plan_of
 from rankopt._skeletons import build_with_moments
 from rankopt._trial import TrialModel
 from rankopt._verify import environment, verify
 from rankopt.budget import Budget
 from rankopt.decompositions.base import Decomposition
-from rankopt.errors import BudgetError, ModelError, NotYetSupported
+from rankopt.errors import BudgetError, ModelError, NotYetSupported, RankoptWarning
 from rankopt.inputs import MAX_SAMPLES, affordable, digest, divergence, hold, main_output, run
 from rankopt.layers import Patterns
 from rankopt.moments import Moments
@@ -29,6 +31,7 @@ __all__ = ["Opened", "check_request", "open_problem", "uses_metric"]
 
 # Samples on which candidate options are run to measure how far outputs move.
 DIVERGENCE_SAMPLES: Final = 256
+SHELL: Final = " (in the shell --input 1,3,224,224)"
 
 
 @dataclass(frozen=True)
@@ -74,13 +77,14 @@ def open_problem(
     calibration_samples: int | None = MAX_SAMPLES,
     evaluate: Any = None,
     batches: Sequence[Any] | None = None,
-    methods: Sequence[str | Decomposition] = Strategy.methods,
+    methods: str | Decomposition | Sequence[str | Decomposition] = Strategy.methods,
     only: Patterns = (),
     ignore: Patterns = (),
     progress: bool | None = None,
 ) -> Opened:
     """Describe a model for strategies; arguments and errors as of `search`."""
     source = surgery.unwrap(model)
+    _warn_of_chains(source)
     runs = example_inputs is not None or calibration is not None
     view, layers, seen = describe(source, example_inputs, runs=runs)
     layers = selected(layers, only, ignore)
@@ -100,6 +104,19 @@ def open_problem(
         trial = TrialModel(problem, view, evaluate, batches=batches, held=held)
         problem.evaluate = trial.values
     return Opened(problem, source, view, seen, example_inputs)
+
+
+def _warn_of_chains(model: nn.Module) -> None:
+    """Say what becomes of a model that was compressed before."""
+    known = plan_of(model)
+    if known is not None and known.changes:
+        warnings.warn(
+            f"this {type(model).__name__} was compressed already: its factors would be decomposed "
+            "once more, and the budget is a share of the compressed model; for a further round "
+            "make it dense first, rankopt.fold(model, original), or use rankopt.compress(rounds=2)",
+            RankoptWarning,
+            stacklevel=5,
+        )
 
 
 def uses_metric(budget: Budget | None, strategy: Strategy) -> bool:
@@ -124,16 +141,16 @@ def check_request(
         if axis in bounded and inputs is None:
             raise BudgetError(
                 f"a budget on {axis} needs example_inputs: {what} on the input's size; pass a "
-                "tensor, a tuple or a dict to call the model with, or bound params instead"
+                f"tensor, a tuple or a dict to call the model with{SHELL}, or bound params instead"
             )
     if "latency" in strategy.tags.needs and inputs is None:
         raise ModelError(
             f"strategy {strategy.name!r} needs example_inputs= to time the layers with: a tensor, "
-            "a tuple or a dict to call the model with"
+            f"a tuple or a dict to call the model with{SHELL}"
         )
     for name, value in (("calibration", calibration), ("evaluate", evaluate)):
         if name in strategy.tags.needs and value is None:
-            raise ModelError(f"strategy {strategy.name!r} needs {name}=")
+            raise ModelError(f"strategy {strategy.name!r} needs {name}= (in the shell --{name})")
     drops = budget is not None and budget.metric_drop is not None
     if drops and evaluate is None:
         raise BudgetError(

@@ -21,7 +21,7 @@ def progress_bar(
 
     Args:
         label: What is being done.
-        total: Number of steps; None if unknown.
+        total: Number of steps; None if unknown; a note is then shown in place of a count.
         enabled: None shows the bar where standard error is a terminal.
     """
     shown = sys.stderr.isatty() if enabled is None else enabled
@@ -49,11 +49,12 @@ def progress_bar(
                 TimeRemainingColumn,
             )
 
+            noted = total is None and shown_note  # the note says how far it is
+            counts = [] if noted else [MofNCompleteColumn(), TimeRemainingColumn()]
             columns = (
                 TextColumn("{task.description}"),
                 BarColumn(),
-                MofNCompleteColumn(),
-                TimeRemainingColumn(),
+                *counts,
                 TextColumn("{task.fields[note]}"),
             )
             bar = Progress(*columns, console=Console(stderr=True), transient=True)

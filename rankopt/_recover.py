@@ -29,6 +29,7 @@ from rankopt.norms import has_norms
 from rankopt.training.augmentation import augmentation
 from rankopt.training.distillation import (
     PairedOutputs,
+    check_precision,
     decomposed,
     private_teacher,
     train_as_evaluated,
@@ -127,6 +128,8 @@ def recover(
         >>> done.after <= done.before
         True
     """
+    surgery.check_model(model)
+    surgery.check_model(teacher, "teacher")
     check_settings(seconds, precision, augment)
     started = time.perf_counter()
     with measure.preserve_rng():
@@ -137,11 +140,7 @@ def recover(
     parameters = [p for p in model.parameters() if p.requires_grad]
     if not parameters:
         raise ModelError("recover has nothing to train: every parameter has requires_grad=False")
-    if any(p.dtype == torch.float16 for p in parameters):
-        raise ModelError(
-            "recover cannot train float16 parameters, whose steps would underflow; convert the "
-            "model with .float() or .bfloat16() first, and back with .half() afterwards"
-        )
+    check_precision(model, "recover")
     generator = torch.Generator().manual_seed(seed)
     change = augmentation(augment)
     guide = private_teacher(teacher).to(surgery.device_of(model))
@@ -184,7 +183,7 @@ def recover(
                     nn.utils.clip_grad_norm_(parameters, GRADIENT_NORM)
                     optimiser.step()
                     steps += 1
-                    advance()
+                    advance(f"{spent * limit:.0f} of {limit:.0f} s")
     except BaseException:
         model.load_state_dict(saved)  # Ctrl-C, no memory: never leave it half-trained
         raise

@@ -42,7 +42,7 @@ def search(
     asymmetric: bool = False,
     fisher: bool = False,
     evaluate: Any = None,
-    methods: Sequence[str | Decomposition] | None = None,
+    methods: str | Decomposition | Sequence[str | Decomposition] | None = None,
     only: Patterns = (),
     ignore: Patterns = (),
     round_to: int = 1,
@@ -81,12 +81,13 @@ def search(
         evaluate: The task's metric, ``evaluate(model) -> float``: for strategies that
             measure it (`optuna`) and for budgets on ``metric_drop``. It runs in eval mode
             under saved random generators and must not change the model.
-        methods: Decompositions to choose from, names or instances; None for those
-            the strategy names in its `methods`.
+        methods: Decompositions to choose from, names or instances, one or several; None
+            for those the strategy names in its `methods`.
         only: Case-sensitive globs on full module names, or functions of a `Layer`
             (its type, kernel, params, …); the rest is kept.
         ignore: The same; what matches is kept.
-        round_to: Ranks are multiples of this (or full); hardware likes 8 or 16.
+        round_to: Ranks are multiples of this (or full); hardware likes 8 or 16. An axis with
+            fewer channels than this takes any rank.
         rounding: Which multiple the rank of a formula becomes; the budget is held
             with the rounded ranks.
         profile: Where layer times are measured and kept, for budgets on latency and

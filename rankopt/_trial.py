@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from rankopt import measure, surgery
 from rankopt._asymmetric import fitted_in_order
 from rankopt._chains import chains_of, steps_of
+from rankopt._metric import mean, parsed
 from rankopt._settle import NormSettler
 from rankopt.decompositions.base import Decomposition
 from rankopt.errors import EvaluationError
@@ -174,7 +174,7 @@ class TrialModel:
         try:
             with torch.no_grad(), measure.preserve_rng(), measure.evaluation(model):
                 for value in self._run(model):
-                    yield _parsed(value)
+                    yield parsed(value)
                     count += 1
         except EvaluationError:
             raise
@@ -204,16 +204,6 @@ class TrialModel:
             yield result
 
 
-def mean(values: Sequence[tuple[float, float]]) -> float:
-    """Weighted mean of (value, weight) pairs.
-
-    Example:
-        >>> mean([(1.0, 1.0), (4.0, 2.0)])
-        3.0
-    """
-    return sum(value * weight for value, weight in values) / sum(weight for _, weight in values)
-
-
 def _key(decision: Decision) -> str:
     args = json.dumps(dict(decision.args), sort_keys=True)
     return f"{decision.method}{args}{FISHER * decision.factors.fisher}"
@@ -222,21 +212,6 @@ def _key(decision: Decision) -> str:
 def _size(chains: Mapping[str, nn.Module]) -> int:
     unique = {id(p): p for chain in chains.values() for p in chain.parameters()}
     return sum(p.numel() * p.element_size() for p in unique.values())
-
-
-def _parsed(value: Any) -> tuple[float, float]:
-    pair = value if isinstance(value, tuple) and len(value) == 2 else (value, 1.0)
-    try:
-        number, weight = float(pair[0]), float(pair[1])
-    except (TypeError, ValueError) as error:
-        raise EvaluationError(
-            f"evaluate gave a {type(value).__name__}; expected a number, or (number, weight)"
-        ) from error
-    if not math.isfinite(number):
-        raise EvaluationError(f"evaluate gave {number}; expected a finite number")
-    if not (math.isfinite(weight) and weight > 0):
-        raise EvaluationError(f"evaluate gave weight {weight}; expected a positive number")
-    return number, weight
 
 
 def _state(model: nn.Module) -> tuple[Any, ...]:

@@ -261,13 +261,13 @@ def menu(problem: Problem, site: Site) -> list[Option]:
             for i in kept
         ]
     options = [problem.keep(site, "dense is worth its cost here")]
-    best = math.inf
+    best, dense = math.inf, f"dense {problem.load_name}"
     for load, error, method, ranks in sorted(rows, key=lambda row: row[:2]):
         # Below rounding all errors are equal, and the cheapest option is the first.
         if error < best and best > NEGLIGIBLE_ERROR:
             best = error
             share = load / problem.load(site.cost)
-            reason = f"least total damage within the budget ({100 * share:.0f}% of its dense cost)"
+            reason = f"least total damage within the budget ({100 * share:.0f}% of its {dense})"
             options.append(problem.option(site, method, ranks, reason))
     return options
 

@@ -14,6 +14,10 @@ __all__ = ["Budget"]
 
 RATIO_AXES: Final = ("params", "macs", "memory", "latency")
 _NUMBER = re.compile(r"^\d+(\.\d*)?([eE][+-]?\d+)?$|^\.\d+([eE][+-]?\d+)?$")
+_COUNT = re.compile(r"^[\d.]+\s*([kKmMgGtT]i?)?[bB]?$")
+# What follows a bound where another one begins without a comma.
+_SEVERAL = re.compile(r"[;=<>]|\band\b")
+_SHARES: Final = "budgets are shares of the original model's figure, not counts"
 _SPELLINGS: Final = (
     "'params<=50%', 'macs<=50%', 'memory<=50%', 'latency<=70%', 'latency_ms<=8' "
     "or 'metric_drop<=0.01, minimize=latency'"
@@ -69,9 +73,11 @@ class Budget:
                 raise BudgetError(f"budget {axis}={value!r}: expected a finite number")
             object.__setattr__(self, axis, float(value))
             if axis in RATIO_AXES and not 0 < value <= 1:
+                hint = f"for {value:g} percent write '{axis}<={value:g}%'"
+                if not 0 < value <= 100:
+                    hint = f"{_SHARES}: write '{axis}<=50%' for half of it"
                 raise BudgetError(
-                    f"budget {axis}={value:g}: a share of the original model lies in (0, 1]; "
-                    f"for {value:g} percent write '{axis}<={value:g}%'"
+                    f"budget {axis}={value:g}: a share of the original model lies in (0, 1]; {hint}"
                 )
             if axis == "latency_ms" and value <= 0:
                 raise BudgetError(f"budget latency_ms={value:g}: milliseconds are positive")
@@ -129,21 +135,27 @@ class Budget:
         if _NUMBER.match(clause.rstrip("%").strip()):
             raise BudgetError(f"budget {clause!r} does not say of what; write {_SPELLINGS}")
         name, relation, text = (part.strip() for part in _split_relation(clause, spec))
+        written, name = name, name.lower().replace("minimise", "minimize")
+        if _SEVERAL.search(text):
+            raise BudgetError(f"budget {spec!r}: separate bounds with a comma")
         if name in ("minimize", "direction"):
             if relation != "=":
                 raise BudgetError(f"budget {spec!r}: write '{name}={text}'")
-            return name, text
+            return name, text.lower().replace("imise", "imize")
         if name not in (*RATIO_AXES, "latency_ms", "metric_drop"):
+            hint = "; write macs, 1 MAC = 2 FLOPs" if "flop" in name else ""
             raise BudgetError(
-                f"budget {spec!r}: unknown quantity {name!r}; "
-                f"expected one of {', '.join((*RATIO_AXES, 'latency_ms', 'metric_drop'))}"
+                f"budget {spec!r}: unknown quantity {written!r}; "
+                f"expected one of {', '.join((*RATIO_AXES, 'latency_ms', 'metric_drop'))}{hint}"
             )
         if relation != "<=":
             raise BudgetError(f"budget {spec!r}: write '{name}<={text}' (only <= is a budget)")
         percent = text.endswith("%")
         digits = text.rstrip("%").strip()
         if not _NUMBER.match(digits):
-            raise BudgetError(f"budget {spec!r}: {text!r} is not a number")
+            counted = name in RATIO_AXES and _COUNT.match(text)
+            hint = f"; {_SHARES}: write '{name}<=50%' for half of it" if counted else ""
+            raise BudgetError(f"budget {spec!r}: {text!r} is not a number{hint}")
         if percent and name not in RATIO_AXES:
             raise BudgetError(f"budget {spec!r}: {name} is not a share; write it without '%'")
         value = float(digits)

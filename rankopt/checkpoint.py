@@ -72,9 +72,10 @@ def save(
             built, holds state that is no plain tensor, or see `check_target`.
         RankoptError: The folder cannot be written.
     """
+    surgery.check_model(model, swapped=path)
     target = check_target(path)
     built_by = plan_of(model)
-    plan = plan or built_by
+    plan = built_by if plan is None else plan
     if plan is None:
         raise CheckpointError(
             f"this {type(model).__name__} was not built by rankopt.apply or rankopt.load; "
@@ -183,6 +184,7 @@ def load(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
             or its tensors do not fit; the message names the first that does not.
         PlanError: The file was made for another architecture.
     """
+    surgery.check_model(model, swapped=path)
     metadata, tensors = _read(Path(path))
     plan = _plan_in(metadata, path)
     result = build_empty(model, plan)

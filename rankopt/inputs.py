@@ -25,6 +25,7 @@ __all__ = [
     "divergence_loss",
     "hold",
     "main_output",
+    "misfit",
     "run",
     "scores_classes",
     "shortened",
@@ -35,6 +36,8 @@ __all__ = [
 MAX_SAMPLES: Final = 4096
 # What batches of Hugging Face call them.
 LABELS: Final = "labels"
+# What they are called in other mappings.
+_TARGETS: Final = (LABELS, "label", "target", "targets", "y")
 # What outputs that are kept for comparison may take, and how many are kept in any case.
 OUTPUT_BYTES: Final = 256 * 2**20
 LEAST_SAMPLES: Final = 4
@@ -286,5 +289,39 @@ def run(model: nn.Module, inputs: Any) -> Any:
         shapes = [f"{list(t.shape)} {t.dtype}" for t in tensors_in(inputs)]
         raise CalibrationError(
             f"the model fails on a calibration batch of {', '.join(shapes)}: {error}; "
-            "calibration yields inputs of the shape and dtype the model takes"
+            + (
+                misfit(model, inputs)
+                or "calibration yields inputs of the shape and dtype the model takes"
+            )
         ) from error
+
+
+def misfit(model: nn.Module, inputs: Any) -> str | None:
+    """How a batch does not match the arguments of forward, and what to do; None where it does.
+
+    Example:
+        >>> misfit(nn.Linear(2, 2), (torch.zeros(1, 2), torch.zeros(1)))
+        'the entries of a tuple are passed as arguments: forward takes (input), the batch has 2'
+    """
+    named = isinstance(inputs, Mapping)
+    several = inputs if isinstance(inputs, (tuple, list)) else [inputs]
+    try:
+        signature = inspect.signature(surgery.unwrap(model).forward)
+        taken = f"forward takes ({', '.join(signature.parameters)})"
+    except (TypeError, ValueError):
+        return None
+    try:
+        signature.bind(**inputs) if named else signature.bind(*several)
+    except TypeError:
+        if not named:
+            have = f"the batch has {len(several)}"
+            return f"the entries of a tuple are passed as arguments: {taken}, {have}"
+        targets = [key for key in inputs if str(key).lower() in _TARGETS]
+        keys = [*[key for key in inputs if key not in targets][:1], *targets[:1]]
+        mapped = ", ".join(f"b[{key!r}]" for key in keys)
+        mapped = f"({mapped})" if len(keys) > 1 else mapped
+        return (
+            f"a mapping is passed as keyword arguments: {taken}, the batch has "
+            f"{', '.join(map(str, inputs))}; map it, such as [{mapped} for b in loader]"
+        )
+    return None

@@ -54,6 +54,7 @@ def recalibrate(
         >>> recalibrate(net, [torch.randn(64, 4)])
         1
     """
+    surgery.check_model(model)
     norms = _norms_of(model)
     if not norms:
         return 0

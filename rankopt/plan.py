@@ -184,7 +184,7 @@ class Decision:
 
 @dataclass(frozen=True)
 class RankPlan:
-    """A complete plan: every layer with a weight is covered by one decision.
+    """A complete plan: every layer with a weight is covered by one decision; prints as a table.
 
     Args:
         model: ``class``, ``structure`` (digest of tensor names and shapes) and
@@ -222,8 +222,25 @@ class RankPlan:
                     raise PlanError(f"layer {name}: covered by two decisions; keep one")
                 seen.add(name)
 
+    def __repr__(self) -> str:
+        strategy = self.strategy.get("name", "by hand")
+        bounds = "no budget" if self.budget is None else self.budget.explain()
+        return (
+            f"<RankPlan of {self.model.get('class', 'a model')}, {strategy}, {bounds}: "
+            f"{len(self.changes)} of {len(self)} sites changed>"
+        )
+
+    def __str__(self) -> str:
+        # Imported late: what draws tables stands above plans.
+        from rankopt._report.tables import plan_table, to_text, totals_table
+
+        return to_text(plan_table(self), totals_table(self))
+
     def __iter__(self) -> Iterator[Decision]:
         return iter(self.decisions)
+
+    def __len__(self) -> int:
+        return len(self.decisions)
 
     def __getitem__(self, name: str) -> Decision:
         for decision in self.decisions:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -66,7 +67,8 @@ class Problem:
         inputs: Calibration batches, without labels; empty without calibration.
         copy: Makes an unpacked dense model to run and differentiate, its parameters its
             own; None if the model was never run.
-        round_to: Ranks are multiples of this, or an axis's maximum; 1 for any rank.
+        round_to: Ranks are multiples of this, or an axis's maximum; 1 for any rank, as where
+            the maximum is smaller than this.
         rounding: Which multiple a strategy's rank becomes: ``down``, ``nearest``, ``up``.
         cache: Where bases are held.
         progress: Whether to show progress bars; None decides by the terminal.
@@ -133,6 +135,11 @@ class Problem:
     def load(self, cost: Mapping[str, Any]) -> Any:
         """Share of the budget that `cost` uses, the mean over its axes."""
         return sum(cost[axis] / (self._limit(axis) * len(self.axes)) for axis in self.axes)
+
+    @property
+    def load_name(self) -> str:
+        """What `load` is of, in words."""
+        return "time" if self.axes == (LATENCY,) else "cost"
 
     def _limit(self, axis: str) -> float:
         ratio = 1.0 if self.budget is None else self.budget.ratio(axis)
@@ -229,7 +236,7 @@ class Problem:
         return list(site.times.grid(site, method).values)
 
     def step(self, axis: RankAxis) -> int:
-        """What ranks along an axis are multiples of."""
+        """What ranks along an axis are multiples of; its own where `round_to` is too large."""
         both = math.lcm(self.round_to, axis.step)
         return both if both <= axis.maximum else axis.step
 
@@ -386,10 +393,14 @@ class Problem:
         shares = {axis: figures[axis] / self.totals[axis] for axis in self.budget.axes}
         reached = ", ".join(f"{axis} {100 * share:.2f}%" for axis, share in shares.items())
         free = sum(not option.keeps for option in smallest)
+        reasons = [option.reason for option in smallest if option.keeps and option.reason]
+        reasons += [layer.refusal for layer in self.layers if layer.refusal]
+        common = Counter(reasons).most_common(1)
+        why = f", mostly for this reason: {common[0][0]}" if common else ""
         return BudgetInfeasible(
             f"{self.budget.explain()}: cannot be met; the smallest reachable is {reached}, with "
             f"{free} of {len(self.layers)} layers decomposed and the others kept (the plan of a "
-            "looser budget lists why); loosen the budget or free more layers",
+            f"looser budget lists why){why}; loosen the budget or free more layers",
             shares,
         )
 

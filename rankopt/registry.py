@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, is_dataclass
 from functools import cached_property
 from importlib.metadata import EntryPoint, entry_points
@@ -54,6 +54,18 @@ class Registry(Generic[T]):
     def names(self) -> tuple[str, ...]:
         """Every known name, sorted; nothing is imported."""
         return tuple(sorted({*self._installed, *self._registered}))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names())
+
+    def __len__(self) -> int:
+        return len(self.names())
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.names()
+
+    def __repr__(self) -> str:
+        return f"<Registry {self.group}: {', '.join(self) or 'empty'}>"
 
     def register(self, name: str) -> Callable[[type[T]], type[T]]:
         """Class decorator that adds a class under `name` in this process.
@@ -126,6 +138,11 @@ class Registry(Generic[T]):
             if settings:
                 raise RegistryError(f"{self.kind} {spec!r} is made already; put settings into it")
             return spec
+        if isinstance(spec, type) and issubclass(spec, self.base):
+            raise RegistryError(
+                f"{spec.__name__} is the class of a {self.kind}, not an instance; write "
+                f"{spec.__name__}(), with its settings if you like"
+            )
         if not isinstance(spec, str):
             raise RegistryError(
                 f"a {self.kind} is a name or an instance of {self.base.__name__}, not {spec!r}"

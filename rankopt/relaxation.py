@@ -280,7 +280,7 @@ class Relaxation:
 
     def options(self, chosen: Sequence[int] | npt.NDArray[np.int64]) -> list[Option]:
         """The chosen options, one per site, as a plan takes them."""
-        made = []
+        made, dense = [], f"dense {self.problem.load_name}"
         for menu, start, index in zip(self.menus, self.starts, chosen, strict=True):
             place = int(index - start)
             method = menu.methods[place]
@@ -289,7 +289,7 @@ class Relaxation:
                 continue
             share = self.problem.load(menu.site.price(method, menu.ranks[place]))
             share = float(share / self.problem.load(menu.site.cost))
-            reason = f"relaxed search within the budget ({100 * share:.0f}% of its dense cost)"
+            reason = f"relaxed search within the budget ({100 * share:.0f}% of its {dense})"
             made.append(self.problem.option(menu.site, method, menu.ranks[place], reason))
         return made
 

@@ -47,7 +47,7 @@ def soften(
     example_inputs: Any = None,
     calibration: Any = None,
     calibration_samples: int | None = MAX_SAMPLES,
-    methods: Sequence[str | Decomposition] = Strategy.methods,
+    methods: str | Decomposition | Sequence[str | Decomposition] = Strategy.methods,
     only: Patterns = (),
     ignore: Patterns = (),
     profile: ProfileTable | None = None,

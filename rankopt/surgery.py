@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Final
 
@@ -14,6 +15,7 @@ from rankopt.errors import ModelError
 
 __all__ = [
     "ancestors",
+    "check_model",
     "clone",
     "copy_parameters",
     "device_of",
@@ -45,8 +47,40 @@ def is_extra_state(name: str) -> bool:
     return name.rpartition(".")[2] == "_extra_state"
 
 
+def check_model(model: Any, name: str = "model", *, swapped: Any = None) -> None:
+    """Check what a user gave as a model.
+
+    Args:
+        model: Whatever was given.
+        name: Of the argument.
+        swapped: The argument after it, where users may have given both in the other order.
+
+    Raises:
+        ModelError: It is no module; says what to give in its place.
+    """
+    if isinstance(model, nn.Module):
+        return
+    got = type(model).__name__
+    if isinstance(swapped, nn.Module):
+        hint = "the arguments are in the other order, the model comes first"
+    elif isinstance(model, type) and issubclass(model, nn.Module):
+        got, hint = f"the class {model.__name__}", f"make one, such as {model.__name__}(...)"
+    elif isinstance(model, Mapping):
+        hint = "a state dict holds no layers: build the model and load_state_dict it"
+    elif isinstance(model, (str, os.PathLike)):
+        got, hint = f"{got} {os.fspath(model)!r}", "build the model and load its weights first"
+    else:
+        hint = "build the model first"
+    raise ModelError(f"{name}: expected a torch.nn.Module, got {got}; {hint}")
+
+
 def unwrap(model: nn.Module) -> nn.Module:
-    """The plain module inside torch.compile, DataParallel or DDP wrappers."""
+    """The plain module inside torch.compile, DataParallel or DDP wrappers.
+
+    Raises:
+        ModelError: It is no module.
+    """
+    check_model(model)
     found: Any = model
     while True:
         if isinstance(found, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
@@ -171,6 +205,7 @@ def ancestors(model: nn.Module, names: Iterable[str]) -> set[nn.Module]:
 
 def device_of(model: nn.Module) -> torch.device:
     """The device of the first parameter or buffer; the CPU for an empty model."""
+    check_model(model)
     for tensor in (*model.parameters(), *model.buffers()):
         return tensor.device
     return torch.device("cpu")

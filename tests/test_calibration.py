@@ -185,6 +185,11 @@ def test_infinite_iterables_stop():
         ([torch.tensor(1.0)], "without a tensor that has a batch size"),
         ([torch.ones(4, 2, 12, 12)], r"fails on a calibration batch of \[4, 2, 12, 12\]"),
         ([torch.ones(4, 3, 12, 12, dtype=torch.long)], "int64.*shape and dtype the model takes"),
+        (
+            [{"image": torch.ones(4, 3, 12, 12), "label": torch.zeros(4, dtype=torch.long)}],
+            r"a mapping is passed as keyword arguments: forward takes \(x\), the batch has image, "
+            r"label; map it, such as \[\(b\['image'\], b\['label'\]\) for b in loader\]",
+        ),
         ([torch.full((4, 3, 12, 12), torch.nan)], "layer .*: its inputs .* are not finite"),
     ],
 )

@@ -11,7 +11,7 @@ import torch
 import rankopt
 from rankopt import _specs
 from rankopt.cli import main
-from rankopt.errors import ModelError, RankoptError
+from rankopt.errors import ModelError, RankoptError, RankoptWarning
 
 MODELS = """
 import torch
@@ -69,6 +69,25 @@ def test_search_apply_compare(spec, tmp_path, capsys):
     assert json.loads(capsys.readouterr().out)["macs"] is None
 
 
+def test_metrics_of_other_weights_are_warned_of(spec, tmp_path, capsys):
+    plan, out = tmp_path / "plan.json", tmp_path / "out.safetensors"
+    assert run("search", spec, "--budget", "params<=60%", "-o", plan) == 0
+    assert run("apply", spec, plan, "-o", out) == 0
+    assert "no --weights" not in capsys.readouterr().err
+    metric = ("--evaluate", spec.replace(":build", ":accuracy"))
+    assert run("compare", spec, out, *metric) == 0
+    for made in (out, plan):
+        with pytest.warns(RankoptWarning, match="other weights"):
+            assert run("compare", spec, made, *metric, "--seed", 1) == 0
+
+
+def test_reports_of_folders_need_a_page(tmp_path, capsys):
+    assert run("report", tmp_path) == 1
+    assert f"{tmp_path} is no plan file: draw it as a page, -o REPORT.html" in (
+        capsys.readouterr().err
+    )
+
+
 def test_calibration_and_evaluate(spec, tmp_path, capsys):
     """A plan made with data is applied and compared with the same, all from the shell."""
     plan, out = tmp_path / "plan.json", tmp_path / "out.safetensors"
@@ -118,7 +137,9 @@ def test_compress_takes_the_options_of_a_search(spec, tmp_path, capsys):
 def test_torchvision_needs_nothing_else(tmp_path, capsys):
     arguments = ("search", "torchvision:mobilenet_v3_small", "--budget", "macs<=50%", "--json")
     assert run(*arguments, "--strategy", "parameter_ratio") == 0
-    plan = json.loads(capsys.readouterr().out)
+    captured = capsys.readouterr()
+    assert "no --weights: random weights" in captured.err
+    plan = json.loads(captured.out)
     assert plan["totals"]["macs"]["measured"] <= 0.5 * plan["totals"]["macs"]["before"]
 
 
@@ -318,11 +339,12 @@ def test_usage_errors_exit_with_two():
     assert found.value.code == 2
 
 
-def test_as_a_process():
-    command = [str(Path(sys.executable).with_name("rankopt")), "--version"]
-    assert (
-        subprocess.run(command, capture_output=True, text=True, check=True).stdout[:8] == "rankopt "
-    )
+@pytest.mark.parametrize(
+    "command", [[str(Path(sys.executable).with_name("rankopt"))], [sys.executable, "-m", "rankopt"]]
+)
+def test_as_a_process(command):
+    done = subprocess.run([*command, "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout[:8] == "rankopt "
 
 
 @pytest.mark.slow

@@ -7,7 +7,7 @@ from torch import nn
 
 import rankopt
 from rankopt._report.tables import count, plan_table, to_text, totals_table
-from rankopt.errors import ModelError
+from rankopt.errors import EvaluationError, ModelError
 from rankopt.latency import Interval, Timings, time_interleaved
 from rankopt.testing import planted_inputs, planted_model
 
@@ -74,6 +74,27 @@ def test_training_is_timed_on_copies():
     assert all(p.grad is None for p in model.parameters())
     with pytest.raises(ValueError, match="mode='fast'"):
         rankopt.compare(model, model, example_inputs=planted_inputs(), mode="fast")
+
+
+@pytest.mark.parametrize(
+    ("evaluate", "match"),
+    [
+        (lambda model: float("nan"), "evaluate gave nan; expected a finite number"),
+        (lambda model: None, "evaluate gave a NoneType; expected a number"),
+        (lambda model: model.nope, "evaluate raised AttributeError"),
+        (lambda model: iter(()), "evaluate yielded no value"),
+    ],
+)
+def test_a_metric_that_is_no_number(evaluate, match):
+    with pytest.raises(EvaluationError, match=match):
+        rankopt.compare(planted_model(), planted_model(), evaluate=evaluate)
+
+
+def test_a_metric_in_batches():
+    found = rankopt.compare(
+        planted_model(), planted_model(), evaluate=lambda model: iter([1.0, (4.0, 2.0)])
+    )
+    assert found.metric.before == found.metric.after == 3.0
 
 
 def comparison(low, median, high):

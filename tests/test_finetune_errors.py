@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 import rankopt
-from rankopt.errors import MissingDependency, ModelError, TrainingError
+from rankopt.errors import EvaluationError, MissingDependency, ModelError, TrainingError
 from rankopt.testing import planted_model
 from rankopt.training import Distillation, Schedule
 
@@ -29,6 +29,19 @@ pytest.importorskip("accelerate")
         (
             [(torch.zeros(4, 5, 12, 12), torch.zeros(4, dtype=torch.long))],
             "step 0: the model fails",
+        ),
+        (
+            [{"image": torch.zeros(4, 3, 12, 12), "label": torch.zeros(4, dtype=torch.long)}],
+            r"dict without labels; .*forward takes \(x\), the batch has image, label; map it, "
+            r"such as \[\(b\['image'\], b\['label'\]\) for b in loader\]",
+        ),
+        (
+            [{"input": torch.zeros(4, 3, 12, 12), "labels": torch.zeros(4, dtype=torch.long)}],
+            r"the batch has input, labels; map it, such as \[\(b\['input'\], b\['labels'\]\)",
+        ),
+        (
+            [(torch.zeros(4, 3, 12, 12), torch.zeros(4), torch.zeros(4))],
+            r"forward takes \(x\), the batch has 2 beside the labels; map it, such as \[\(b\[0\]",
         ),
         ([], "train is empty"),
     ],
@@ -64,6 +77,18 @@ def test_bad_requests():
         parameter.requires_grad_(False)
     with pytest.raises(ModelError, match="nothing to train"):
         rankopt.finetune(small, train)
+
+
+def test_half_precision_is_refused():
+    _, small, x, y = problem(count=64)
+    with pytest.raises(ModelError, match=r"finetune cannot train float16 parameters.*\.float\(\)"):
+        rankopt.finetune(small.half(), in_batches(x.half(), y))
+
+
+def test_a_metric_that_is_no_number():
+    _, small, x, y = problem(count=64)
+    with pytest.raises(EvaluationError, match="evaluate gave a NoneType; expected a number"):
+        rankopt.finetune(small, in_batches(x, y), epochs=1, evaluate=lambda model: None)
 
 
 class _Stream(torch.utils.data.IterableDataset):

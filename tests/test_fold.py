@@ -8,7 +8,7 @@ from torch import nn
 
 import rankopt
 from rankopt._fold import effective_weight, fold
-from rankopt.errors import ModelError
+from rankopt.errors import ModelError, RankoptWarning
 from rankopt.layers import canonical_weight
 from rankopt.testing import planted_inputs, planted_model
 
@@ -85,6 +85,14 @@ def test_a_folded_model_computes_the_same(tmp_path):
     assert torch.allclose(second(x), small(x), atol=1e-4)
     rankopt.save(second, tmp_path / "s.safetensors")
     assert torch.equal(rankopt.load(dense, tmp_path / "s.safetensors")(x), second(x))
+
+
+def test_compressing_what_is_compressed_names_fold():
+    dense = planted_model()
+    small = rankopt.apply(dense, rankopt.search(dense, "params<=60%"))
+    with pytest.warns(RankoptWarning, match=r"compressed already.*rankopt.fold\(.*rounds=") as seen:
+        rankopt.search(small, "params<=90%")
+    assert seen[0].filename == __file__
 
 
 def test_what_cannot_be_folded():

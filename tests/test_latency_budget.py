@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-import contextlib
+import warnings
 from collections import deque
 from types import SimpleNamespace
 
@@ -12,7 +12,7 @@ from torch import nn
 import rankopt
 from rankopt._latency_budget import _corrected, _Round, solve
 from rankopt._model_clock import ModelClock
-from rankopt.errors import BudgetError, BudgetInfeasible, DeadlineExceeded, RankoptWarning
+from rankopt.errors import BudgetError, BudgetInfeasible, DeadlineExceeded
 from rankopt.latency import Interval, Measured
 from rankopt.strategy import Strategy
 from rankopt.testing import ModelledClock, Operations, planted_inputs, planted_model
@@ -44,6 +44,9 @@ def test_the_measured_model_meets_the_budget(strategy, budget):
     assert plan.changes
     facts = plan.extensions["latency"]
     assert facts["high"] <= plan.budget.latency
+    if strategy == "knapsack":
+        what = "time" if plan.budget.axes == ("latency",) else "cost"
+        assert all(f"of its dense {what}" in decision.reason for decision in plan.changes)
     entry = plan.totals["latency"]
     assert entry["measured"] == pytest.approx(facts["ratio"] * entry["before"], abs=1e-3)
     small = rankopt.apply(planted_model(), plan)
@@ -246,6 +249,31 @@ def test_where_dense_wins_the_answer_is_dense():
     assert plan.totals["latency"]["measured"] == plan.totals["latency"]["before"]
 
 
+@pytest.mark.parametrize(
+    ("low", "high", "said", "unsaid"),
+    [
+        (0.565, 3.12, "could not be decided, for the time .* varies too much", "dense is"),
+        (0.8, 0.99, "cannot be met; the fastest plan", "dense is"),
+        (0.98, 1.02, "cannot be met; as measured, dense is the right answer here; the", "busy"),
+    ],
+)
+def test_an_interval_says_no_more_than_it_knows(low, high, said, unsaid):
+    (slow, fast), problem = two_plans()
+    found = Measured(*3 * [Interval((low + high) / 2, low, high)])
+    with pytest.raises(BudgetInfeasible, match=said) as error:
+        solve(problem, Coarse(slow, fast), lambda plan, limit: found, 1.0)
+    assert unsaid not in str(error.value)
+
+
+def test_noise_is_nothing_to_one_who_keeps_every_layer():
+    kept, found = searched("latency<=100%", clock=table(overhead_ms=5.0)), Interval(1.0, 0.5, 2.0)
+    problem = SimpleNamespace(
+        budget=rankopt.Budget(latency_ms=8.0), with_budget=lambda budget: budget
+    )
+    plan = solve(problem, Coarse(kept, kept), lambda plan, limit: Measured(*3 * [found]), 1.0)
+    assert not plan.changes
+
+
 def test_what_predicts_well_but_measures_badly_is_infeasible():
     clock = rankopt.ProfileTable(clock=Optimistic(10.0), rounds=3)
     with pytest.raises(BudgetInfeasible, match=r"fastest plan that was built took [\d.]+"):
@@ -335,11 +363,15 @@ def test_a_noisy_machine_is_named():
             return super().__call__(function) * (noise[0] if len(seen.found) > 5 else 1)
 
     clock = rankopt.ProfileTable(clock=Noisy(), rounds=3)
-    with (
-        pytest.warns(RankoptWarning, match=r"varies too much to decide.*busy, throttled"),
-        contextlib.suppress(BudgetInfeasible),
-    ):
-        searched("latency<=90%", clock=clock)
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        try:
+            searched("latency<=90%", clock=clock)
+            said = str(warned[0].message)
+        except BudgetInfeasible as error:
+            said = str(error)
+    assert "varies too much" in said
+    assert "busy, throttled" in said
 
 
 def test_the_environment_says_what_times_depend_on():

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 
@@ -67,6 +68,24 @@ def test_reads_well_in_a_diff():
     lines = FULL.to_json().splitlines()
     assert '      "args": {"ranks": [24], "packed": true},' in lines
     assert max(map(len, lines)) < 130
+
+
+def test_prints_as_a_table():
+    assert repr(FULL) == (
+        "<RankPlan of Net, energy, macs at most 50% of the original model: 3 of 4 sites changed>"
+    )
+    text = str(FULL)
+    assert "layer1.0.conv1" in text
+    assert "64x64x3x3" in text
+    assert "32 x 32" in text
+    assert "49.00%" in text
+    assert "3 sites decomposed" in text
+    one = plan_of(PACKED, KEPT)
+    totals = {"memory": {"before": 4096, "predicted": 2048, "measured": None}}
+    text = str(dataclasses.replace(one, totals=totals))
+    assert "1 site decomposed" in text
+    assert "2.05 kB" in text
+    assert len(FULL) == len(list(FULL)) == 4
 
 
 def test_lookup():

@@ -24,6 +24,16 @@ def test_built_in_names():
     assert {"energy", "parameter_ratio", "vbmf"} <= set(rankopt.strategies.names())
     assert {"svd", "tucker2"} <= set(rankopt.decompositions.names())
     assert rankopt.strategies.origin("energy") == "rankopt"
+    assert list(rankopt.strategies) == list(rankopt.strategies.names())
+    assert "svd" in rankopt.decompositions
+    assert len(rankopt.decompositions) == len(rankopt.decompositions.names())
+    assert "rankopt.strategies: energy, knapsack" in repr(rankopt.strategies)
+
+
+def test_a_class_is_no_strategy_yet():
+    cls = rankopt.strategies.get("energy")
+    with pytest.raises(RegistryError, match=r"Energy is the class of a strategy.*write Energy\(\)"):
+        rankopt.strategies.create(cls)
 
 
 def test_registering_in_this_process():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Sequence
 from typing import Any, Final
 
@@ -71,10 +72,21 @@ def timing(arguments: argparse.Namespace) -> dict[str, Any]:
     return {"mode": mode, "compile": arguments.compile}
 
 
-def model_and_inputs(arguments: argparse.Namespace) -> tuple[Any, Any]:
-    """The model a command line names, and its example inputs if there are any."""
+def model_and_inputs(arguments: argparse.Namespace, *, only_times: bool = False) -> tuple[Any, Any]:
+    """The model a command line names, and its example inputs if there are any.
+
+    Args:
+        arguments: With those of `model_options`.
+        only_times: Whether weights do not matter to the command.
+    """
     from rankopt._specs import default_input, load_model, parse_input
 
+    if not (only_times or arguments.weights) and arguments.model.startswith("torchvision:"):
+        print(
+            "rankopt: no --weights: random weights; times and sizes are right, ranks and metrics "
+            "are not",
+            file=sys.stderr,
+        )
     model = load_model(arguments.model, arguments.weights, seed=arguments.seed)
     inputs = parse_input(arguments.input) if arguments.input else default_input(arguments.model)
     if arguments.channels_last:

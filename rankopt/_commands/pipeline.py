@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from rankopt._commands.options import (
@@ -126,4 +127,6 @@ def _only_plan(sources: Sequence[str]) -> str:
         raise RankoptError(
             f"{len(sources)} sources: tables and plots show one plan; -o REPORT.html takes runs too"
         )
+    if Path(sources[0]).is_dir() or sources[0].endswith((".jsonl", ".safetensors")):
+        raise RankoptError(f"{sources[0]} is no plan file: draw it as a page, -o REPORT.html")
     return sources[0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import warnings
 from typing import Any
 
 from rankopt._commands.options import (
@@ -17,7 +18,7 @@ from rankopt._commands.options import (
     timing_options,
 )
 from rankopt._commands.searching import search_options, search_settings
-from rankopt.errors import RankoptError
+from rankopt.errors import RankoptError, RankoptWarning
 
 __all__ = ["add_plans"]
 
@@ -98,11 +99,11 @@ def _apply(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps({"output": arguments.output, **result.to_dict()}))
         return 0
-    from rankopt._report.tables import count
+    from rankopt._report.tables import count, counted
 
     params = result.params
     print(
-        f"{arguments.output}: {len(plan.changes)} sites decomposed, "
+        f"{arguments.output}: {counted(len(plan.changes), 'site')} decomposed, "
         f"{count(params.before)} to {count(params.after)} parameters ({100 * params.ratio:.1f}%)"
     )
     return 0
@@ -117,6 +118,8 @@ def _compare(arguments: argparse.Namespace) -> int:
         small = rankopt.apply(model, plan, calibration=made(arguments.calibration))
     else:
         small = rankopt.load(model, arguments.artefact)
+        if arguments.evaluate:
+            _check_weights(model, small, arguments.artefact)
     result = rankopt.compare(
         model,
         small,
@@ -130,6 +133,22 @@ def _compare(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _check_weights(model: Any, small: Any, path: str) -> None:
+    """Warn where a result is held against a model that it was not made from."""
+    from rankopt import measure
+    from rankopt._provenance import plan_of
+
+    plan = plan_of(small)
+    made_from = None if plan is None else plan.model.get("weights")
+    if made_from is not None and made_from != measure.weights_digest(model):
+        warnings.warn(
+            f"{path} was made from other weights than MODEL has, or in several rounds; if from "
+            "others, the metrics say nothing about what compression lost: give their --weights",
+            RankoptWarning,
+            stacklevel=2,
+        )
+
+
 def _profile(arguments: argparse.Namespace) -> int:
     import rankopt
     from rankopt._report.figures import check_name
@@ -138,7 +157,7 @@ def _profile(arguments: argparse.Namespace) -> int:
     if arguments.plot:
         check_name(arguments.plot)
         check_output(arguments.plot)
-    model, inputs = model_and_inputs(arguments)
+    model, inputs = model_and_inputs(arguments, only_times=True)
     if inputs is None:
         raise RankoptError("profile needs --input SHAPE, such as 1,3,224,224, to run the model")
     found = rankopt.profile(

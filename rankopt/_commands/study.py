@@ -6,7 +6,6 @@ import argparse
 import json
 import signal
 import sys
-from pathlib import Path
 from typing import Any, Final, Literal
 
 from rankopt._commands.options import (
@@ -216,10 +215,7 @@ def _load(arguments: argparse.Namespace) -> Any:
     import rankopt
     from rankopt._study.storage import DEFAULT_STORAGE
 
-    storage = arguments.storage or DEFAULT_STORAGE
-    if "://" not in storage and not Path(storage).exists():
-        raise RankoptError(f"there is no study at {storage}")
-    return rankopt.Study.load(storage, name=arguments.name)
+    return rankopt.Study.load(arguments.storage or DEFAULT_STORAGE, name=arguments.name)
 
 
 def _status(arguments: argparse.Namespace) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from rich import box
 from rich.console import Console
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 __all__ = [
     "comparison_table",
     "count",
+    "counted",
     "milliseconds",
     "plan_table",
     "profile_table",
@@ -78,6 +79,16 @@ def count(value: float | None) -> str:
         if abs(value) >= size:
             return f"{value / size:.3g}{letter}"
     return f"{value:.0f}"
+
+
+def counted(number: int, what: str) -> str:
+    """A number of things.
+
+    Example:
+        >>> counted(1, "site"), counted(2, "site")
+        ('1 site', '2 sites')
+    """
+    return f"{number} {what}" + ("" if number == 1 else "s")
 
 
 def milliseconds(value: float | None) -> str:
@@ -145,20 +156,27 @@ def profile_table(profile: LayerProfile) -> Table:
     return made
 
 
+def _bytes(value: float | None) -> str:
+    return count(value) if value is None else f"{count(value)}B"
+
+
+_UNITS: Final = {"latency": milliseconds, "memory": _bytes}
+
+
 def totals_table(plan: RankPlan) -> Table:
     """Whole-model figures of a plan."""
     strategy = plan.strategy.get("name", "by hand")
     made = table(
         f"{plan.model.get('class', 'model')}, strategy {strategy}",
         "", "original", "predicted", "measured", "ratio",
-        caption=f"{len(plan.changes)} sites decomposed, "
+        caption=f"{counted(len(plan.changes), 'site')} decomposed, "
         f"{len(plan.decisions) - len(plan.changes)} kept, {plan.seconds:.2f} s",
     )  # fmt: skip
     for axis, entry in plan.totals.items():
         before = entry["before"]
         after = entry["measured"] if entry["measured"] is not None else entry["predicted"]
         ratio = f"{100 * after / before:.2f}%" if before and after is not None else "–"
-        shown = milliseconds if axis == "latency" else count
+        shown = _UNITS.get(axis, count)
         figures = (shown(entry[key]) for key in ("before", "predicted", "measured"))
         made.add_row(axis, *figures, ratio)
     return made

@@ -8,9 +8,9 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from rankopt import measure
+from rankopt import measure, surgery
 from rankopt._model_clock import ModelClock, bounds_latency, price_time
-from rankopt._open import open_problem
+from rankopt._open import SHELL, open_problem
 from rankopt._study.opening import existing, open_study
 from rankopt._study.reading import DEFAULT_NAME, load_optuna
 from rankopt._study.records import (
@@ -59,7 +59,7 @@ def study(
     calibration_samples: int | None = MAX_SAMPLES,
     fisher: bool | Literal["search"] | None = None,
     asymmetric: bool | Literal["search"] | None = None,
-    methods: Sequence[str | Decomposition] | None = None,
+    methods: str | Decomposition | Sequence[str | Decomposition] | None = None,
     only: Patterns | None = None,
     ignore: Patterns | None = None,
     round_to: int | None = None,
@@ -136,11 +136,12 @@ def study(
         >>> rankopt.compare(net, rankopt.apply(net, plan)).params.ratio <= 0.6
         True
     """
+    surgery.check_model(model)
     if not callable(evaluate):
         raise ModelError(f"evaluate={evaluate!r}: expected a function of a model")
     known: dict[str, Any] | None = None
     where = shown(storage)
-    opened_storage = open_storage(storage, heartbeat=heartbeat)
+    opened_storage = open_storage(storage, heartbeat=heartbeat, create=create)
     if not create:
         inner = load_optuna(opened_storage, name, where=where)
         known = read_request(inner.user_attrs, name)
@@ -156,7 +157,7 @@ def study(
     for axis in ("macs", LATENCY):
         if example_inputs is None and (axis in (*axes, objective) or (timed and axis == LATENCY)):
             raise BudgetError(
-                f"{axis}: need example_inputs, a tensor, a tuple or a dict to call with"
+                f"{axis}: need example_inputs, a tensor, a tuple or a dict to call with{SHELL}"
             )
     with torch.no_grad(), measure.preserve_rng():
         opened = open_problem(
@@ -240,7 +241,8 @@ def _names(key: str, value: Any) -> list[str] | None:
     """Globs and names as text; functions and instances only as a remark."""
     if value is None:
         return None
-    every = [value] if isinstance(value, str) or callable(value) else list(value)
+    single = isinstance(value, (str, Decomposition)) or callable(value)
+    every = [value] if single else list(value)
     return [one if isinstance(one, str) else f"<{one!r}>" for one in every]
 
 

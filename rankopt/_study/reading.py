@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Final
 
 from rankopt._study.records import ATTRIBUTE
-from rankopt._study.storage import storage_errors
+from rankopt._study.storage import MAKE_ONE, storage_errors
 from rankopt.errors import StudyError
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ def load_optuna(opened: Any, name: str | None, *, where: str) -> optuna.Study:
         if name is None and len(names) == 1:
             name = names[0]
         if name not in names:
-            have = f"it has {', '.join(sorted(names)[:5])}" if names else "it has none"
+            have = f"it has {', '.join(sorted(names)[:5])}" if names else f"it has none; {MAKE_ONE}"
             asked = "none was named" if name is None else f"there is no study {name!r}"
             raise StudyError(f"storage {where}: {asked}; {have}")
         with quiet():

@@ -23,6 +23,7 @@ __all__ = [
     "DEFAULT_STORAGE",
     "HEARTBEAT_SECONDS",
     "LOST",
+    "MAKE_ONE",
     "Leases",
     "close_storage",
     "open_storage",
@@ -39,6 +40,7 @@ HEARTBEAT_SECONDS: Final = 20
 # How long to wait for another process's transaction on one SQLite file.
 SQLITE_SECONDS: Final = 60
 MAX_RETRIES: Final = 3
+MAKE_ONE: Final = "make one with rankopt.study(...) or `rankopt study create`"
 LEASE: Final = "lease"
 LOST: Final = "lost"  # the numbers of the trials that held a configuration when workers died
 DEATHS: Final = "deaths"  # how many of them died, and were not interrupted by hand
@@ -50,7 +52,7 @@ def worker_name() -> str:
     return f"{os.uname().nodename}:{os.getpid()}:{uuid.uuid4().hex[:6]}"
 
 
-def open_storage(spec: Any, *, heartbeat: int = HEARTBEAT_SECONDS) -> Any:
+def open_storage(spec: Any, *, heartbeat: int = HEARTBEAT_SECONDS, create: bool = True) -> Any:
     """An Optuna storage.
 
     Args:
@@ -58,9 +60,10 @@ def open_storage(spec: Any, *, heartbeat: int = HEARTBEAT_SECONDS) -> Any:
             ``journal:///PATH`` (journal file), ``grpc://HOST:PORT``, any URL SQLAlchemy
             knows (``postgresql+psycopg://…``), an Optuna storage, or None (memory).
         heartbeat: Seconds between a database worker's signs of life.
+        create: Whether to make a file that is not there.
 
     Raises:
-        StudyError: The storage cannot be reached or is not Optuna's.
+        StudyError: The storage cannot be reached, is not there or is not Optuna's.
         MissingDependency: The database's driver is not installed.
     """
     import optuna
@@ -72,6 +75,9 @@ def open_storage(spec: Any, *, heartbeat: int = HEARTBEAT_SECONDS) -> Any:
     if not isinstance(spec, (str, os.PathLike)):
         raise StudyError(f"storage={spec!r}: expected a path, a URL or an Optuna storage")
     text = os.fspath(spec)
+    local = _local_path(text)
+    if not create and local is not None and not Path(local).exists():
+        raise StudyError(f"there is no study at {text}; {MAKE_ONE}")
     with storage_errors(shown(text)), warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         if text.startswith("journal:///") or ("://" not in text and text.endswith(".journal")):
@@ -114,6 +120,13 @@ def shown(spec: Any) -> str:
     if not isinstance(spec, (str, os.PathLike)):
         return type(spec).__name__
     return re.sub(r"(://[^/:@]+):[^@/]*@", r"\1:***@", os.fspath(spec))
+
+
+def _local_path(text: str) -> str | None:
+    """The file behind a storage; None for servers, and for SQLite in memory."""
+    path = text if "://" not in text else text.partition(":///")[2]
+    local = "://" not in text or text.startswith(("sqlite:///", "journal:///"))
+    return path if local and path and ":memory:" not in path else None
 
 
 def _sqlite_path(url: str) -> str:

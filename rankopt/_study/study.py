@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import cached_property
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 from rankopt._progress import progress_bar
 from rankopt._study.devices import timing_lock
 from rankopt._study.front import Front, Seen, timed, timed_key, timing_of
-from rankopt._study.reading import counts, load_optuna, nothing_yet, quiet
+from rankopt._study.reading import counts, load_optuna, nothing_yet, quiet, record_of
 from rankopt._study.records import Point, read_request
 from rankopt._study.storage import (
     LOST,
@@ -27,7 +28,7 @@ from rankopt._study.storage import (
 )
 from rankopt._study.trial import RECORDED
 from rankopt.budget import Budget
-from rankopt.errors import DeadlineExceeded, StudyError
+from rankopt.errors import DeadlineExceeded, RankoptWarning, StudyError
 from rankopt.latency import Interval, Measured
 from rankopt.plan import RankPlan
 from rankopt.strategy import LATENCY
@@ -79,7 +80,8 @@ class Study:
             StudyError: The storage fails, or holds no such study.
         """
         where = shown(storage)
-        return cls(load_optuna(open_storage(storage), name, where=where), where=where, heartbeat=1)
+        opened = open_storage(storage, create=False)
+        return cls(load_optuna(opened, name, where=where), where=where, heartbeat=1)
 
     def close(self) -> None:
         """Give back database connections; also at the end of a ``with`` block."""
@@ -90,6 +92,14 @@ class Study:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def __repr__(self) -> str:
+        name = f"{self.optuna.study_name!r}, {self.where}"
+        try:
+            counted, _, _ = self._counts()
+            return f"<Study {name}: {counted} trials, {self._summary()}>"
+        except Exception as error:  # a storage that does not answer is still a study
+            return f"<Study {name}: cannot be read ({type(error).__name__})>"
 
     @cached_property
     def request(self) -> Mapping[str, Any]:
@@ -132,6 +142,9 @@ class Study:
         Returns:
             The study itself.
 
+        Warns:
+            RankoptWarning: Not one trial came to a result.
+
         Raises:
             StudyError: It was opened to be read, or the storage fails.
             KeyboardInterrupt: Ctrl-C; the trial at hand is queued again.
@@ -166,9 +179,23 @@ class Study:
             finished, *_ = self._counts()
             for _ in range(finished - done):
                 advance(self._summary())
+        self._warn_of_failure()
         if self._times_models:
             self.measure(progress=progress)
         return self
+
+    def _warn_of_failure(self) -> None:
+        """Say so where not one trial came to a result."""
+        with storage_errors(self.where):
+            trials = [trial for trial in self.optuna.get_trials(deepcopy=False) if counts(trial)]
+        failed = [error for trial in trials if (error := record_of(trial).get("error"))]
+        if failed and len(failed) == len(trials):
+            warnings.warn(
+                f"{len(failed)} of {len(trials)} trials failed, the last with: {failed[-1]}; put "
+                "it right and run more trials",
+                RankoptWarning,
+                stacklevel=3,
+            )
 
     @property
     def _times_models(self) -> bool:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rankopt._files import atomic_path, write_text
-from rankopt._report.tables import table
+from rankopt._report.tables import counted, table
 from rankopt._study.front import Front
 from rankopt._study.reading import counts, quiet, record_of
 from rankopt.errors import MissingDependency, RankoptError, StudyError
@@ -60,7 +60,6 @@ def status_view(status: dict[str, Any]) -> list[Any]:
     """A study's front as a table, below it how the trials stand."""
     from rich.text import Text
 
-    trials = ", ".join(f"{count} {name}" for name, count in sorted(status["trials"].items()))
     dense = status["dense_metric"]
     made = table(f"study {status['study']}", "trial", status["objective"], "metric", "from")
     for point in status["front"]:
@@ -72,11 +71,23 @@ def status_view(status: dict[str, Any]) -> list[Any]:
         f"to {status['direction']} the metric, dense "
         + ("not evaluated yet" if dense is None else f"{dense:.6g}")
         + f"; space {status['space']}",
-        f"{status['counted']} trials counted ({trials or 'none'}); {status['duplicates']} answered "
-        f"from the study; {len(status['workers'])} workers so far",
+        _progress(status),
         *(f"failed: {text}" for text in status["errors"][:3]),
     ]
     return [made, *(Text(line) for line in lines)]
+
+
+def _progress(status: Mapping[str, Any]) -> str:
+    """How the trials stand, in words."""
+    states = status["trials"]
+    if states.keys() <= {"waiting"}:
+        return f"{counted(states.get('waiting', 0), 'plan')} queued, none run yet"
+    trials = ", ".join(f"{count} {name}" for name, count in sorted(states.items()))
+    done, workers = counted(status["counted"], "trial"), counted(len(status["workers"]), "worker")
+    return (
+        f"{done} counted ({trials}); {status['duplicates']} answered from the study; "
+        f"{workers} so far"
+    )
 
 
 def figures(study: Study) -> dict[str, Any]:

@@ -61,9 +61,13 @@ def split(model: nn.Module, batch: Any, *, labelled: bool, step: int) -> Batch:
             f"step {step}: train yielded a pair of {type(first).__name__} and "
             f"{type(labels).__name__}; {EXPECTED}"
         )
+    advice = (
+        "to train without labels give a teacher and Distillation(labels=0, logits=1)"
+        if not isinstance(batch, Mapping)
+        else calibration.misfit(model, batch) or "name them 'labels'"
+    )
     raise TrainingError(
-        f"step {step}: train yielded a {type(batch).__name__} without labels; {EXPECTED}; to train "
-        "without labels give a teacher and Distillation(labels=0, logits=1)"
+        f"step {step}: train yielded a {type(batch).__name__} without labels; {EXPECTED}; {advice}"
     )
 
 
@@ -79,8 +83,12 @@ def call(model: nn.Module, inputs: Any, step: int) -> Any:
         raise
     except (RuntimeError, TypeError, ValueError, IndexError) as error:
         shapes = [f"{list(t.shape)} {t.dtype}" for t in calibration.tensors_in(inputs)]
+        advice = calibration.misfit(model, inputs)
+        if advice is not None and isinstance(inputs, tuple):
+            advice += " beside the labels; map it, such as [(b[0], b[1]) for b in loader]"
         raise TrainingError(
             f"step {step}: the model fails on a batch of {', '.join(shapes)}: {error}"
+            + ("" if advice is None else f"; {advice}")
         ) from error
 
 

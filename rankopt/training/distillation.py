@@ -30,6 +30,7 @@ __all__ = [
     "Distillation",
     "Distiller",
     "PairedOutputs",
+    "check_precision",
     "decomposed",
     "private_teacher",
     "train_as_evaluated",
@@ -247,6 +248,19 @@ def decomposed(model: nn.Module) -> list[str]:
         return []
     merged = [decision.targets[-1] for decision in plan.changes if decision.method == MERGE]
     return [decision.targets[0] for decision in factorised(plan)] + merged
+
+
+def check_precision(model: nn.Module, who: str) -> None:
+    """Refuse to train parameters in half precision.
+
+    Raises:
+        ModelError: There are some.
+    """
+    if any(p.requires_grad and p.dtype == torch.float16 for p in model.parameters()):
+        raise ModelError(
+            f"{who} cannot train float16 parameters, whose steps would underflow; convert the "
+            "model with .float() or .bfloat16() first, and back with .half() afterwards"
+        )
 
 
 def private_teacher(teacher: nn.Module) -> nn.Module:

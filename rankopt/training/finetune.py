@@ -10,11 +10,11 @@ from typing import Any
 
 from torch import nn
 
-from rankopt import measure
+from rankopt import measure, surgery
 from rankopt.errors import ModelError
 from rankopt.training.augmentation import augmentation
 from rankopt.training.batches import check_iterable
-from rankopt.training.distillation import Distillation
+from rankopt.training.distillation import Distillation, check_precision
 from rankopt.training.launcher import accelerated
 from rankopt.training.loop import Loop
 from rankopt.training.recipe import MakeOptimizer, Recipe, check_integer
@@ -138,7 +138,9 @@ def finetune(
 
     Raises:
         ValueError: A setting out of range.
-        ModelError: Nothing to train, no plan to freeze by, or a teacher with other outputs.
+        ModelError: Nothing to train, float16 parameters, no plan to freeze by, or a teacher
+            with other outputs.
+        EvaluationError: `evaluate` gave no number.
         TrainingError: A batch it cannot use, or a loss that is not finite; the model then
             has the weights of the last complete epoch.
         CheckpointError: The folder holds another run, or a damaged checkpoint.
@@ -152,6 +154,9 @@ def finetune(
         >>> [epoch["frozen"] for epoch in done.history]
         [1, 1]
     """
+    surgery.check_model(model, swapped=train)
+    if teacher is not None:
+        surgery.check_model(teacher, "teacher")
     recipe = check_request(
         model,
         train,
@@ -225,4 +230,6 @@ def check_request(model: nn.Module | None, train: Any, **settings: Any) -> Recip
         raise ValueError("patience= needs evaluate=, the metric that is to improve")
     if model is not None and not any(parameter.requires_grad for parameter in model.parameters()):
         raise ModelError("finetune has nothing to train: every parameter has requires_grad=False")
+    if model is not None:
+        check_precision(model, "finetune")
     return recipe

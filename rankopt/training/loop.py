@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from rankopt import measure, surgery
+from rankopt._metric import number
 from rankopt._progress import progress_bar
 from rankopt._spelled import spelled
 from rankopt.errors import RankoptWarning, TrainingError
@@ -356,7 +357,7 @@ class Loop:
         if self.evaluate is None:
             return None
         with torch.no_grad(), measure.preserve_rng(), measure.evaluation(model):
-            value = float(self.evaluate(model))
+            value = number(self.evaluate(model))
         if self.accelerator.num_processes > 1:  # all must agree on what is best
             shared = torch.tensor(value, device=self.accelerator.device, dtype=torch.float64)
             torch.distributed.broadcast(shared, 0)

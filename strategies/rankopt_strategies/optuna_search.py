@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import time
+import warnings
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 from rankopt._study import open_study
-from rankopt.errors import DeadlineExceeded
+from rankopt.errors import DeadlineExceeded, RankoptWarning
 from rankopt.plan import RankPlan
 from rankopt.strategy import LATENCY, Problem, Strategy, Tags
 
@@ -76,7 +77,9 @@ class OptunaSearch(Strategy):
             seed=problem.seed,
         )
         # A trial under way when the time runs out is given up; what finished counts.
-        with contextlib.suppress(DeadlineExceeded):
+        with contextlib.suppress(DeadlineExceeded), warnings.catch_warnings():
+            # Where every trial failed, there is no best one, and that is an error.
+            warnings.filterwarnings("ignore", r"\d+ of \d+ trials failed", RankoptWarning)
             left = None if problem.deadline is None else problem.deadline - time.monotonic()
             study.run(self.n_trials, timeout=left, progress=problem.progress)
         if not study.points:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import optuna
@@ -14,6 +15,7 @@ from torch import nn
 import rankopt
 from rankopt._study.storage import MAX_RETRIES, open_storage
 from rankopt._study.trial import Runner
+from rankopt._study.views import status_view
 from rankopt.errors import (
     BudgetError,
     BudgetInfeasible,
@@ -22,6 +24,7 @@ from rankopt.errors import (
     LayerError,
     MissingDependency,
     ModelError,
+    RankoptWarning,
     StudyError,
 )
 from rankopt.testing import planted_inputs, planted_model
@@ -44,6 +47,7 @@ def test_failed_trials_are_recorded_and_the_study_goes_on():
     assert status["errors"] == ["evaluate raised RuntimeError: the GPU is on fire"]
     assert status["counted"] == 9
     assert study.front
+    assert str(study).startswith("<Study 'rankopt', in memory: 9 trials, front ")
 
 
 @pytest.mark.parametrize(
@@ -54,9 +58,12 @@ def test_failed_trials_are_recorded_and_the_study_goes_on():
     ],
 )
 def test_nothing_but_failures(evaluate, match):
-    study = open_study(evaluate=evaluate).run(n_trials=3)
+    study = open_study(evaluate=evaluate)
+    with pytest.warns(RankoptWarning, match="3 of 3 trials failed, the last with: evaluate "):
+        study.run(n_trials=3)
     with pytest.raises(StudyError, match=match):
         _ = study.front
+    assert "3 trials, no result yet" in repr(study)
 
 
 def test_a_changed_model_does_not_spoil_the_next_trial():
@@ -134,7 +141,7 @@ def test_another_model_or_version_is_refused(tmp_path, monkeypatch):
         ({"example_inputs": None, "budget": "macs<=50%"}, BudgetError, "need example_inputs"),
         ({"budget": "latency<=1%"}, BudgetInfeasible, "smallest reachable is latency"),
         ({"budget": "macs<=1%"}, BudgetInfeasible, "smallest reachable is macs"),
-        ({"create": False}, StudyError, "there is no study 'rankopt'; it has none"),
+        ({"create": False}, StudyError, "no study 'rankopt'; it has none; make one with"),
         (
             {"budget": rankopt.Budget(metric_drop=1, minimize="macs", direction="minimize")},
             BudgetError,
@@ -145,6 +152,21 @@ def test_another_model_or_version_is_refused(tmp_path, monkeypatch):
 def test_bad_requests(more, error, match):
     with pytest.raises(error, match=match):
         open_study(**more)
+
+
+def test_reading_makes_no_file(tmp_path):
+    for path in ("s.db", "s.journal"):
+        for storage in (tmp_path / path, f"{'sqlite' if 'db' in path else 'journal'}:///{path}"):
+            with pytest.raises(StudyError, match=r"there is no study at .*make one with"):
+                open_study(storage, create=False)
+            with pytest.raises(StudyError, match="there is no study at"):
+                rankopt.Study.load(storage)
+    assert not list(tmp_path.iterdir())
+
+
+def test_queued_plans_are_no_trials_yet():
+    text = str(status_view(open_study().status())[2])
+    assert re.fullmatch(r"\d+ plans queued, none run yet", text)
 
 
 def test_bad_runs(tmp_path):
@@ -283,7 +305,8 @@ def test_the_dense_model_is_evaluated_again_after_a_failure(tmp_path):
     def broken(model):
         raise RuntimeError("no data today")
 
-    open_study(tmp_path / "s.db", evaluate=broken).run(n_trials=2)
+    with pytest.warns(RankoptWarning, match="2 of 2 trials failed"):
+        open_study(tmp_path / "s.db", evaluate=broken).run(n_trials=2)
     again = open_study(tmp_path / "s.db").run(n_trials=12)
     assert again.dense_metric == pytest.approx(1)
     assert again.best("metric_drop<=0.5, minimize=macs").changes

@@ -20,7 +20,7 @@ import pytest
 
 import rankopt
 from rankopt.cli import main
-from rankopt.errors import StudyError
+from rankopt.errors import RankoptWarning, StudyError
 
 TASK = """
 import os, pathlib, time
@@ -317,13 +317,17 @@ def test_commands(task, tmp_path, capsys):
     for bad, message in (
         (["study", "status", "--storage", str(tmp_path / "none.db")], "there is no study at"),
         (["study", "status", *read, "--name", "x"], "no study 'x'; it has rankopt"),
-        (["study", "worker", *arguments(task, tmp_path / "n.db"), "--n-trials", "1"], "no study"),
+        (
+            ["study", "worker", *arguments(task, tmp_path / "n.db"), "--n-trials", "1"],
+            "study create`",
+        ),
         (worker[:-2], "give at least one of them"),
         (["study", "create", *arguments(task, storage, "--device", "cuda:9")], "device 'cuda:9'"),
         (["study", "create", *arguments(task, storage, "--threads", "0")], "threads=0"),
     ):
         assert main(bad) == 1
         assert message in capsys.readouterr().err
+    assert not (tmp_path / "n.db").exists()
 
 
 def test_time_from_the_shell(task, tmp_path, capsys):
@@ -350,7 +354,8 @@ def test_evaluate_that_always_fails(task, tmp_path, capsys):
     create(task, storage, capsys)
     command = arguments(task, storage, "--n-trials", "3")
     command[command.index(f"{task}:accuracy")] = f"{task}:broken"
-    assert main(["study", "worker", *command]) == 0
+    with pytest.warns(RankoptWarning, match="3 of 3 trials failed"):
+        assert main(["study", "worker", *command]) == 0
     assert "failed: evaluate raised RuntimeError: no data today" in capsys.readouterr().out
     with pytest.raises(StudyError, match="no completed trial; 3 failed"):
         _ = rankopt.Study.load(storage).front
