@@ -59,11 +59,11 @@ def load_callable(spec: str) -> Callable[..., Any]:
 def _import_file(path: Path) -> Any:
     if not path.is_file():
         raise RankoptError(f"{path} does not exist")
-    return _executed(path.resolve())
+    return _executed(path.resolve(), path.stat().st_mtime_ns)
 
 
 @cache
-def _executed(path: Path) -> Any:
+def _executed(path: Path, changed_ns: int) -> Any:
     """A file's module: one for all options that name the file, so that they share its state."""
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None
