@@ -37,6 +37,7 @@ class SwitchedSpace(Space):
         self._plain = kind(problem, axis, made)
         self._weighed = kind(problem.with_fisher(), axis, weighed)
         self.problem, self.axis, self.shares = self._plain.problem, axis, self._plain.shares
+        self.switches = (FISHER,)
 
     def _prepare(self, spec: Mapping[str, Any]) -> None:
         """Both spaces have prepared what they need."""
@@ -71,6 +72,7 @@ class InOrderSpace(Space):
         self._inner, self._searched = inner, searched
         self.problem, self.axis, self.shares = inner.problem, inner.axis, inner.shares
         self.sizes = inner.sizes
+        self.switches = (*inner.switches, ASYMMETRIC) if searched else inner.switches
 
     def _prepare(self, spec: Mapping[str, Any]) -> None:
         """The other space has prepared what it needs."""
@@ -96,6 +98,9 @@ class InOrderSpace(Space):
     def own(self, options: Sequence[Option]) -> list[Option]:
         return list(options) if self._searched else _in_order(options)
 
+    def switched_on(self, options: Sequence[Option]) -> list[Option]:
+        return _in_order(options)
+
     def describe(self) -> dict[str, Any]:
         return self._inner.describe()
 
@@ -113,6 +118,7 @@ class SizedSpace(Space):
         self.problem, self.axis, self.shares = inner.problem, inner.axis, inner.shares
         if SIZE not in inner.bounds:
             raise StudyError("sizes= needs a space with a size: 'warp' or 'tilt'")
+        self.switches = inner.switches
         self.sizes = tuple(sorted({float(size) for size in sizes}))
         middle = {name: sum(ends) / 2 for name, ends in inner.bounds.items()}
         cheapest = self.problem.figures(inner.options({**middle, SIZE: 0.0}))
@@ -143,6 +149,9 @@ class SizedSpace(Space):
 
     def own(self, options: Sequence[Option]) -> list[Option]:
         return self._inner.own(options)
+
+    def switched_on(self, options: Sequence[Option]) -> list[Option]:
+        return self._inner.switched_on(options)
 
     def describe(self) -> dict[str, Any]:
         return {**self._inner.describe(), "sizes": list(self.sizes)}

@@ -41,6 +41,8 @@ class Space(ABC):
     kind: ClassVar[str]
     # Shares of the original's figure at which all plans end; none for any share.
     sizes: tuple[float, ...] = ()
+    # What trials choose about the making of factors, in words.
+    switches: tuple[str, ...] = ()
 
     def __init__(self, problem: Problem, axis: str, spec: Mapping[str, Any] | None = None) -> None:
         self.axis = axis
@@ -82,6 +84,10 @@ class Space(ABC):
 
     def own(self, options: Sequence[Option]) -> list[Option]:
         """Options of another strategy as this space would make them."""
+        return list(options)
+
+    def switched_on(self, options: Sequence[Option]) -> list[Option]:
+        """Options of another strategy with every choice of `switches` taken."""
         return list(options)
 
     def describe(self) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final
 
+from rankopt._study.choices import FISHER
 from rankopt._study.reading import counts
 from rankopt._study.records import options_in, rows_of
 from rankopt._study.space import Space
@@ -32,6 +33,9 @@ def queue_warm_starts(
 ) -> None:
     """Queue the plans of other strategies, each of them once.
 
+    Where trials choose how factors are made, the first strategy's plans are queued with
+    every such choice taken as well.
+
     Args:
         study: May hold some of them, from a process that was stopped while it queued.
         problem: The model at hand.
@@ -47,26 +51,34 @@ def queue_warm_starts(
         ladder = LADDER if top is None else tuple(top * step for step in STEPS_BELOW)
     others = ladder[:1] if top is not None or len(ladder) == 1 else ladder[1:2]
     known = [name for name in names if name in strategies.names()]
-    for position, name in enumerate(known):
-        for share in ladder if position == 0 else others:
-            label = f"{name} at {share:.0%}"
-            if label in queued:
-                continue
-            limits = Budget.from_dict({**space.shares, axis: share})
-            try:
-                with warnings.catch_warnings():
-                    warnings.simplefilter("ignore", RankoptWarning)
-                    plan = strategies.create(name).search(problem.with_budget(limits))
-            except RankoptError:  # infeasible there, or not for this model
-                continue
-            except Exception as error:  # a plugin's fault is not to end the study
-                warnings.warn(
-                    f"warm start {label} is left out: {type(error).__name__}: {error}",
-                    RankoptWarning,
-                    stacklevel=4,
-                )
-                continue
-            _queue(study, space, label, space.own(options_in(problem, plan)))
+    chosen = ", ".join(space.switches)
+    wanted = [
+        (name, share, on)
+        for position, name in enumerate(known)
+        for on in ([False, True] if chosen and position == 0 else [False])
+        for share in (ladder if position == 0 else others)
+    ]
+    for name, share, on in wanted:
+        label = f"{name} at {share:.0%}" + (f", {chosen}" if on else "")
+        if label in queued:
+            continue
+        given = problem.with_fisher() if on and FISHER in space.switches else problem
+        limits = Budget.from_dict({**space.shares, axis: share})
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", RankoptWarning)
+                plan = strategies.create(name).search(given.with_budget(limits))
+        except RankoptError:  # infeasible there, or not for this model
+            continue
+        except Exception as error:  # a plugin's fault is not to end the study
+            warnings.warn(
+                f"warm start {label} is left out: {type(error).__name__}: {error}",
+                RankoptWarning,
+                stacklevel=4,
+            )
+            continue
+        options = options_in(given, plan)
+        _queue(study, space, label, space.switched_on(options) if on else space.own(options))
 
 
 def queue_dense(study: optuna.Study, problem: Problem, space: Space) -> None:
