@@ -9,7 +9,7 @@ not, layer by layer the choices of the one give way to those of the other.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
@@ -81,7 +81,7 @@ class _Rounds:
         self,
         problem: Problem,
         strategy: Strategy,
-        measure: Callable[[RankPlan, float], Measured],
+        measure: Callable[[RankPlan, float | None], Measured],
         dense_ms: float,
     ) -> None:
         assert problem.budget is not None
@@ -96,6 +96,11 @@ class _Rounds:
         """Whether one of them is what was wanted."""
         return any(entry.spends(self.share) for entry in self.done)
 
+    @property
+    def met(self) -> list[_Round]:
+        """Those that keep to the budget."""
+        return [entry for entry in self.done if entry.met]
+
     def search(self) -> None:
         """Let the strategy choose, under targets corrected by what its plans took."""
         asked = self.share if self.share >= 1 else AIM * self.share
@@ -103,22 +108,29 @@ class _Rounds:
             try:
                 plan = self._chosen(asked)
             except BudgetInfeasible as error:
-                least = error.smallest.get(LATENCY, 1.0)
-                if self.done or not asked < least < 1:
+                # The smallest the layer times foresee: what it takes is to be seen.
+                least = error.smallest.get(LATENCY, 1.0) * (1 + 1e-6)
+                tried = [entry.asked for entry in self.done]
+                if self.met or not asked < least < 1 or least in tried:
                     if not self.done:
                         raise _slower(self.budget, error, self.done) from error
                     return
-                # The smallest the layer times foresee: what it takes is to be seen.
-                asked = least * (1 + 1e-6)
+                asked = least
                 try:
                     plan = self._chosen(asked)
                 except BudgetInfeasible:
-                    raise _slower(self.budget, error, self.done) from error
+                    if not self.done:
+                        raise _slower(self.budget, error, self.done) from error
+                    return
             known = any(entry.plan.decisions == plan.decisions for entry in self.done)
             self.take(plan, asked)
-            verdicts = {entry.met for entry in self.done}
-            if self.spent or (known and len(verdicts) == 2):
-                return  # where plans come again, those between them are left
+            if self.spent:
+                return
+            if known and self.met:  # where plans come again, those between two are left
+                if len(self.met) < len(self.done) or asked >= 1:
+                    return
+                asked = 1.0  # for an upper end
+                continue
             following = _corrected(self.done, self.share)
             if following is None:
                 return
@@ -130,16 +142,17 @@ class _Rounds:
 
     def blend(self) -> None:
         """Plans between one that meets the budget and one that does not."""
-        met = [entry for entry in self.done if entry.met]
         missed = [entry for entry in self.done if not entry.met]
-        if not met or not missed:
+        if not self.met or not missed:
             return
-        low, high = max(met, key=lambda e: e.took), min(missed, key=lambda e: e.took)
+        low, high = max(self.met, key=lambda e: e.took), min(missed, key=lambda e: e.took)
         between = _between(low.plan, high.plan, self.budget)
         tried = {len(between)}
         for _ in range(MAX_BLENDS):
             part = (AIM * self.share - low.took) / max(high.took - low.took, 1e-9)
-            wanted = low.predicted + min(max(part, 0.0), 1.0) * (high.predicted - low.predicted)
+            if not 0 < part < 1:  # a miss by noise alone
+                part = 0.5
+            wanted = low.predicted + part * (high.predicted - low.predicted)
             ends = sorted((low.predicted, high.predicted))
             left = [
                 (abs(_predicted(plan) - wanted), index)
@@ -160,14 +173,12 @@ class _Rounds:
 
     def take(self, plan: RankPlan, asked: float | None) -> _Round:
         """Measure a plan, unless it came before."""
+        self.problem.check_deadline()
         same = [entry for entry in self.done if entry.plan.decisions == plan.decisions]
-        measured = same[0].measured if same else self._measure(plan, self.share)
         unchanged = not plan.changes  # the dense model takes exactly its own time
-        ratio = 1.0 if unchanged else measured.ratio.high
-        took = self.dense_ms if unchanged else measured.latency_ms.high
-        met = ratio <= (self.budget.latency or 1.0) or (unchanged and self.budget.latency is None)
-        if self.budget.latency_ms is not None:
-            met = met and took <= self.budget.latency_ms
+        limit = None if unchanged else self.share
+        measured = same[0].measured if same else self._measure(plan, limit)
+        met = (1.0 if unchanged else measured.ratio.high) <= self.share
         self.done.append(_Round(plan, asked, _predicted(plan), measured, met))
         return self.done[-1]
 
@@ -175,7 +186,7 @@ class _Rounds:
 def solve(
     problem: Problem,
     strategy: Strategy,
-    measure: Callable[[RankPlan, float], Measured],
+    measure: Callable[[RankPlan, float | None], Measured],
     dense_ms: float,
 ) -> RankPlan:
     """The plan whose *measured* time is within the budget and uses most of it.
@@ -245,7 +256,9 @@ def _corrected(done: Sequence[_Round], share: float) -> float | None:
             asked = DOWN * min(one for one, _ in asks)
     elif not low < asked < high or min(abs(asked - one) for one, _ in asks) < CLOSE:
         asked = (low + high) / 2  # slack is to be used up, not added to
-    return None if min(abs(asked - one) for one, _ in asks) < CLOSE else asked
+    if min(abs(asked - one) for one, _ in asks) >= CLOSE:
+        return asked
+    return None if low is not None else DOWN * high
 
 
 def _between(fast: RankPlan, slow: RankPlan, budget: Budget) -> list[RankPlan]:
@@ -260,6 +273,12 @@ def _between(fast: RankPlan, slow: RankPlan, budget: Budget) -> list[RankPlan]:
         one, other = (decision.cost.get(LATENCY, (0.0, 0.0))[1] for decision in pairs[index])
         return other - one
 
+    # How a search went is told; the figures of its own choice are not those of this one.
+    told = {
+        name: {key: value for key, value in facts.items() if isinstance(value, (list, dict))}
+        for name, facts in fast.extensions.items()
+        if isinstance(facts, Mapping)
+    }
     moved = sorted((i for i, (a, b) in enumerate(pairs) if a != b), key=added)
     decisions, found = list(fast.decisions), []
     original = {axis: float(entry["before"] or 0) for axis, entry in fast.totals.items()}
@@ -274,7 +293,7 @@ def _between(fast: RankPlan, slow: RankPlan, budget: Budget) -> list[RankPlan]:
             for axis, entry in fast.totals.items()
         }
         if others.fits(sums, original):
-            found.append(replace(fast, decisions=tuple(decisions), totals=totals))
+            found.append(replace(fast, decisions=tuple(decisions), totals=totals, extensions=told))
     return found
 
 

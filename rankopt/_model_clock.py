@@ -40,10 +40,14 @@ class ModelClock:
         model: Not changed; a copy is timed.
         example_inputs: A tensor, a tuple or a mapping.
         table: Says in which mode, with how many rounds and by which clock.
+
+    Attributes:
+        check: Called between measurements; may raise to stop.
     """
 
     def __init__(self, model: nn.Module, example_inputs: Any, table: ProfileTable) -> None:
         self.table = table
+        self.check: Callable[[], None] = lambda: None
         self.device = surgery.device_of(model)
         self._inputs = measure.to_device(example_inputs, self.device)
         self._dense = self._ready(surgery.clone(model))
@@ -76,6 +80,7 @@ class ModelClock:
             late = limit is not None and time.monotonic() - started > DECIDING_SECONDS
             if late or _told(timings.ratio("plan", "dense"), limit):
                 break
+            self.check()
             timings += self._timed(runners)
         ratio = timings.ratio("plan", "dense")
         return Measured(ratio, timings.interval("plan"), timings.interval("dense"))
@@ -125,6 +130,7 @@ def price_time(
         check=problem.check_deadline,
     )
     problem.times = times
+    clock.check = problem.check_deadline
 
     def measured(options: Sequence[Option]) -> Measured:
         problem.check_deadline()

@@ -23,6 +23,8 @@ __all__ = ["SoftSite"]
 
 # Where among the options of a method, by cost, its factors are fitted beforehand.
 ANCHORS: Final = (0.25, 0.75)
+# Whole weights kept per method and site: that of the choice at hand, and of the one compared.
+KEPT_WEIGHTS: Final = 2
 # From this probability on, an option's own factors are worth making.
 SURE: Final = 0.9
 
@@ -100,7 +102,7 @@ class _Own:
         if found is None:
             found = rebuild(self.method, self.layer, key, self.basis.factors(key))
         self.held[key] = found  # the latest last
-        if len(self.held) > KEPT_FITS:
+        if len(self.held) > KEPT_WEIGHTS:
             del self.held[next(iter(self.held))]
         return found
 

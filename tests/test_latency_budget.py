@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import warnings
 from collections import deque
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -139,11 +140,13 @@ def two_plans():
         )
         for share in (0.9, 0.6)
     ]  # fmt: skip
-    problem = SimpleNamespace(
-        budget=rankopt.Budget(latency=0.75),
-        with_budget=lambda budget: budget,
+    return plans, bare_problem(rankopt.Budget(latency=0.75))
+
+
+def bare_problem(budget):
+    return SimpleNamespace(
+        budget=budget, with_budget=lambda budget: budget, check_deadline=lambda: None
     )
-    return plans, problem
 
 
 def taken(plan, limit):
@@ -167,9 +170,80 @@ def test_between_two_plans_layers_change_one_by_one():
             assert entry["predicted"] == entry["before"] - saved
 
 
+class Smooth(Strategy):
+    """Any share of the time down to `least`, as layer times foresee it; counts its searches."""
+
+    def __init__(self, plan, least=0.1, steps=1000):
+        self.plan, self.least, self.steps, self.asked = plan, least, steps, []
+
+    def search(self, budget):
+        self.asked.append(budget.latency)
+        if budget.latency < self.least:
+            raise BudgetInfeasible("no", {"latency": self.least})
+        share = int(budget.latency * self.steps) / self.steps
+        reason = replace(self.plan.decisions[0], reason=f"{share}")
+        entry = {**self.plan.totals["latency"], "before": 1.0, "predicted": share}
+        return replace(
+            self.plan,
+            decisions=(reason, *self.plan.decisions[1:]),
+            totals={**self.plan.totals, "latency": entry},
+        )
+
+
+def within(take, noise=0.0):
+    draw = np.random.default_rng(0)
+
+    def measured(plan, limit):
+        ratio = take(plan.totals["latency"]["predicted"])
+        ms = ratio * (1 + noise * draw.normal())  # the machine drifts; ratios do not
+        return Measured(
+            Interval(ratio, ratio - 1e-4, ratio + 1e-4),
+            Interval(ms, ms * (1 - noise), ms * (1 + noise)),
+            Interval(1.0, 1 - noise, 1 + noise),
+        )
+
+    return measured
+
+
+@pytest.mark.parametrize("share", [0.46, 0.5, 0.55, 0.6, 0.9])
+def test_a_corrected_target_below_what_layers_foresee_asks_for_the_least(share):
+    (slow, _), _ = two_plans()
+    problem = bare_problem(rankopt.Budget(latency=share))
+    plan = solve(problem, Smooth(slow, least=0.3), within(lambda p: p + 0.15), 1.0)
+    assert 0.97 * share <= plan.extensions["latency"]["high"] <= share
+
+
+def test_milliseconds_are_decided_by_ratios():
+    (slow, _), _ = two_plans()
+    for percent in range(40, 95, 5):
+        problem = bare_problem(rankopt.Budget(latency_ms=percent / 100))
+        plan = solve(problem, Smooth(slow), within(lambda p: 1.05 * p, noise=0.02), 1.0)
+        assert 0.98 * percent / 100 <= plan.extensions["latency"]["ratio"] <= percent / 100
+
+
+def test_a_plan_that_comes_again_is_not_searched_for_again_and_again():
+    (slow, _), _ = two_plans()
+    coarse = Smooth(slow, steps=2)  # half of the time, or all of it
+    plan = solve(bare_problem(rankopt.Budget(latency=0.8)), coarse, within(lambda p: p), 1.0)
+    assert plan.extensions["latency"]["ratio"] == 0.5
+    assert len(coarse.asked) <= 4
+
+
 def test_a_deadline_leaves_the_plan_that_met_the_budget():
     (_, fast), problem = two_plans()
     assert solve(problem, Coarse(fast, fast, timeout=True), taken, 1.0).decisions == fast.decisions
+    passed = []
+
+    def check():  # while plans between two are timed
+        passed.append(1)
+        if len(passed) > 2:
+            raise DeadlineExceeded("late")
+
+    slow, fast = two_plans()[0]
+    problem.check_deadline = check
+    assert solve(problem, Coarse(slow, fast), taken, 1.0).decisions == fast.decisions
+    assert len(passed) == 3
+    problem.check_deadline = lambda: None
     late = Coarse(fast, fast, timeout=True)
     late.plans = []
     with pytest.raises(DeadlineExceeded):
@@ -267,9 +341,7 @@ def test_an_interval_says_no_more_than_it_knows(low, high, said, unsaid):
 
 def test_noise_is_nothing_to_one_who_keeps_every_layer():
     kept, found = searched("latency<=100%", clock=table(overhead_ms=5.0)), Interval(1.0, 0.5, 2.0)
-    problem = SimpleNamespace(
-        budget=rankopt.Budget(latency_ms=8.0), with_budget=lambda budget: budget
-    )
+    problem = bare_problem(rankopt.Budget(latency_ms=8.0))
     plan = solve(problem, Coarse(kept, kept), lambda plan, limit: Measured(*3 * [found]), 1.0)
     assert not plan.changes
 

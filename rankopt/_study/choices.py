@@ -8,7 +8,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from rankopt._study.space import SIZE, SPACES, Space
+from rankopt._study.space import SIZE, SIZE_INDEX, SPACES, Space
 from rankopt.errors import StudyError
 from rankopt.strategy import Option, Problem
 
@@ -136,16 +136,17 @@ class SizedSpace(Space):
 
     @property
     def bounds(self) -> dict[str, tuple[float, float]]:
-        return {**self._inner.bounds, SIZE: (0.0, float(len(self.sizes)))}
+        others = {name: ends for name, ends in self._inner.bounds.items() if name != SIZE}
+        return {**others, SIZE_INDEX: (0.0, float(len(self.sizes)))}
 
     def options(self, params: Mapping[str, float]) -> list[Option]:
-        index = min(int(params[SIZE]), len(self.sizes) - 1)
+        index = min(int(params[SIZE_INDEX]), len(self.sizes) - 1)
         return self._inner.options({**params, SIZE: self.sizes[index]})
 
     def encode(self, options: Sequence[Option]) -> dict[str, float]:
         params = self._inner.encode(options)
-        nearest = int(np.argmin(np.abs(np.array(self.sizes) - params[SIZE])))
-        return {**params, SIZE: nearest + 0.5}
+        nearest = int(np.argmin(np.abs(np.array(self.sizes) - params.pop(SIZE))))
+        return {**params, SIZE_INDEX: nearest + 0.5}
 
     def own(self, options: Sequence[Option]) -> list[Option]:
         return self._inner.own(options)

@@ -22,6 +22,7 @@ GRAFTED: Final = 0.3
 # How often the size is the one drawn, instead of that of the point begun from.
 RESIZED: Final = 0.3
 SIZE: Final = "size"
+SIZE_INDEX: Final = "size_index"
 
 
 class LocalSampler(optuna.samplers.BaseSampler):
@@ -63,19 +64,24 @@ class LocalSampler(optuna.samplers.BaseSampler):
         if not search_space:
             return {}
         front = _front(study)
-        size = search_space.get(SIZE)
+        name = SIZE_INDEX if SIZE_INDEX in search_space else SIZE
+        size = search_space.get(name)
         if not isinstance(size, FloatDistribution):
             one = front[int(self._draw.integers(len(front)))]
             return self._stepped(dict(one.params), search_space)
+
+        def at(params: Mapping[str, Any]) -> float:
+            return float(params[name]) if name == SIZE else float(int(params[name]))
+
         drawn = float(self._draw.uniform(size.low, size.high))
-        within = [point for point in front if point.params[SIZE] <= drawn]
-        one = max(within or front, key=lambda point: float(point.params[SIZE]))
+        within = [point for point in front if at(point.params) <= at({name: drawn})]
+        one = max(within or front, key=lambda point: at(point.params))
         other = front[int(self._draw.integers(len(front)))]
         made = dict((other if self._draw.random() < GRAFTED else one).params)
-        resized = self._draw.random() < RESIZED or not within
-        rest = {name: where for name, where in search_space.items() if name != SIZE}
-        moved = self._stepped({name: made[name] for name in rest}, rest) if rest else {}
-        return {**moved, SIZE: drawn if resized else one.params[SIZE]}
+        resized = name == SIZE_INDEX or self._draw.random() < RESIZED or not within
+        rest = {key: where for key, where in search_space.items() if key != name}
+        moved = self._stepped({key: made[key] for key in rest}, rest) if rest else {}
+        return {**moved, name: drawn if resized else one.params[name]}
 
     def _stepped(
         self, params: Mapping[str, float], space: Mapping[str, BaseDistribution]

@@ -17,7 +17,7 @@ from rankopt.errors import StudyError
 from rankopt.layers import Layer
 from rankopt.strategy import LATENCY, Option, Problem
 
-__all__ = ["SIZE", "SPACES", "LayerSpace", "Space", "StageSpace", "WarpSpace"]
+__all__ = ["SIZE", "SIZE_INDEX", "SPACES", "LayerSpace", "Space", "StageSpace", "WarpSpace"]
 
 Array = npt.NDArray[np.float64]
 # How far below a budget, and down to which share without one, the warp looks.
@@ -27,6 +27,8 @@ SMALLEST_SHARE: Final = 0.1
 STRETCH: Final = 2.0
 CURVES: Final = (0.5, 1.5)
 SIZE: Final = "size"
+# Instead of it, where plans end at given sizes: which of them.
+SIZE_INDEX: Final = "size_index"
 
 
 class Space(ABC):

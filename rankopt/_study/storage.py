@@ -124,13 +124,14 @@ def shown(spec: Any) -> str:
 
 def _local_path(text: str) -> str | None:
     """The file behind a storage; None for servers, and for SQLite in memory."""
-    path = text if "://" not in text else text.partition(":///")[2]
+    path = text if "://" not in text else _sqlite_path(text)
     local = "://" not in text or text.startswith(("sqlite:///", "journal:///"))
-    return path if local and path and ":memory:" not in path else None
+    nameless = not path or ":memory:" in path or path.startswith("file:")
+    return path if local and not nameless else None
 
 
 def _sqlite_path(url: str) -> str:
-    return url.partition(":///")[2]
+    return url.partition(":///")[2].partition("?")[0]
 
 
 def _journal(path: str) -> Any:

@@ -11,6 +11,7 @@ from rankopt.errors import (
     BudgetError,
     BudgetInfeasible,
     CalibrationError,
+    CheckpointError,
     ModelError,
     RankoptWarning,
 )
@@ -114,6 +115,26 @@ def test_a_search_goes_on_where_outputs_differ_in_the_last_bit(tmp_path):
     objective.batches[0][1].mul_(1 + 1e-7)
     again = Checkpoint(str(tmp_path), {}, problem, objective, 4e-16)
     assert again.load()["losses"] == {"a": [1.0]}
+    objective.batches[0][1].mul_(1.1)  # the same weights and inputs, in another forward
+    other = Checkpoint(str(tmp_path), {}, problem, objective, 0.0)
+    with pytest.raises(CheckpointError, match="another criterion or model"):
+        other.load()
+
+
+def test_a_choice_survives_the_deadline(monkeypatch):
+    from rankopt_strategies.relaxed import refining
+
+    real, closing = refining.closed, []
+
+    def closed(losses, choice, loss, record):
+        losses.soft.relaxation.problem.deadline = 0.0
+        closing.append(choice.chosen)
+        return real(losses, choice, loss, record)
+
+    monkeypatch.setattr(refining, "closed", closed)
+    plan = plan_for("macs<=40%", strategy=Relaxed(rounds=1), calibration=[planted_inputs(64)])
+    assert closing
+    assert plan.changes
 
 
 @pytest.mark.parametrize("slopes", ["measured", "gradient"])

@@ -408,3 +408,9 @@ def test_a_line_cut_short_by_a_kill(tmp_path):
     assert len(again.points) == done
     again.run(n_trials=done + 1)
     assert len(rankopt.Study.load(path).points) == done + 1
+
+
+def test_a_study_is_found_by_a_url_with_options(tmp_path):
+    open_study(tmp_path / "s.db").run(n_trials=2).close()
+    with rankopt.Study.load(f"sqlite:///{tmp_path}/s.db?timeout=60") as study:
+        assert study.points

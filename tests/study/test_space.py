@@ -138,5 +138,15 @@ def test_sizes_that_no_plan_has_are_refused():
     space = make_space("warp", found, "macs", sizes=[0.5, 0.3], asymmetric="search")
     again = make_space("warp", found, "macs", space.describe(), asymmetric="search")
     assert again.sizes == space.sizes == (0.3, 0.5)
-    params = space.encode(space.options({**dict.fromkeys(space.bounds, 0.6), "size": 1.2}))
-    assert params["size"] == 1.5
+    params = space.encode(space.options({**dict.fromkeys(space.bounds, 0.6), "size_index": 1.2}))
+    assert params["size_index"] == 1.5
+    assert "size" not in params
+
+
+def test_small_steps_go_to_all_sizes_alike():
+    study = open_study(sizes=(0.7, 0.5, 0.35), space="tilt", sampler="local").run(n_trials=40)
+    dense = study.request["plan"]["totals"]["macs"]["before"]
+    found = [point.figures["macs"] / dense for point in study.points if point.warm is None]
+    counts = [sum(low < share <= high for share in found)
+              for low, high in ((0.5, 0.7), (0.35, 0.5), (0.0, 0.35))]  # fmt: skip
+    assert min(counts) >= 5

@@ -97,6 +97,14 @@ class Objective:
             )
         return loss
 
+    def summary(self) -> list[float]:
+        """Mean and root mean square of the targets."""
+        tensors = [t.double() for _, target in self.batches for t in tensors_in(target)]
+        count = sum(t.numel() for t in tensors)
+        mean = sum(float(t.sum()) for t in tensors) / count
+        square = sum(float(t.square().sum()) for t in tensors) / count
+        return [mean, square**0.5]
+
     def with_weights(self, problem: Problem, weights: Mapping[str, Tensor]) -> Tensor:
         """The loss on the next batch with other weights: site name to canonical weight."""
         named = {}

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from rankopt._progress import progress_bar
-from rankopt.errors import ModelError, RankoptWarning
+from rankopt.errors import DeadlineExceeded, ModelError, RankoptWarning
 from rankopt.relaxation import Relaxation
 from rankopt_strategies.relaxed.annealing import LEVELS, Record, anneal, at_entropy, cooled
 from rankopt_strategies.relaxed.losses import Losses
@@ -163,7 +163,10 @@ def closed(losses: Losses, choice: Choice, loss: float, record: Record) -> float
     gap, bonus, soft_loss = float((reduced[choice.chosen] - least).sum()), 0.0, loss
     for _ in range(LEVELS):
         spread, prices = relaxation.priced(choice.scores - bonus * sure, temperature)
-        soft_loss = losses(spread)
+        try:
+            soft_loss = losses(spread)
+        except DeadlineExceeded:  # the choice is made
+            break
         record.add(relaxation, spread, prices, soft_loss=soft_loss, loss=loss, best=loss)
         if spread[choice.chosen].min() >= NEARLY:
             break

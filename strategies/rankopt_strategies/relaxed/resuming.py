@@ -8,6 +8,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
+import numpy as np
+
+from rankopt.errors import CheckpointError
 from rankopt.inputs import digest
 from rankopt.plan import FISHER
 from rankopt.strategy import Problem
@@ -16,8 +19,9 @@ from rankopt_strategies.relaxed.objective import Objective
 
 __all__ = ["Checkpoint"]
 
-# A loss below is rounding, and another on another machine.
-DECIMALS: Final = 9
+# How near what the dense model gives has to be to what it gave when the search began.
+SAME: Final = 1e-3
+ROUNDING: Final = 1e-9
 
 
 class Checkpoint:
@@ -57,13 +61,13 @@ class Checkpoint:
             "calibration": (
                 f"{problem.calibration}{FISHER}" if problem.fisher else problem.calibration
             ),
-            "loss of the dense model": None,
-            "data": None,
+            "data": (None if objective is None or objective.distils else digest(objective.batches)),
         }
-        if objective is not None and not objective.distils:
+        # What follows from a forward pass is not the same to the last bit everywhere.
+        self._computed: list[float] = []
+        if objective is not None:
             assert dense_loss is not None
-            self._identity["loss of the dense model"] = f"{round(dense_loss, DECIMALS):.3g}"
-            self._identity["data"] = digest(objective.batches)
+            self._computed = [dense_loss, *(objective.summary() if objective.distils else [])]
 
     @property
     def path(self) -> Path | None:
@@ -78,9 +82,17 @@ class Checkpoint:
         """
         if self._folder is None:
             return {}
-        return load_state(self._folder, self._identity, self._name) or {}
+        state = load_state(self._folder, self._identity, self._name) or {}
+        computed = state.pop("computed", self._computed)
+        if not np.allclose(computed, self._computed, rtol=SAME, atol=ROUNDING):
+            raise CheckpointError(
+                f"{self.path} was made with another criterion or model: for the dense model loss "
+                f"and outputs were {computed}, here they are {self._computed}; use another folder"
+            )
+        return state
 
     def save(self, **state: Any) -> None:
         """Replace the state, atomically; tensors and plain values only."""
         if self._folder is not None:
+            state["computed"] = self._computed
             save_state(self._folder, self._identity, state, self._name)
