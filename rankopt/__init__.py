@@ -11,6 +11,7 @@ from rankopt._report.report import report
 from rankopt._search import search
 from rankopt._study import Point, Study, claim_device, study
 from rankopt._version import __version__
+from rankopt.agreement import Agreement
 from rankopt.budget import Budget
 from rankopt.checkpoint import load, load_plan, save
 from rankopt.layer_profile import LayerProfile
@@ -24,6 +25,7 @@ from rankopt.strategy import Option, Problem, Site, Strategy, Tags
 from rankopt.training.finetune import Training, finetune
 
 __all__ = [
+    "Agreement",
     "Budget",
     "Comparison",
     "Compression",
