@@ -96,12 +96,16 @@ class ModelClock:
 
 def _told(ratio: Interval, limit: float | None) -> bool:
     """Whether more rounds would change nothing that matters."""
+    width = ratio.high - ratio.low
+    narrow = width <= WIDTH * ratio.median
     if limit is None:
-        return ratio.high - ratio.low <= WIDTH * ratio.median
+        return narrow
     used_up = (1 - SLACK) * limit
-    if ratio.high <= limit:  # met: by how much?
-        return ratio.median >= used_up or ratio.high < used_up
-    return ratio.low > limit
+    if used_up <= ratio.median and ratio.high <= limit:
+        return True
+    # What surely misses the mark corrects the next target: by how much has to be known, too.
+    margin = max(used_up - ratio.high, ratio.low - limit)
+    return margin > (0.0 if narrow else width)
 
 
 def price_time(
