@@ -11,6 +11,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import takewhile
 from typing import Any, Final
 
 from rankopt._model_clock import SLACK, WIDTH
@@ -242,9 +243,10 @@ def _corrected(done: Sequence[_Round], share: float) -> float | None:
     realised = min(MAX_REALISED, max(MIN_REALISED, saved / promised if promised > 0 else 1.0))
     over = last.took - AIM * share
     if not last.met:
-        # A burst of noise widens one interval, not the next one.
+        # A burst of noise widens one interval, not the next one; what comes again is no burst.
         ratio = last.measured.ratio
-        over += min(ratio.high - ratio.median, WIDTH * ratio.median)
+        misses = len(list(takewhile(lambda entry: not entry.met, reversed(done))))
+        over += 2 ** (misses - 1) * min(ratio.high - ratio.median, WIDTH * ratio.median)
     asked = min(1.0, last.asked - over / realised)
     asks = [(entry.asked, entry.met) for entry in done if entry.asked is not None]
     low = max((one for one, met in asks if met), default=None)
