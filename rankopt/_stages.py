@@ -198,8 +198,8 @@ class Run:
         with torch.no_grad(), measure.preserve_rng(), measure.evaluation(small):
             for each in (small, reloaded):
                 torch.manual_seed(self.seed)  # a model may draw numbers in eval mode too
-                inputs = _copied(measure.to_device(self.inputs, surgery.device_of(small)))
-                outputs.append(_copied(list(tensors_in(measure.call(each, inputs)))))
+                inputs = measure.copied(measure.to_device(self.inputs, surgery.device_of(small)))
+                outputs.append(measure.copied(list(tensors_in(measure.call(each, inputs)))))
         one, other = outputs
         if len(one) != len(other) or not all(map(_same, one, other)):
             raise RankoptError("the model read back from its file gives other outputs; report this")
@@ -360,15 +360,6 @@ def _check_budget(budget: Budget | None, found: Comparison) -> None:
 
 def _planned(plan: RankPlan) -> str:
     return f"{len(plan.changes)} of {len(plan.decisions)} sites decomposed"
-
-
-def _copied(inputs: Any) -> Any:
-    """Inputs with tensors of their own: a forward may write into those it is given."""
-    if isinstance(inputs, torch.Tensor):
-        return inputs.clone()
-    if isinstance(inputs, Mapping):
-        return {key: _copied(value) for key, value in inputs.items()}
-    return tuple(map(_copied, inputs)) if isinstance(inputs, (tuple, list)) else inputs
 
 
 def _same(a: torch.Tensor, b: torch.Tensor) -> bool:

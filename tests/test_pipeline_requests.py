@@ -142,6 +142,20 @@ def test_a_result_that_lost_its_plan():
     assert rankopt.compress(dense(), BUDGET, apply=apply).comparison.params.ratio <= 0.6
 
 
+class Listed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(16, 16)
+
+    def forward(self, xs):
+        return self.fc(xs.copy()[0])
+
+
+def test_inputs_in_lists_stay_in_lists():
+    done = rankopt.compress(Listed(), BUDGET, example_inputs=([torch.randn(2, 16)],))
+    assert done.stages[-1].note == "read back: outputs identical"
+
+
 # Going on in a folder
 
 
