@@ -20,6 +20,7 @@ from rankopt import checkpoint as files
 from rankopt._compare import Comparison, Figure, compare
 from rankopt._files import write_text
 from rankopt._fold import check_foldable, fold
+from rankopt._metric import metric_of
 from rankopt._open import uses_metric
 from rankopt._spelled import spelled
 from rankopt._stage_checks import TUNING
@@ -27,7 +28,6 @@ from rankopt.budget import Budget
 from rankopt.errors import (
     CalibrationError,
     CheckpointError,
-    EvaluationError,
     ModelError,
     RankoptError,
 )
@@ -209,13 +209,8 @@ class Run:
         if self.evaluate is None:
             return None
         with torch.no_grad(), measure.preserve_rng(), measure.evaluation(model):
-            found = self.evaluate(model)
-        try:
-            return float(found)
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise EvaluationError(
-                f"evaluate returned a {type(found).__name__}; expected a number"
-            ) from error
+            # Between two stages a model may be as bad as it likes.
+            return metric_of(self.evaluate, model, finite=False)
 
     # Stages
 

@@ -48,7 +48,7 @@ def data(count=32):
         ({"recover": {"seconds": -3}}, ValueError, "seconds=-3"),
         ({"recover": {"precision": "fp16"}}, ValueError, "precision='fp16'"),
         ({"search": {"budget": "params<=10%"}}, TypeError, "search=.*multiple values.*budget"),
-        ({"evaluate": lambda model: {"accuracy": 1}}, EvaluationError, "evaluate returned a dict"),
+        ({"evaluate": lambda model: {"accuracy": 1}}, EvaluationError, "evaluate gave a dict"),
     ],
 )
 def test_bad_requests_stop_it_before_the_search(monkeypatch, settings, error, message):
@@ -140,6 +140,12 @@ def test_a_result_that_lost_its_plan():
         return made
 
     assert rankopt.compress(dense(), BUDGET, apply=apply).comparison.params.ratio <= 0.6
+
+
+def test_metrics_in_batches_and_of_models_that_broke():
+    values = iter([iter([1.0, 4.0]), float("nan"), iter([(1.0, 1.0), (4.0, 2.0)])])
+    done = rankopt.compress(dense(), BUDGET, evaluate=lambda model: next(values))
+    assert (done.comparison.metric.before, done.comparison.metric.after) == (2.5, 3.0)
 
 
 class Listed(nn.Module):
