@@ -189,6 +189,19 @@ def test_other_example_inputs_are_refused(tmp_path):
         rankopt.compress(dense(), BUDGET, example_inputs=torch.zeros(2, 16), folder=tmp_path)
 
 
+class Counted(nn.CrossEntropyLoss):
+    calls = 0
+
+    def forward(self, output, labels):
+        self.calls += 1
+        return super().forward(output, labels)
+
+
+def test_a_loss_that_counts_is_the_same_in_the_next_process(tmp_path):
+    for _ in range(2):
+        rankopt.finetune(dense(), data(), epochs=1, folder=tmp_path, loss=Counted())
+
+
 def scale(x, by):
     return x * by
 
@@ -205,3 +218,12 @@ def test_settings_are_spelled_alike_in_every_process():
     assert spelled({"x": torch.zeros(1, 3)}) == "{'x': torch.float32[1, 3]}"
     smooth = nn.CrossEntropyLoss(label_smoothing=0.1)
     assert spelled(smooth) == spelled(copy.deepcopy(smooth)) != spelled(nn.CrossEntropyLoss())
+    assert spelled({"b", "a"}) == spelled(frozenset("ab")) == "{'a', 'b'}"
+
+
+def test_modules_are_told_by_what_they_hold():
+    one, other = (nn.CrossEntropyLoss(weight=torch.tensor([1.0, w])) for w in (1, 9))
+    assert spelled(one) == spelled(copy.deepcopy(one)) != spelled(other)
+    inside = [nn.Sequential(nn.CrossEntropyLoss(label_smoothing=by)) for by in (0, 0.1)]
+    assert spelled(inside[0]) == spelled(copy.deepcopy(inside[0])) != spelled(inside[1])
+    assert spelled(nn.LazyLinear(3)) == spelled(nn.LazyLinear(3))  # without values as yet
