@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Final
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from rankopt import measure, surgery
 from rankopt._apply import unpacked_clone
 from rankopt._conditions import conditions
 from rankopt._metric import metric_of
 from rankopt.errors import CalibrationError, ModelError
-from rankopt.inputs import class_dim, compared, scores_classes, tensors_in
+from rankopt.inputs import class_dim, compared, main_output, scores_classes, tensors_in
 from rankopt.latency import Interval, Mode, runner, time_interleaved
 from rankopt.probe import Call
 
 __all__ = ["Comparison", "Figure", "compare"]
+
+# Elements of outputs that are summed at a time: a language model's logits fill a GPU.
+PIECE: Final = 2**22
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,8 @@ class Comparison:
         macs: Multiply-accumulates for the example inputs; None without them.
         metric: The user's metric; None without `evaluate`.
         output_error: Relative error ‖y' − y‖/‖y‖ of the outputs y for the example inputs;
-            None without them, or where outputs are no floating-point tensors of one shape.
+            None without them, where outputs are no floating-point tensors of one shape, or
+            where the device has no memory for both.
         agreement: Share of the example inputs' predictions with the same class, where
             outputs are class scores.
         latency_before_ms: Median of the original, milliseconds.
@@ -192,21 +195,34 @@ def _check_eager(*models: nn.Module) -> None:
 
 
 def _apart(original: nn.Module, compressed: nn.Module, inputs: Any) -> dict[str, float]:
-    """How far the outputs are from each other."""
-    # A forward may write into its inputs.
-    outputs = [measure.call(model, copy.deepcopy(inputs)) for model in (original, compressed)]
+    """How far the outputs are from each other; nothing where that cannot be told."""
     try:
-        before, after = (compared(output).double() for output in outputs)
-    except CalibrationError:  # nothing that can be compared
+        outputs = [
+            main_output(measure.call(model, measure.copied(inputs)))
+            for model in (original, compressed)
+        ]
+        before, after = map(compared, outputs)
+        if before.shape != after.shape:
+            return {}
+        found = {"output_error": _relative_error(before, after)}
+        if scores_classes(outputs[0]):
+            dim = class_dim(before)
+            same = before.argmax(dim) == after.argmax(dim)
+            found["agreement"] = int(same.sum()) / max(same.numel(), 1)
+        return found
+    except (CalibrationError, torch.OutOfMemoryError):  # nothing to compare, or no room for it
         return {}
-    if before.shape != after.shape:
-        return {}
-    found = {"output_error": float((after - before).norm() / before.norm().clamp_min(1e-300))}
-    if scores_classes(outputs[0]):
-        dim = class_dim(before)
-        same = before.argmax(dim) == after.argmax(dim)
-        found["agreement"] = float(same.double().mean())
-    return found
+
+
+def _relative_error(before: Tensor, after: Tensor) -> float:
+    exact = torch.float64 if before.device.type in ("cpu", "cuda") else torch.float32
+    sums = torch.zeros(2, dtype=exact, device=before.device)
+    pieces = (tensor.flatten().split(PIECE) for tensor in (before, after))
+    for piece, other in zip(*pieces, strict=True):
+        old, new = piece.to(exact), other.to(exact)
+        sums += torch.stack([(new - old).square().sum(), old.square().sum()])
+    difference, size = sums.sqrt().tolist()
+    return float(difference / max(size, 1e-300))
 
 
 def _macs(model: nn.Module, inputs: Any) -> int:

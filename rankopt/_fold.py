@@ -103,7 +103,10 @@ def fold(model: nn.Module, original: nn.Module) -> nn.Module:
 def check_foldable(plan: RankPlan, original: nn.Module) -> None:
     """Raise the `ModelError` of `fold` before a model is made by `plan`: no values are needed."""
     source = surgery.unwrap(original)
-    empty = surgery.clone(source, substitute=lambda p: nn.Parameter(p.detach().to("meta")))
+    empty = surgery.clone(
+        source,
+        substitute=lambda p: nn.Parameter(p.detach().to("meta"), requires_grad=p.requires_grad),
+    )
     fold(build_empty(source, plan), empty)
 
 

@@ -31,41 +31,45 @@ def number(value: Any) -> float:
     """
     try:
         return float(value)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RuntimeError) as error:  # of a tensor, say
         raise EvaluationError(
             f"evaluate gave a {type(value).__name__}; expected a number"
         ) from error
 
 
-def parsed(value: Any) -> tuple[float, float]:
-    """A finite number and its weight.
+def parsed(value: Any, *, finite: bool = True) -> tuple[float, float]:
+    """A number and its weight.
 
     Raises:
-        EvaluationError: It is neither a finite number nor such a pair.
+        EvaluationError: It is neither a number nor such a pair, or not finite where it has to be.
     """
     pair = value if isinstance(value, tuple) and len(value) == 2 else (value, 1.0)
     try:
         found, weight = float(pair[0]), float(pair[1])
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RuntimeError) as error:
         raise EvaluationError(
             f"evaluate gave a {type(value).__name__}; expected a number, or (number, weight)"
         ) from error
-    if not math.isfinite(found):
+    if finite and not math.isfinite(found):
         raise EvaluationError(f"evaluate gave {found}; expected a finite number")
     if not (math.isfinite(weight) and weight > 0):
         raise EvaluationError(f"evaluate gave weight {weight}; expected a positive number")
     return found, weight
 
 
-def metric_of(evaluate: Callable[[nn.Module], Any], model: nn.Module) -> float:
+def metric_of(
+    evaluate: Callable[[nn.Module], Any], model: nn.Module, *, finite: bool = True
+) -> float:
     """The metric of a model, the weighted mean where `evaluate` yields one for each batch.
 
     Raises:
-        EvaluationError: `evaluate` raised, or gave no finite number.
+        EvaluationError: `evaluate` raised, or gave no number, or an infinite one or NaN where
+            it has to be `finite`.
     """
     try:
         found = evaluate(model)
-        values = [parsed(value) for value in (found if isinstance(found, Iterator) else [found])]
+        found = found if isinstance(found, Iterator) else [found]
+        values = [parsed(value, finite=finite) for value in found]
     except EvaluationError:
         raise
     except Exception as error:

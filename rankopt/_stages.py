@@ -20,6 +20,7 @@ from rankopt import checkpoint as files
 from rankopt._compare import Comparison, Figure, compare
 from rankopt._files import write_text
 from rankopt._fold import check_foldable, fold
+from rankopt._metric import metric_of
 from rankopt._open import uses_metric
 from rankopt._spelled import spelled
 from rankopt._stage_checks import TUNING
@@ -27,7 +28,6 @@ from rankopt.budget import Budget
 from rankopt.errors import (
     CalibrationError,
     CheckpointError,
-    EvaluationError,
     ModelError,
     RankoptError,
 )
@@ -198,8 +198,8 @@ class Run:
         with torch.no_grad(), measure.preserve_rng(), measure.evaluation(small):
             for each in (small, reloaded):
                 torch.manual_seed(self.seed)  # a model may draw numbers in eval mode too
-                inputs = _copied(measure.to_device(self.inputs, surgery.device_of(small)))
-                outputs.append(_copied(list(tensors_in(measure.call(each, inputs)))))
+                inputs = measure.copied(measure.to_device(self.inputs, surgery.device_of(small)))
+                outputs.append(measure.copied(list(tensors_in(measure.call(each, inputs)))))
         one, other = outputs
         if len(one) != len(other) or not all(map(_same, one, other)):
             raise RankoptError("the model read back from its file gives other outputs; report this")
@@ -209,13 +209,8 @@ class Run:
         if self.evaluate is None:
             return None
         with torch.no_grad(), measure.preserve_rng(), measure.evaluation(model):
-            found = self.evaluate(model)
-        try:
-            return float(found)
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise EvaluationError(
-                f"evaluate returned a {type(found).__name__}; expected a number"
-            ) from error
+            # Between two stages a model may be as bad as it likes.
+            return metric_of(self.evaluate, model, finite=False)
 
     # Stages
 
@@ -360,15 +355,6 @@ def _check_budget(budget: Budget | None, found: Comparison) -> None:
 
 def _planned(plan: RankPlan) -> str:
     return f"{len(plan.changes)} of {len(plan.decisions)} sites decomposed"
-
-
-def _copied(inputs: Any) -> Any:
-    """Inputs with tensors of their own: a forward may write into those it is given."""
-    if isinstance(inputs, torch.Tensor):
-        return inputs.clone()
-    if isinstance(inputs, Mapping):
-        return {key: _copied(value) for key, value in inputs.items()}
-    return tuple(map(_copied, inputs)) if isinstance(inputs, (tuple, list)) else inputs
 
 
 def _same(a: torch.Tensor, b: torch.Tensor) -> bool:

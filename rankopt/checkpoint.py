@@ -104,7 +104,7 @@ def save(
         index_path.unlink(missing_ok=True)  # of an earlier, sharded save
         _unlink_shards(target, old)
         return
-    names = _free_names(target, len(shards))
+    names = _free_names(target, len(shards), old)
     located = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
     index = {"metadata": metadata, "weight_map": located}
     try:
@@ -114,7 +114,7 @@ def save(
     except BaseException:
         _unlink_shards(target, set(names) - _shard_names(index_path))
         raise
-    _unlink_shards(target, old)
+    _unlink_shards(target, old - set(names))
     target.unlink(missing_ok=True)  # of an earlier save in one file
 
 
@@ -153,14 +153,14 @@ def _shard_names(index_path: Path) -> set[str]:
     )
 
 
-def _free_names(target: Path, count: int) -> list[str]:
-    """Names of shards beside which whatever is there stays."""
+def _free_names(target: Path, count: int, old: set[str]) -> list[str]:
+    """Names of shards beside which whatever is there stays, and that no earlier index names."""
 
     def named(token: str) -> list[str]:
         numbers = range(1, count + 1)
         return [f"{target.stem}{token}-{n:05d}-of-{count:05d}.safetensors" for n in numbers]
 
-    taken = any(target.with_name(name).exists() for name in named(""))
+    taken = any(name in old or target.with_name(name).exists() for name in named(""))
     return named(f"-{secrets.token_hex(4)}" if taken else "")
 
 

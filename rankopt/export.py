@@ -7,6 +7,7 @@ import random
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Final
 
 import numpy as np
@@ -43,7 +44,8 @@ def to_program(
         model: Any model; not changed.
         example_inputs: A tensor, a tuple (positional) or a mapping (keywords).
         dynamic: Dimensions of the input tensors whose size may vary, and what they are. A size
-            of 1 beside larger ones is shared by all samples, and stays.
+            of 1 beside larger ones is shared by all samples, and stays; sizes of vectors count
+            beside vectors only.
         merge: Whether to merge BatchNorm into the convolutions before it, see `merge_norms`.
 
     Raises:
@@ -183,33 +185,37 @@ def _varying(tensor: Tensor, dynamic: Iterable[int]) -> list[int]:
 def _widened(inputs: Any, dynamic: Iterable[int]) -> Any:
     """Sizes of 1 in dynamic dimensions become 2: torch.export takes a 1 for a constant.
 
-    But where other tensors have more: what has one row for all samples keeps it.
+    But where other tensors have more: what has one row for all samples keeps it. A vector
+    beside tensors of more dimensions may be anything, and says nothing about them.
     """
     shapes = [tensor.shape for tensor in tensors_in(inputs)]
-    single = [dim for dim in dynamic if all(shape[dim : dim + 1] in ((), (1,)) for shape in shapes)]
-    return _grown(inputs, dict.fromkeys(single, 1))
+
+    def wider(tensor: Tensor) -> Tensor:
+        beside = [shape for shape in shapes if len(shape) >= min(tensor.dim(), 2)]
+        single = [
+            dim for dim in dynamic if all(shape[dim : dim + 1] in ((), (1,)) for shape in beside)
+        ]
+        return _grown(tensor, dict.fromkeys(single, 1))
+
+    return measure.with_tensors(inputs, wider)
 
 
-def _grown(inputs: Any, more: Mapping[int, int], generator: torch.Generator | None = None) -> Any:
-    """Inputs with `more` places along dimensions; of random numbers, given a generator.
+def _grown(
+    tensor: Tensor, more: Mapping[int, int], generator: torch.Generator | None = None
+) -> Tensor:
+    """A tensor with `more` places along dimensions; of random numbers, given a generator.
 
     Integers and booleans may be masks, which must not become empty, or ids: they stay those of
     the example, repeated in place, and in another order along the first dimension.
     """
-    if isinstance(inputs, Tensor):
-        for dim, extra in more.items():
-            size = inputs.shape[dim] if dim < inputs.dim() else 0
-            if size and (size > 1 or generator is None):
-                places = torch.arange(size + extra, device=inputs.device) * size // (size + extra)
-                inputs = inputs.index_select(dim, places if dim else places.flip(0))
-        if generator is None or not inputs.is_floating_point():
-            return inputs
-        return torch.randn(inputs.shape, generator=generator).to(inputs.dtype)
-    if isinstance(inputs, Mapping):
-        return {key: _grown(value, more, generator) for key, value in inputs.items()}
-    if isinstance(inputs, (tuple, list)):
-        return type(inputs)(_grown(value, more, generator) for value in inputs)
-    return inputs
+    for dim, extra in more.items():
+        size = tensor.shape[dim] if dim < tensor.dim() else 0
+        if size and (size > 1 or generator is None):
+            places = torch.arange(size + extra, device=tensor.device) * size // (size + extra)
+            tensor = tensor.index_select(dim, places if dim else places.flip(0))
+    if generator is None or not tensor.is_floating_point():
+        return tensor
+    return torch.randn(tensor.shape, generator=generator).to(tensor.dtype)
 
 
 def _pairs(program: torch.export.ExportedProgram) -> Iterator[tuple[str, str]]:
@@ -254,7 +260,7 @@ def _check(
     generator, sizes = torch.Generator().manual_seed(0), random.Random(0)
     for _ in range(CHECKS):
         grown = {dim: sizes.randint(1, 3) for dim in dynamic}
-        fresh = _grown(inputs, grown, generator)
+        fresh = measure.with_tensors(inputs, partial(_grown, more=grown, generator=generator))
         with torch.no_grad(), measure.preserve_rng(), measure.evaluation(plain):
             fresh = measure.to_device(fresh, torch.device("cpu"))
             wanted = [t.numpy() for t in tensors_in(measure.call(plain, fresh))]

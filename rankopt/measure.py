@@ -19,6 +19,8 @@ from rankopt.errors import ModelError
 
 __all__ = [
     "call",
+    "check_inputs",
+    "copied",
     "count_macs",
     "count_memory",
     "count_params",
@@ -30,7 +32,9 @@ __all__ = [
     "state_shapes",
     "structure_digest",
     "tensor_digest",
+    "to_device",
     "weights_digest",
+    "with_tensors",
 ]
 
 P = ParamSpec("P")
@@ -80,14 +84,28 @@ def call(model: Callable[..., Any], example_inputs: Any) -> Any:
 
 def to_device(inputs: Any, device: torch.device) -> Any:
     """`inputs` with every tensor on `device`."""
-    if isinstance(inputs, Tensor):
-        moved = inputs.to(device)
+
+    def moved(tensor: Tensor) -> Tensor:
+        there = tensor.to(device)
         # What was made in inference mode cannot take part in a training step.
-        return moved.clone() if moved.is_inference() else moved
+        return there.clone() if there.is_inference() else there
+
+    return with_tensors(inputs, moved)
+
+
+def copied(inputs: Any) -> Any:
+    """`inputs` with tensors of their own: a forward may write into those it is given."""
+    return with_tensors(inputs, lambda t: t.detach().clone().requires_grad_(t.requires_grad))
+
+
+def with_tensors(inputs: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """`inputs` with every tensor changed, inside tuples, lists and mappings too."""
+    if isinstance(inputs, Tensor):
+        return change(inputs)
     if isinstance(inputs, Mapping):
-        return {key: to_device(value, device) for key, value in inputs.items()}
+        return {key: with_tensors(value, change) for key, value in inputs.items()}
     if isinstance(inputs, (tuple, list)):
-        return type(inputs)(to_device(value, device) for value in inputs)
+        return type(inputs)(with_tensors(value, change) for value in inputs)
     return inputs
 
 

@@ -187,6 +187,16 @@ def test_a_sharded_save_that_is_cut_short_leaves_the_earlier_one(small, tmp_path
     assert torch.equal(rankopt.load(planted_model(), path)(planted_inputs()), expected)
 
 
+def test_an_index_whose_shards_are_gone_takes_no_new_ones_with_it(small, tmp_path):
+    path = tmp_path / "s.safetensors"
+    rankopt.save(small, path, max_shard_bytes=4000)
+    for shard in tmp_path.glob("s-*.safetensors"):
+        shard.unlink()
+    rankopt.save(small, path, max_shard_bytes=4000)
+    again = rankopt.load(planted_model(), path)
+    assert torch.equal(again(planted_inputs()), small(planted_inputs()))
+
+
 @pytest.mark.parametrize(
     "index", ['{"metadata": {"total_size": 8}, "weight_map": {"w": "m-1.safetensors"}}', "{"]
 )

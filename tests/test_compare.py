@@ -59,6 +59,36 @@ class Index(nn.Module):
         return x.argmax(1)
 
 
+def test_outputs_are_summed_in_pieces(monkeypatch):
+    model, x = planted_model(), planted_inputs()
+    small = rankopt.apply(model, rankopt.search(model, "params<=30%"))
+    whole = rankopt.compare(model, small, example_inputs=x, rounds=3)
+    monkeypatch.setattr(rankopt._compare, "PIECE", 7)
+    parts = rankopt.compare(model, small, example_inputs=x, rounds=3)
+    assert parts.output_error == pytest.approx(whole.output_error, rel=1e-12)
+
+
+def test_inputs_that_are_computed_can_be_compared():
+    model = nn.Linear(4, 4)
+    x = 2 * torch.ones(2, 4, requires_grad=True)
+    assert rankopt.compare(model, model, example_inputs=x, rounds=3).output_error == 0
+
+
+def test_outputs_that_find_no_memory_are_not_compared():
+    calls = []
+
+    class Large(nn.Linear):
+        def forward(self, x):
+            calls.append(x)
+            if len(calls) == 2:  # after MACs were counted
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return super().forward(x)
+
+    found = rankopt.compare(Large(4, 4), nn.Linear(4, 4), example_inputs=torch.ones(2, 4), rounds=3)
+    assert (found.output_error, found.agreement) == (None, None)
+    assert found.latency_ratio is not None
+
+
 def test_training_is_timed_on_copies():
     model = planted_model()
     small = rankopt.apply(model, rankopt.search(model, "params<=60%"))

@@ -217,6 +217,24 @@ def test_what_all_samples_share_stays_one():
     assert program.module()(**more)[0].shape == (4, 5, 8)
 
 
+def test_one_sample_beside_a_longer_vector_is_still_a_batch():
+    class Weighted(nn.Linear):
+        def forward(self, x, weights):
+            return super().forward(x) * weights.sum()
+
+    program = export.to_program(Weighted(8, 8), (torch.randn(1, 8), torch.ones(5)))
+    assert program.module()(torch.randn(4, 8), torch.ones(5)).shape == (4, 8)
+
+
+def test_a_mask_of_more_dimensions_that_all_samples_share_stays_one():
+    class Masked(nn.Linear):
+        def forward(self, x, mask):
+            return (super().forward(x)[:, None] * mask).sum(1)
+
+    program = export.to_program(Masked(8, 8), (torch.randn(4, 5, 8), torch.ones(1, 1, 5, 8)))
+    assert program.module()(torch.randn(3, 5, 8), torch.ones(1, 1, 5, 8)).shape == (3, 5, 8)
+
+
 @pytest.mark.slow
 def test_onnx_of_masks_flags_and_outputs_that_are_no_numbers(tmp_path, monkeypatch):
     pytest.importorskip("onnxruntime")

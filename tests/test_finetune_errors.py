@@ -85,10 +85,11 @@ def test_half_precision_is_refused():
         rankopt.finetune(small.half(), in_batches(x.half(), y))
 
 
-def test_a_metric_that_is_no_number():
+@pytest.mark.parametrize(("value", "kind"), [(None, "NoneType"), (torch.tensor(1j), "Tensor")])
+def test_a_metric_that_is_no_number(value, kind):
     _, small, x, y = problem(count=64)
-    with pytest.raises(EvaluationError, match="evaluate gave a NoneType; expected a number"):
-        rankopt.finetune(small, in_batches(x, y), epochs=1, evaluate=lambda model: None)
+    with pytest.raises(EvaluationError, match=f"evaluate gave a {kind}; expected a number"):
+        rankopt.finetune(small, in_batches(x, y), epochs=1, evaluate=lambda model: value)
 
 
 class _Stream(torch.utils.data.IterableDataset):

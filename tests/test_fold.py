@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import rankopt
-from rankopt._fold import effective_weight, fold
+from rankopt._fold import check_foldable, effective_weight, fold
 from rankopt.errors import ModelError, RankoptWarning
 from rankopt.layers import canonical_weight
 from rankopt.testing import planted_inputs, planted_model
@@ -93,6 +93,15 @@ def test_compressing_what_is_compressed_names_fold():
     with pytest.warns(RankoptWarning, match=r"compressed already.*rankopt.fold\(.*rounds=") as seen:
         rankopt.search(small, "params<=90%")
     assert seen[0].filename == __file__
+
+
+def test_rounds_of_a_model_with_integer_parameters():
+    dense = nn.Sequential(nn.Linear(32, 32), nn.Module())
+    dense[1].forward = lambda x: x
+    dense[1].levels = nn.Parameter(torch.zeros(4, dtype=torch.int8), requires_grad=False)
+    plan = rankopt.search(dense, "params<=60%")
+    check_foldable(plan, dense)
+    assert fold(rankopt.apply(dense, plan), dense)[1].levels.dtype == torch.int8
 
 
 def test_what_cannot_be_folded():

@@ -48,7 +48,7 @@ def data(count=32):
         ({"recover": {"seconds": -3}}, ValueError, "seconds=-3"),
         ({"recover": {"precision": "fp16"}}, ValueError, "precision='fp16'"),
         ({"search": {"budget": "params<=10%"}}, TypeError, "search=.*multiple values.*budget"),
-        ({"evaluate": lambda model: {"accuracy": 1}}, EvaluationError, "evaluate returned a dict"),
+        ({"evaluate": lambda model: {"accuracy": 1}}, EvaluationError, "evaluate gave a dict"),
     ],
 )
 def test_bad_requests_stop_it_before_the_search(monkeypatch, settings, error, message):
@@ -142,6 +142,26 @@ def test_a_result_that_lost_its_plan():
     assert rankopt.compress(dense(), BUDGET, apply=apply).comparison.params.ratio <= 0.6
 
 
+def test_metrics_in_batches_and_of_models_that_broke():
+    values = iter([iter([1.0, 4.0]), float("nan"), iter([(1.0, 1.0), (4.0, 2.0)])])
+    done = rankopt.compress(dense(), BUDGET, evaluate=lambda model: next(values))
+    assert (done.comparison.metric.before, done.comparison.metric.after) == (2.5, 3.0)
+
+
+class Listed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(16, 16)
+
+    def forward(self, xs):
+        return self.fc(xs.copy()[0])
+
+
+def test_inputs_in_lists_stay_in_lists():
+    done = rankopt.compress(Listed(), BUDGET, example_inputs=([torch.randn(2, 16)],))
+    assert done.stages[-1].note == "read back: outputs identical"
+
+
 # Going on in a folder
 
 
@@ -169,6 +189,19 @@ def test_other_example_inputs_are_refused(tmp_path):
         rankopt.compress(dense(), BUDGET, example_inputs=torch.zeros(2, 16), folder=tmp_path)
 
 
+class Counted(nn.CrossEntropyLoss):
+    calls = 0
+
+    def forward(self, output, labels):
+        self.calls += 1
+        return super().forward(output, labels)
+
+
+def test_a_loss_that_counts_is_the_same_in_the_next_process(tmp_path):
+    for _ in range(2):
+        rankopt.finetune(dense(), data(), epochs=1, folder=tmp_path, loss=Counted())
+
+
 def scale(x, by):
     return x * by
 
@@ -185,3 +218,12 @@ def test_settings_are_spelled_alike_in_every_process():
     assert spelled({"x": torch.zeros(1, 3)}) == "{'x': torch.float32[1, 3]}"
     smooth = nn.CrossEntropyLoss(label_smoothing=0.1)
     assert spelled(smooth) == spelled(copy.deepcopy(smooth)) != spelled(nn.CrossEntropyLoss())
+    assert spelled({"b", "a"}) == spelled(frozenset("ab")) == "{'a', 'b'}"
+
+
+def test_modules_are_told_by_what_they_hold():
+    one, other = (nn.CrossEntropyLoss(weight=torch.tensor([1.0, w])) for w in (1, 9))
+    assert spelled(one) == spelled(copy.deepcopy(one)) != spelled(other)
+    inside = [nn.Sequential(nn.CrossEntropyLoss(label_smoothing=by)) for by in (0, 0.1)]
+    assert spelled(inside[0]) == spelled(copy.deepcopy(inside[0])) != spelled(inside[1])
+    assert spelled(nn.LazyLinear(3)) == spelled(nn.LazyLinear(3))  # without values as yet

@@ -123,7 +123,7 @@ class Loop:
             "warmup": recipe.warmup,
             "freezing": spelled(self.schedule),
             "freezing_steps": recipe.freezing_steps,
-            **self.objective.identity(),
+            **self.objective.identity,
             "accumulate": recipe.accumulate,
             "ema": recipe.ema,
             "precision": recipe.precision,

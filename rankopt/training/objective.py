@@ -42,15 +42,12 @@ class Objective:
         labelled: bool,
     ) -> None:
         self._model, self._accelerator, self._loss = model, accelerator, loss
-        self._given, self._augment = augment, augmentation(augment)
+        self._augment = augmentation(augment)
         self._distiller, self._labelled = distiller, labelled
-
-    def identity(self) -> dict[str, str | None]:
-        """What has to be the same for a run to be gone on with."""
-        distiller, given = self._distiller, self._given
-        return {
-            "loss": None if self._loss is None else spelled(self._loss),
-            "augment": given if isinstance(given, str) else spelled(given),
+        # What has to be the same for a run to be gone on with, before calls of it change it.
+        self.identity: dict[str, str | None] = {
+            "loss": None if loss is None else spelled(loss),
+            "augment": augment if isinstance(augment, str) else spelled(augment),
             "distillation": None if distiller is None else repr(distiller.settings),
         }
 
