@@ -84,7 +84,8 @@ class Comparison:
             return f"{1 / ratio.median:.2f}x as fast as the original"
         return (
             f"slower than the original: it takes {ratio.median:.2f} times as long, "
-            "although it computes less; keep the original where speed is what counts"
+            "although it computes less; keep the original where speed is what counts, or search "
+            "under a budget on time, such as 'latency<=90%'"
         )
 
     def to_dict(self) -> dict[str, Any]:
