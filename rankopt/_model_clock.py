@@ -92,7 +92,7 @@ class ModelClock:
 
     @property
     def _keeps_builds(self) -> bool:
-        """Whether a model is made ready once, as that takes long, or its place is nothing to time."""
+        """Whether a model is made ready once: it takes long, or its place is nothing to time."""
         return self.table.compile or self.table.cuda_graph or self.table.clock_name == "custom"
 
     def _runners(self, plan: RankPlan) -> dict[str, Callable[[], Any]]:
