@@ -472,3 +472,20 @@ def test_models_are_made_ready_once(monkeypatch):
     for plan in plans:  # so noisy that each is extended to the full
         clock.measure(plan)
     assert len(made) == 1 + len(plans)
+
+
+def test_a_limit_is_told_by_several_builds(monkeypatch):
+    """Where in memory a model lies moves its time for as long as it lives."""
+    made = []
+    runner = rankopt.ProfileTable.runner
+
+    def counted(self, module, inputs):
+        made.append(module)
+        return runner(self, module, inputs)
+
+    monkeypatch.setattr(rankopt.ProfileTable, "runner", counted)
+    model, plan = planted_model(), rankopt.search(planted_model(), "params<=60%")
+    for timer, builds in ((rankopt.ProfileTable(rounds=3), 3), (SHARED, 1)):
+        made.clear()
+        ModelClock(model, planted_inputs(), timer).measure(plan, limit=1e6)
+        assert len(made) == 1 + builds
