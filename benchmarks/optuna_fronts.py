@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import rankopt
 from benchmarks.cifar import correct
 from rankopt._report.tables import table, to_text
+from rankopt.inputs import divergence_loss
 
 __all__ = ["METRICS", "Case", "compare", "hypervolume", "joined"]
 
@@ -82,9 +83,7 @@ class Case:
             return 100 * float((found.argmax(1) == y).double().mean()), float(len(y))
         if self.metric == "loss":
             return -float(nn.functional.cross_entropy(found, y)), float(len(y))
-        ours, theirs = ((logits / TEMPERATURE).log_softmax(1) for logits in (found, y))
-        loss = nn.functional.kl_div(ours, theirs, log_target=True, reduction="batchmean")
-        return -(TEMPERATURE**2) * float(loss), float(len(y))
+        return -float(divergence_loss(y, found, temperature=TEMPERATURE)), float(len(y))
 
     def study(self, storage: Any, name: str, **more: Any) -> Any:
         """A study of this case."""

@@ -148,7 +148,7 @@ class _Rounds:
             return
         low, high = max(self.met, key=lambda e: e.took), min(missed, key=lambda e: e.took)
         between = _between(low.plan, high.plan, self.budget)
-        tried = {len(between)}
+        tried: set[int] = set()
         for _ in range(MAX_BLENDS):
             part = (AIM * self.share - low.took) / max(high.took - low.took, 1e-9)
             if not 0 < part < 1:  # a miss by noise alone

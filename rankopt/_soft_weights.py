@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +20,8 @@ from rankopt.layers import Layer, stored_weight
 from rankopt.relaxation import Menu, Relaxation
 
 __all__ = ["SoftSite"]
+
+T = TypeVar("T")
 
 # Where among the options of a method, by cost, its factors are fitted beforehand.
 ANCHORS: Final = (0.25, 0.75)
@@ -97,14 +99,10 @@ class _Own:
 
     def weight(self, ranks: Sequence[int]) -> Tensor:
         """[groups, out, in, *kernel]."""
-        key = tuple(map(int, ranks))
-        found = self.held.pop(key, None)
-        if found is None:
-            found = rebuild(self.method, self.layer, key, self.basis.factors(key))
-        self.held[key] = found  # the latest last
-        if len(self.held) > KEPT_WEIGHTS:
-            del self.held[next(iter(self.held))]
-        return found
+        return _kept(self.held, ranks, self._rebuilt, KEPT_WEIGHTS)
+
+    def _rebuilt(self, ranks: tuple[int, ...]) -> Tensor:
+        return rebuild(self.method, self.layer, ranks, self.basis.factors(ranks))
 
 
 class _Truncations(nn.Module):
@@ -163,12 +161,7 @@ class _Fitted:
 
     def seen(self, ranks: Sequence[int]) -> tuple[Tensor, ...]:
         """What `residual` takes: (G [groups, C·pixels, r], F [groups, r, C·pixels]), or W − Ŵ."""
-        key = tuple(map(int, ranks))
-        found = self.held.pop(key, None) or self._seen(key)
-        self.held[key] = found  # the latest last
-        if len(self.held) > KEPT_FITS:
-            del self.held[next(iter(self.held))]
-        return found
+        return _kept(self.held, ranks, self._seen, KEPT_FITS)
 
     def _seen(self, ranks: tuple[int, ...]) -> tuple[Tensor, ...]:
         factors = self.basis.factors(ranks)
@@ -270,6 +263,21 @@ class _Interpolations(nn.Module):
             fit = tuple(getattr(self, name) for name in names)
             mixed = mixed - share * self.fitted.residual(weight, fit)
         return mixed
+
+
+def _kept(
+    held: dict[tuple[int, ...], T],
+    ranks: Sequence[int],
+    make: Callable[[tuple[int, ...]], T],
+    most: int,
+) -> T:
+    """What was made for some ranks, the latest `most` of it kept."""
+    key = tuple(map(int, ranks))
+    found = held.pop(key) if key in held else make(key)
+    held[key] = found  # the latest last
+    if len(held) > most:
+        del held[next(iter(held))]
+    return found
 
 
 def _sure(probabilities: Tensor) -> int | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from weighing import Blind
 
 import rankopt
 from rankopt import calibration, fisher
@@ -247,21 +248,6 @@ def moved(model, plan, data):
     small = rankopt.apply(model, plan, calibration=data)
     with torch.no_grad():
         return sum(divergence(model(x), small(x)) for x in data)
-
-
-class Blind(nn.Module):
-    """Most of the first layer's outputs hardly matter, though they are the largest."""
-
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.first, self.last = nn.Linear(32, 64), nn.Linear(64, 5)
-        with torch.no_grad():
-            self.first.weight[:48] *= 5
-            self.last.weight[:, :48] *= 0.01
-
-    def forward(self, x):
-        return self.last(self.first(x))
 
 
 def test_what_the_model_does_not_look_at_gets_no_rank():

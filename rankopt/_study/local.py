@@ -10,6 +10,8 @@ import optuna
 from optuna.distributions import BaseDistribution, FloatDistribution
 from optuna.trial import FrozenTrial, TrialState
 
+from rankopt._study.space import SIZE, SIZE_INDEX
+
 __all__ = ["LocalSampler"]
 
 # Standard deviation of a step, as a share of a parameter's range.
@@ -21,8 +23,6 @@ MOVED: Final = 2.0
 GRAFTED: Final = 0.3
 # How often the size is the one drawn, instead of that of the point begun from.
 RESIZED: Final = 0.3
-SIZE: Final = "size"
-SIZE_INDEX: Final = "size_index"
 
 
 class LocalSampler(optuna.samplers.BaseSampler):

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from relaxed_common import plan_for
 from torch import nn
 
 import rankopt
@@ -25,17 +26,6 @@ SMALL = RelaxedSettings(low=2, high=14, step=4, shrink=4, warmup=2, updates=8, l
 BUDGETS = ("params<=50%", "macs<=40%", "memory<=70%, macs<=60%", "params<=90%")
 # The gap to which the knapsack itself proves its optimum, and some.
 NEAR_OPTIMUM = 0.001
-
-
-def plan_for(budget, *, model=None, **arguments):
-    strategy = arguments.pop("strategy", None) or Relaxed()
-    return rankopt.search(
-        planted_model(noise=0.4) if model is None else model,
-        budget,
-        strategy=strategy,
-        example_inputs=planted_inputs(),
-        **arguments,
-    )
 
 
 # Reconstruction

@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from relaxed_common import plan_for
 from torch import nn
 
 import rankopt
@@ -20,17 +21,6 @@ from rankopt.testing import ModelledClock, check_strategy, planted_inputs, plant
 from rankopt_strategies import Relaxed, RelaxedSettings
 
 SMALL = RelaxedSettings(low=2, high=14, step=4, shrink=4, warmup=2, updates=8, logit_rate=0.1)
-
-
-def plan_for(budget, *, model=None, **arguments):
-    strategy = arguments.pop("strategy", None) or Relaxed()
-    return rankopt.search(
-        planted_model(noise=0.4) if model is None else model,
-        budget,
-        strategy=strategy,
-        example_inputs=planted_inputs(),
-        **arguments,
-    )
 
 
 @pytest.mark.parametrize("slopes", ["measured", "gradient"])

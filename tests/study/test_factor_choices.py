@@ -3,26 +3,12 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from weighing import Blind
 
 import rankopt
 from rankopt._open import open_problem
 from rankopt.errors import ModelError, StudyError
 from rankopt.inputs import divergence
-
-
-class Blind(nn.Module):
-    """Most of the first layer's outputs hardly matter, though they are the largest."""
-
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.first, self.last = nn.Linear(32, 64), nn.Linear(64, 5)
-        with torch.no_grad():
-            self.first.weight[:48] *= 5
-            self.last.weight[:, :48] *= 0.01
-
-    def forward(self, x):
-        return self.last(self.first(x))
 
 
 def study_of(model, data, storage, **settings):

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from rankopt.relaxation import Relaxation
 
-__all__ = ["LEVELS", "Record", "anneal", "at_entropy", "cooled", "finite"]
+__all__ = ["COOLING", "LEVELS", "Record", "anneal", "at_entropy", "finite"]
 
 Array = npt.NDArray[np.float64]
 # Each level of the annealing is this share of the one before.
@@ -130,11 +130,6 @@ def at_entropy(relaxation: Relaxation, scores: Array, entropy: float) -> tuple[A
         else:
             high = middle
     return *found, low
-
-
-def cooled(temperature: float) -> float:
-    """The next level."""
-    return COOLING * temperature
 
 
 def finite(value: Any) -> float | None:

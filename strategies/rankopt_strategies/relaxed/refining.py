@@ -12,7 +12,7 @@ import numpy.typing as npt
 from rankopt._progress import progress_bar
 from rankopt.errors import DeadlineExceeded, ModelError, RankoptWarning
 from rankopt.relaxation import Relaxation
-from rankopt_strategies.relaxed.annealing import LEVELS, Record, anneal, at_entropy, cooled
+from rankopt_strategies.relaxed.annealing import COOLING, LEVELS, Record, anneal, at_entropy
 from rankopt_strategies.relaxed.losses import Losses
 
 __all__ = ["Choice", "Refined", "certain", "closed", "first_choice", "refine", "settled"]
@@ -170,7 +170,7 @@ def closed(losses: Losses, choice: Choice, loss: float, record: Record) -> float
         record.add(relaxation, spread, prices, soft_loss=soft_loss, loss=loss, best=loss)
         if spread[choice.chosen].min() >= NEARLY:
             break
-        temperature = cooled(temperature)
+        temperature *= COOLING
         bonus = max(BONUS_GROWTH * bonus, gap / 4 + temperature)
     record.add(relaxation, sure, prices, soft_loss=losses(sure), loss=loss, best=loss)
     return soft_loss
