@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, Final
@@ -17,6 +17,7 @@ from rankopt._provenance import plan_of
 from rankopt._skeletons import build_with_moments
 from rankopt._trial import TrialModel
 from rankopt._verify import environment, verify
+from rankopt.agreement import Agreement
 from rankopt.budget import Budget
 from rankopt.decompositions.base import Decomposition
 from rankopt.errors import BudgetError, ModelError, NotYetSupported, RankoptWarning
@@ -31,6 +32,8 @@ __all__ = ["Opened", "check_request", "open_problem", "uses_metric"]
 
 # Samples on which candidate options are run to measure how far outputs move.
 DIVERGENCE_SAMPLES: Final = 256
+# Samples on which whole plans are compared.
+DISTANCE_SAMPLES: Final = 512
 SHELL: Final = " (in the shell --input 1,3,224,224)"
 
 
@@ -216,3 +219,14 @@ def _calibrate(problem: Problem, view: nn.Module, held: Sequence[Any]) -> None:
         return sum(divergence(before, run(model, x)) for x, before in pairs) / len(pairs)
 
     problem.divergence = moved
+
+    @cache
+    def built() -> TrialModel:
+        near = Agreement(view, affordable(view, held, DISTANCE_SAMPLES))
+        return TrialModel(problem, view, near, held=held)
+
+    def distance(decisions: Iterable[Decision]) -> float:
+        problem.check_deadline()
+        return -built().metric(decisions)
+
+    problem.distance = distance

@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any, Final, Literal
 
 import torch
 from torch import nn
 
 from rankopt import measure
+from rankopt._factor_choice import SEARCH, Choice, check_choices, fitted_in_order, nearest
 from rankopt._latency_budget import solve
 from rankopt._metric_drop import within_drop
 from rankopt._model_clock import ModelClock, bounds_latency, price_time
 from rankopt._open import check_request, open_problem
 from rankopt.budget import Budget
 from rankopt.decompositions.base import Decomposition
-from rankopt.errors import ModelError, PlanError
+from rankopt.errors import PlanError
 from rankopt.inputs import MAX_SAMPLES
 from rankopt.layers import Patterns
-from rankopt.plan import MERGE, RankPlan
+from rankopt.plan import RankPlan
 from rankopt.profile_table import ProfileTable
 from rankopt.registry import strategies
 from rankopt.strategy import Problem, Strategy
@@ -39,8 +39,8 @@ def search(
     example_inputs: Any = None,
     calibration: Any = None,
     calibration_samples: int | None = MAX_SAMPLES,
-    asymmetric: bool = False,
-    fisher: bool = False,
+    asymmetric: Choice = False,
+    fisher: Choice = False,
     evaluate: Any = None,
     methods: str | Decomposition | Sequence[str | Decomposition] | None = None,
     only: Patterns = (),
@@ -74,10 +74,12 @@ def search(
         asymmetric: Whether `apply` fits each layer to what the layers before it, compressed
             already, pass on, rather than to the inputs of the dense model
             (arXiv 1505.06798, section 3.4). Needs calibration; takes two partial runs of
-            the calibration inputs per layer.
+            the calibration inputs per layer. ``search`` builds the model both ways and
+            takes the one whose outputs are nearer to the dense model's.
         fisher: Whether errors and factors weigh the outputs of a layer by what they do to
             those of the model, the Fisher information (arXiv 2505.17974). Needs
-            calibration and a model that can be differentiated in eval mode.
+            calibration and a model that can be differentiated in eval mode. ``search``
+            searches without and with it, and takes the nearer outputs likewise.
         evaluate: The task's metric, ``evaluate(model) -> float``: for strategies that
             measure it (`optuna`) and for budgets on ``metric_drop``. It runs in eval mode
             under saved random generators and must not change the model.
@@ -124,13 +126,11 @@ def search(
         raise ValueError(f"round_to={round_to!r}: expected an integer of at least 1")
     if rounding not in ("down", "nearest", "up"):
         raise ValueError(f"rounding={rounding!r}: expected 'down', 'nearest' or 'up'")
-    if asymmetric and calibration is None:
-        raise ModelError("asymmetric=True needs calibration=: inputs to fit the layers on")
-    if fisher and calibration is None:
-        raise ModelError("fisher=True needs calibration=: inputs to take gradients on")
     deadline = None if timeout is None else time.monotonic() + timeout
     chosen = strategies.create(strategy)
     allowed = check_request(Budget.parse(budget), chosen, example_inputs, calibration, evaluate)
+    drops = allowed is not None and allowed.metric_drop is not None
+    check_choices(calibration, drops=drops, asymmetric=asymmetric, fisher=fisher)
     with torch.no_grad(), measure.preserve_rng():
         opened = open_problem(
             model,
@@ -146,7 +146,7 @@ def search(
         problem = opened.problem
         problem.seed, problem.deadline, problem.progress = seed, deadline, progress
         problem.round_to, problem.rounding = round_to, rounding
-        problem.fisher = fisher
+        problem.fisher, problem.asymmetric = fisher is True, asymmetric is not False
         clock: ModelClock | None = None
         if bounds_latency(allowed) or "latency" in chosen.tags.needs:
             assert opened.seen is not None
@@ -161,12 +161,14 @@ def search(
                 return solve(one, chosen, clock.measure, clock.dense_ms)
             return _searched(chosen, one)
 
-        if "metric_drop" in (allowed.axes if allowed else ()) and not chosen.tags.metric_drop:
+        if SEARCH in (asymmetric, fisher):
+            plan = nearest(problem, find, asymmetric=asymmetric, fisher=fisher)
+        elif "metric_drop" in (allowed.axes if allowed else ()) and not chosen.tags.metric_drop:
             plan = within_drop(chosen, problem, find)
         else:
             plan = find(problem)
-        if asymmetric:
-            plan = _asymmetric(plan)
+        if asymmetric is True:
+            plan = fitted_in_order(plan)
         problem.close()
         return opened.finish(plan, seconds=time.perf_counter() - started)
 
@@ -179,16 +181,3 @@ def _searched(strategy: Strategy, problem: Problem) -> RankPlan:
             "search() has to return problem.plan(self, options)"
         )
     return plan
-
-
-def _asymmetric(plan: RankPlan) -> RankPlan:
-    """The plan with factors fitted in order; the errors it states are those of dense inputs."""
-    return replace(
-        plan,
-        decisions=tuple(
-            decision
-            if decision.method == MERGE
-            else replace(decision, factors=decision.factors.in_order())
-            for decision in plan
-        ),
-    )

@@ -57,6 +57,8 @@ class Problem:
         weigh: Makes the moments that weigh outputs by the Fisher information, once; None
             without calibration.
         fisher: Whether bases and options are made with those.
+        asymmetric: Whether the factors of the plan will be made in order, see
+            `rankopt.plan.Factors`; bases and errors are those of dense inputs nevertheless.
         calibration: Digest of the calibration inputs, for the plan.
         times: Measures layers, dense and decomposed; None without example inputs or
             where neither budget nor strategy asks for time.
@@ -64,6 +66,8 @@ class Problem:
             dense model; None where `times` is.
         divergence: How far the outputs on calibration inputs move when some sites
             take options (by index) and the others stay dense; None without calibration.
+        distance: How far the outputs on calibration inputs move under decisions, the model
+            built and its BatchNorm settled as by `rankopt.apply`; None without calibration.
         inputs: Calibration batches, without labels; empty without calibration.
         copy: Makes an unpacked dense model to run and differentiate, its parameters its
             own; None if the model was never run.
@@ -88,10 +92,12 @@ class Problem:
     moments: Mapping[str, Moments] = field(default_factory=dict)
     weigh: Callable[[], Mapping[str, Moments]] | None = None
     fisher: bool = False
+    asymmetric: bool = False
     calibration: str | None = None
     times: SiteTimes | None = None
     measure: Callable[[Sequence[Option]], Measured] | None = None
     divergence: Callable[[Mapping[int, Option]], float] | None = None
+    distance: Callable[[Iterable[Decision]], float] | None = None
     inputs: Sequence[Any] = ()
     copy: Callable[[], nn.Module] | None = None
     round_to: int = 1
@@ -122,7 +128,7 @@ class Problem:
         self._bases.clear()
         self._frontiers.clear()
         self.moments, self.weigh, self.inputs = {}, None, ()
-        self.divergence = self.evaluate = self.copy = self.measure = None
+        self.divergence = self.evaluate = self.copy = self.measure = self.distance = None
         give_back()
 
     # What an option costs and loses

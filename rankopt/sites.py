@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 import numpy as np
@@ -44,6 +44,10 @@ class Option:
     def keeps(self) -> bool:
         """Whether the site stays dense."""
         return self.method == KEEP
+
+    def in_order(self) -> Option:
+        """The same, fitted to what the compressed layers before pass on."""
+        return replace(self, factors=self.factors.in_order())
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,6 @@ from rankopt.decompositions.cache import BasisCache
 from rankopt.decompositions.rebuild import rebuild
 from rankopt.errors import (
     CalibrationError,
-    CheckpointError,
     DeadlineExceeded,
     ModelError,
     PlanError,
@@ -288,8 +287,11 @@ def test_a_search_that_weighs_does_not_go_on_with_one_that_does_not(tmp_path):
     model, data = Blind().eval(), [torch.randn(64, 32)]
     strategy = Relaxed(rounds=2, folder=str(tmp_path))
     rankopt.search(model, "params<=50%", strategy=strategy, calibration=data)
-    with pytest.raises(CheckpointError, match="calibration"):
-        rankopt.search(model, "params<=50%", strategy=strategy, calibration=data, fisher=True)
+    folder = {"strategy": strategy, "calibration": data}
+    weighed = rankopt.search(model, "params<=50%", fisher=True, **folder)
+    alone = {**folder, "strategy": Relaxed(rounds=2)}
+    assert weighed.decisions == rankopt.search(model, "params<=50%", fisher=True, **alone).decisions
+    assert len(list(tmp_path.glob("relaxed-*.pt"))) == 2
 
 
 def test_with_asymmetric_factors():

@@ -26,10 +26,15 @@ def search_options(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--asymmetric", action="store_true", help="fit layers to what those before pass on"
     )
+    command.add_argument(
+        "--search-factors", action="store_true",
+        help="build the model without and with both of these, and take the nearest outputs",
+    )  # fmt: skip
 
 
 def search_settings(arguments: argparse.Namespace) -> dict[str, Any]:
     """What `search_options` say, for `rankopt.search`."""
+    from rankopt._factor_choice import SEARCH
     from rankopt._search import DEFAULT_STRATEGY
     from rankopt.registry import strategies
 
@@ -40,6 +45,6 @@ def search_settings(arguments: argparse.Namespace) -> dict[str, Any]:
         "only": arguments.only,
         "ignore": arguments.ignore,
         "round_to": arguments.round_to,
-        "fisher": arguments.fisher,
-        "asymmetric": arguments.asymmetric,
+        "fisher": SEARCH if arguments.search_factors else arguments.fisher,
+        "asymmetric": SEARCH if arguments.search_factors else arguments.asymmetric,
     }

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any, Final
 
 import numpy as np
@@ -159,7 +158,7 @@ class SizedSpace(Space):
 
 
 def _in_order(options: Sequence[Option]) -> list[Option]:
-    return [replace(option, factors=option.factors.in_order()) for option in options]
+    return [option.in_order() for option in options]
 
 
 def make_space(

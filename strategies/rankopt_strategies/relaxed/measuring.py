@@ -90,7 +90,7 @@ def measured(
     """
     relaxation = losses.soft.relaxation
     kept, first = first_choice(losses, damage, weights, entropy)
-    best, ratio = first, FIRST_RATIO
+    best, ratio, path = first, FIRST_RATIO, [kept.chosen]
     with progress_bar("refining ranks", rounds, enabled=relaxation.problem.progress) as advance:
         for _ in range(rounds):
             curves = _curves(losses, kept.chosen, damage, ratio)
@@ -103,6 +103,7 @@ def measured(
                 lower = loss < best  # false for NaN too
                 if lower:
                     best, kept, improved = loss, found, True
+                    path.append(found.chosen)
                 record.add(
                     relaxation, found.spread, found.prices,
                     soft_loss=soft_loss, loss=loss, best=best,
@@ -114,7 +115,7 @@ def measured(
                 ratio = ratio**0.5
                 if ratio < LAST_RATIO:
                     break
-    return Refined(kept.chosen, closed(losses, kept, best, record), best, first)
+    return Refined(path, closed(losses, kept, best, record), best, first)
 
 
 def _curves(losses: Losses, chosen: list[int], damage: Array, ratio: float) -> list[_Curve]:

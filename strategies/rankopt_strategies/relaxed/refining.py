@@ -38,13 +38,14 @@ class Refined:
     """What a refinement found.
 
     Args:
-        chosen: [sites] index among all options.
+        path: [sites] index among all options: of the first choice and of each with a lower
+            loss than those before.
         soft_loss: Loss of the mixture as its annealing ends.
         loss: Loss of the discretised model.
         first_loss: Loss of the discretised model before the data had a say.
     """
 
-    chosen: list[int]
+    path: list[list[int]]
     soft_loss: float
     loss: float
     first_loss: float
@@ -98,7 +99,7 @@ def refine(
     relaxation = losses.soft.relaxation
     weights = weights / np.median(weights)
     kept, first = first_choice(losses, damage, weights, entropy)
-    best, step, wanted = first, FIRST_STEP, None
+    best, step, wanted, path = first, FIRST_STEP, None, [kept.chosen]
     with progress_bar("refining ranks", rounds, enabled=relaxation.problem.progress) as advance:
         for _ in range(rounds):
             if wanted is None:
@@ -113,13 +114,14 @@ def refine(
             )  # fmt: skip
             if loss < best:  # false for NaN too
                 best, kept, weights, wanted = loss, found, trial, None
+                path.append(found.chosen)
                 step = min(step * GROWTH, 1.0)
             else:
                 step /= 2
             advance()
             if step < LAST_STEP:
                 break
-    return Refined(kept.chosen, closed(losses, kept, best, record), best, first)
+    return Refined(path, closed(losses, kept, best, record), best, first)
 
 
 def first_choice(

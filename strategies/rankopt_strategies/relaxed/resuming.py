@@ -27,7 +27,8 @@ ROUNDING: Final = 1e-9
 class Checkpoint:
     """The state of one search in a folder; without a folder nothing is kept.
 
-    A search under corrected budgets (on latency, on the metric) has one file for each.
+    A search under several budgets (on latency, on the metric), without and with the Fisher
+    information, has one file for each.
 
     Args:
         folder: Where; made if need be.
@@ -49,7 +50,8 @@ class Checkpoint:
         if self._folder is None:
             return
         budget = "none" if problem.budget is None else repr(problem.budget)
-        self._name = f"relaxed-{hashlib.sha256(budget.encode()).hexdigest()[:12]}.pt"
+        named = budget + FISHER * problem.fisher
+        self._name = f"relaxed-{hashlib.sha256(named.encode()).hexdigest()[:12]}.pt"
         self._identity = {
             "budget": budget,
             "settings": json.dumps(settings, sort_keys=True),

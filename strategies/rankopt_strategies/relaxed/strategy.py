@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -174,12 +174,16 @@ class Relaxed(Strategy):
             rounds=self.rounds,
             record=record,
         )
-        facts = {
+        facts: dict[str, Any] = {
             "soft_loss": finite(found.soft_loss),
             "loss": finite(found.loss),
             "first_loss": finite(found.first_loss),
         }
-        plan = problem.plan(self, relaxation.options(found.chosen))
+        chosen = found.path[-1]
+        if problem.asymmetric:
+            facts["distances"] = _distances(problem, relaxation, found.path)
+            chosen = found.path[int(np.argmin(facts["distances"]))]
+        plan = problem.plan(self, relaxation.options(chosen))
         return problem.annotate(plan, {self.name: {**facts, **record.summary()}})
 
     def _published(
@@ -218,6 +222,24 @@ def reconstruction(relaxation: Relaxation) -> Array:
         for menu in relaxation.menus
     ]
     return np.concatenate(scores)
+
+
+def _distances(problem: Problem, relaxation: Relaxation, path: Sequence[list[int]]) -> list[float]:
+    """How far the outputs of each choice's model are from the dense one's, fitted in order.
+
+    The loss along the path is that of factors for dense inputs. Where factors answer for the
+    errors of the layers before, a later choice need not be better.
+
+    Args:
+        problem: With calibration inputs.
+        relaxation: Of it.
+        path: See `rankopt_strategies.relaxed.refining.Refined`.
+    """
+    assert problem.distance is not None
+    return [
+        problem.distance(problem.decisions([o.in_order() for o in relaxation.options(chosen)]))
+        for chosen in path
+    ]
 
 
 def _first_weights(problem: Problem) -> Array:
