@@ -6,6 +6,7 @@ import math
 import threading
 from abc import abstractmethod
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any, Final
 
 import numpy as np
@@ -17,8 +18,12 @@ from rankopt.moments import Moments
 
 __all__ = ["FittedBasis"]
 
-# Loads, as shares of the dense weight's, at which errors are fitted.
-ANCHORS: Final = (0.2, 0.6)
+# Loads, as shares of the dense weight's, at which errors are fitted: from the least ranks on.
+ANCHORS: Final = (0.0, 0.03, 0.1, 0.3, 0.7)
+# Between two anchors whose corrections are further apart than this (in logarithms of squared
+# errors) there is a further one, as long as there are not too many.
+FAR_APART: Final = 1.0
+MOST_ANCHORS: Final = 8
 # Chains that are held, in float64, each about half the weight's size.
 KEPT_FITS: Final = 4
 # Relative ridge of the least squares problem for the last factor.
@@ -30,7 +35,7 @@ class FittedBasis(base.Basis):
 
     The ratio of fitted to estimated squared error is interpolated over the size
     of the chain, on logarithmic scales, so that `error` costs at most
-    ``len(ANCHORS)`` fits whatever is asked. `fitted_error` is the truth for
+    `MOST_ANCHORS` fits whatever is asked. `fitted_error` is the truth for
     one choice of ranks.
 
     Factors are fitted to the weight, whitened along its input mode if moments of
@@ -109,19 +114,37 @@ class FittedBasis(base.Basis):
         """Logarithms of anchors' sizes and of fitted over estimated squared errors."""
         with self._lock:
             if "ratios" not in self._parts:
-                found = {}
-                for share in ANCHORS:
-                    ranks = self._anchor(share * self._elements)
-                    estimate = float(self._estimate(ranks))
-                    if estimate <= 1e-12:
-                        continue
-                    fitted = self._solve(ranks, thorough=False)[1] ** 2
-                    size = math.log(float(self._size(ranks)))
-                    found[size] = math.log(max(fitted / estimate, 1e-12))
-                pairs = np.array(sorted(found.items())).reshape(-1, 2)
-                self._parts["ratios"] = pairs[:, 0], pairs[:, 1]
+                self._parts["ratios"] = self._measured_ratios()
             sizes, ratios = self._parts["ratios"]
         return sizes, ratios
+
+    def _measured_ratios(self) -> tuple[base.FloatArray, base.FloatArray]:
+        found: dict[tuple[int, ...], tuple[float, float] | None] = {}
+        for share in ANCHORS:
+            self._add_ratio(found, share * self._elements)
+        while len(found) < MOST_ANCHORS:
+            points = sorted(point for point in found.values() if point)
+            gaps = [(abs(b[1] - a[1]), a[0], b[0]) for a, b in pairwise(points)]
+            gap, low, high = max(gaps, default=(0.0, 0.0, 0.0))
+            if gap <= FAR_APART or not self._add_ratio(found, math.exp((low + high) / 2)):
+                break
+        pairs = np.array(sorted(point for point in found.values() if point)).reshape(-1, 2)
+        return pairs[:, 0], pairs[:, 1]
+
+    def _add_ratio(
+        self, found: dict[tuple[int, ...], tuple[float, float] | None], elements: float
+    ) -> bool:
+        """Fit at the ranks of about so many elements; False if they are among those `found`."""
+        ranks = self._anchor(elements)
+        if ranks in found:
+            return False
+        found[ranks] = None
+        estimate = float(self._estimate(ranks))
+        if estimate > 1e-12:
+            fitted = self._solve(ranks, thorough=False)[1] ** 2
+            size = math.log(float(self._size(ranks)))
+            found[ranks] = size, math.log(max(fitted / estimate, 1e-12))
+        return True
 
     def fitted_error(self, ranks: Sequence[int]) -> float:
         return self._solved(ranks)[1]
