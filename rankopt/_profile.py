@@ -14,8 +14,9 @@ from rankopt.candidates import cliffs, grid_values, line
 from rankopt.decompositions.base import Decomposition, RankAxis
 from rankopt.errors import LayerError, ModelError
 from rankopt.layer_profile import LayerProfile, ProfileRow
+from rankopt.layer_time import Chain, LayerTime
 from rankopt.layers import Layer
-from rankopt.profile_table import Chain, LayerTime, ProfileTable
+from rankopt.profile_table import ProfileTable
 from rankopt.registry import decompositions
 from rankopt.site_times import SiteTimes
 from rankopt.strategy import Site, Strategy

@@ -10,38 +10,33 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from rankopt import measure
 from rankopt._conditions import conditions
 from rankopt.decompositions import base
-from rankopt.decompositions.base import Decomposition
 from rankopt.errors import LayerError
 from rankopt.latency import (
     MAX_WARMUP_CALLS,
     MODES,
-    Array,
     Clock,
-    Interval,
     Mode,
     Timings,
     process_ms,
     runner,
     time_interleaved,
 )
+from rankopt.layer_time import DENSE, Chain, LayerTime
 from rankopt.layers import Layer
 from rankopt.probe import Call
 from rankopt.profile_store import FILE_NAME, ProfileStore, cache_folder
 
-__all__ = ["Chain", "LayerTime", "ProfileTable"]
+__all__ = ["ProfileTable"]
 
-DENSE: Final = "dense"
 ROUNDS: Final = 11
 # Shorter timings are repeated: below this the clock and the interpreter show.
 MIN_TIMING_MS: Final = 0.5
@@ -52,78 +47,6 @@ LOOK_WARMUP: Final = 1
 LEAST_ROUNDS: Final = 3
 # Weights of the chains of one session, which are all in memory at once.
 SESSION_BYTES: Final = 2**30
-
-
-@dataclass(frozen=True)
-class Chain:
-    """A decomposition at some ranks; no method stands for the dense layer."""
-
-    method: Decomposition | None = None
-    ranks: tuple[int, ...] = ()
-
-    @property
-    def key(self) -> str:
-        """Text that names the chain in the store."""
-        if self.method is None:
-            return DENSE
-        facts = {"ranks": list(self.ranks), **self.method.settings}
-        return f"{self.method.name} {json.dumps(facts, sort_keys=True)}"
-
-
-@dataclass(frozen=True)
-class LayerTime:
-    """Times of one chain and of the dense layer in the same rounds.
-
-    Args:
-        chain_ms: Milliseconds of the chain, [rounds].
-        dense_ms: Milliseconds of the dense layer, [rounds].
-        session: Names the rounds; chains of one session ran interleaved.
-    """
-
-    chain_ms: Array
-    dense_ms: Array
-    session: str = ""
-
-    @property
-    def ratio(self) -> Interval:
-        """Median of the paired ratios chain / dense; below 1 is faster."""
-        return Interval.of(self.ratios)
-
-    @property
-    def ratios(self) -> Array:
-        """Chain / dense per round, [rounds]."""
-        return np.asarray(self.chain_ms / self.dense_ms)
-
-    @property
-    def latency_ms(self) -> Interval:
-        """Median milliseconds of the chain."""
-        return Interval.of(self.chain_ms)
-
-    def versus(self, other: LayerTime) -> Interval:
-        """Time of this chain as a ratio to another's, paired where both ran together."""
-        if self.session == other.session and len(self.ratios) == len(other.ratios):
-            return Interval.of(self.chain_ms / other.chain_ms)
-        generator = np.random.default_rng(0)
-        mine, theirs = (generator.permutation(x.ratios) for x in (self, other))
-        rounds = min(len(mine), len(theirs))
-        return Interval.of(mine[:rounds] / theirs[:rounds])
-
-    def extended(self, other: LayerTime) -> LayerTime:
-        """The same chain with more rounds."""
-        return LayerTime(
-            np.concatenate([self.chain_ms, other.chain_ms]),
-            np.concatenate([self.dense_ms, other.dense_ms]),
-            f"{self.session},{other.session}",
-        )
-
-    def __add__(self, other: LayerTime) -> LayerTime:
-        """One layer after another, as where a module is called twice."""
-        rounds = min(len(self.chain_ms), len(other.chain_ms))
-        return LayerTime(
-            self.chain_ms[:rounds] + other.chain_ms[:rounds],
-            self.dense_ms[:rounds] + other.dense_ms[:rounds],
-            f"{self.session}+{other.session}",
-        )
 
 
 class ProfileTable:
@@ -227,7 +150,7 @@ class ProfileTable:
         key = (*where.values(), text)
         if key not in self._known:
             stored = self._opened().rows(where, text)
-            self._known[key] = {name: _from_json(value) for name, value in stored.items()}
+            self._known[key] = {name: LayerTime.from_json(value) for name, value in stored.items()}
         known = self._known[key]
         wanted = list(dict.fromkeys(chains))
         enough = min(self.rounds, rounds or self.rounds)
@@ -247,7 +170,7 @@ class ProfileTable:
                 }
                 known.update(found)
                 self._opened().put(
-                    where, text, {name: _to_json(value) for name, value in found.items()}
+                    where, text, {name: value.to_json() for name, value in found.items()}
                 )
         return {chain: known[chain.key] for chain in wanted if chain.key in known}
 
@@ -390,15 +313,3 @@ def _signature(layer: Layer, call: Call) -> str:
     if layer.is_conv:
         facts |= {"kernel": layer.kernel, "groups": layer.groups, **base.geometry(layer)}
     return json.dumps(facts, sort_keys=True)
-
-
-def _to_json(value: LayerTime) -> dict[str, Any]:
-    return {
-        "ms": [round(x, 6) for x in value.chain_ms.tolist()],
-        "dense_ms": [round(x, 6) for x in value.dense_ms.tolist()],
-        "session": value.session,
-    }
-
-
-def _from_json(value: Any) -> LayerTime:
-    return LayerTime(np.array(value["ms"]), np.array(value["dense_ms"]), value["session"])

@@ -14,8 +14,9 @@ import torch
 from rankopt._progress import progress_bar
 from rankopt.candidates import grid_values
 from rankopt.decompositions.base import Decomposition, RankAxis
+from rankopt.layer_time import Chain, LayerTime
 from rankopt.probe import Call
-from rankopt.profile_table import Chain, LayerTime, ProfileTable
+from rankopt.profile_table import ProfileTable
 
 if TYPE_CHECKING:
     from rankopt.sites import Site

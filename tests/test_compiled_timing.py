@@ -14,9 +14,9 @@ import rankopt
 from rankopt.cli import main
 from rankopt.errors import ModelError
 from rankopt.latency import runner
+from rankopt.layer_time import Chain
 from rankopt.layers import find_layers
 from rankopt.probe import Call
-from rankopt.profile_table import Chain
 from rankopt.testing import planted_inputs, planted_model
 
 CPU = torch.device("cpu")

@@ -1,40 +1,20 @@
 from __future__ import annotations
 
-import warnings
-from collections import deque
 from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from timing import SHARED, searched, table
 from torch import nn
 
 import rankopt
 from rankopt._latency_budget import _corrected, _Round, solve
-from rankopt._model_clock import ModelClock
 from rankopt.errors import BudgetError, BudgetInfeasible, DeadlineExceeded
 from rankopt.latency import Interval, Measured
 from rankopt.strategy import Strategy
 from rankopt.testing import ModelledClock, Operations, planted_inputs, planted_model
-
-
-def table(**settings):
-    return rankopt.ProfileTable(clock=ModelledClock(**settings), rounds=3)
-
-
-SHARED = table()  # layer times are the same for every test that does not change the clock
-
-
-def searched(budget, strategy="knapsack", model=None, clock=None, **more):
-    return rankopt.search(
-        model or planted_model(),
-        budget,
-        strategy=strategy,
-        example_inputs=planted_inputs(),
-        profile=clock or SHARED,
-        **more,
-    )
 
 
 @pytest.mark.parametrize("strategy", ["knapsack", "energy", "parameter_ratio", "vbmf", "profiled"])
@@ -271,29 +251,6 @@ def test_what_layers_do_not_foresee_is_built_before_it_is_refused():
         rankopt.search(deep_model(), rankopt.Budget(latency=0.02), example_inputs=x, profile=clock)
 
 
-def test_rounds_are_timed_until_the_limit_is_decided():
-    noise = np.random.default_rng(0)
-    calls = []
-
-    def clock(run):
-        run()
-        calls.append(1)
-        return 1 + 0.05 * noise.standard_normal()
-
-    timer = ModelClock(
-        planted_model(), planted_inputs(), rankopt.ProfileTable(clock=clock, rounds=5)
-    )
-    plan = rankopt.search(planted_model(), "params<=60%")
-    counts = {}
-    for limit in (0.5, 1.5, 1.003):
-        calls.clear()
-        found = timer.measure(plan, limit).ratio
-        counts[limit] = len(calls)
-        assert (found.high <= limit) if limit == 1.5 else True
-        assert (found.low > limit) if limit == 0.5 else True
-    assert counts[1.003] > max(counts[0.5], counts[1.5])
-
-
 def test_a_burst_of_noise_does_not_ask_for_a_much_faster_plan():
     def measured(*ratio):
         found = Interval(*ratio)
@@ -321,29 +278,6 @@ def test_where_dense_wins_the_answer_is_dense():
     plan = searched("latency<=100%", clock=slow)
     assert not plan.changes
     assert plan.totals["latency"]["measured"] == plan.totals["latency"]["before"]
-
-
-@pytest.mark.parametrize(
-    ("low", "high", "said", "unsaid"),
-    [
-        (0.565, 3.12, "could not be decided, for the time .* varies too much", "dense is"),
-        (0.8, 0.99, "cannot be met; the fastest plan", "dense is"),
-        (0.98, 1.02, "cannot be met; as measured, dense is the right answer here; the", "busy"),
-    ],
-)
-def test_an_interval_says_no_more_than_it_knows(low, high, said, unsaid):
-    (slow, fast), problem = two_plans()
-    found = Measured(*3 * [Interval((low + high) / 2, low, high)])
-    with pytest.raises(BudgetInfeasible, match=said) as error:
-        solve(problem, Coarse(slow, fast), lambda plan, limit: found, 1.0)
-    assert unsaid not in str(error.value)
-
-
-def test_noise_is_nothing_to_one_who_keeps_every_layer():
-    kept, found = searched("latency<=100%", clock=table(overhead_ms=5.0)), Interval(1.0, 0.5, 2.0)
-    problem = bare_problem(rankopt.Budget(latency_ms=8.0))
-    plan = solve(problem, Coarse(kept, kept), lambda plan, limit: Measured(*3 * [found]), 1.0)
-    assert not plan.changes
 
 
 def test_what_predicts_well_but_measures_badly_is_infeasible():
@@ -422,70 +356,24 @@ def test_training_time_is_another_budget():
     assert [parameter.grad for parameter in model.parameters()] == before
 
 
-def test_a_noisy_machine_is_named():
-    noise = deque(np.random.default_rng(0).uniform(0.5, 1.5, 997))
-
-    class Noisy(ModelledClock):
-        """Layers take the same time each time, models do not."""
-
-        def __call__(self, function):
-            with Operations() as seen, torch.no_grad():
-                function()
-            noise.rotate(1)
-            return super().__call__(function) * (noise[0] if len(seen.found) > 5 else 1)
-
-    clock = rankopt.ProfileTable(clock=Noisy(), rounds=3)
-    with warnings.catch_warnings(record=True) as warned:
-        warnings.simplefilter("always")
-        try:
-            searched("latency<=90%", clock=clock)
-            said = str(warned[0].message)
-        except BudgetInfeasible as error:
-            said = str(error)
-    assert "varies too much" in said
-    assert "busy, throttled" in said
+def test_noise_is_nothing_to_one_who_keeps_every_layer():
+    kept, found = searched("latency<=100%", clock=table(overhead_ms=5.0)), Interval(1.0, 0.5, 2.0)
+    problem = bare_problem(rankopt.Budget(latency_ms=8.0))
+    plan = solve(problem, Coarse(kept, kept), lambda plan, limit: Measured(*3 * [found]), 1.0)
+    assert not plan.changes
 
 
-def test_the_environment_says_what_times_depend_on():
-    plan = searched("latency<=90%")
-    assert plan.environment["memory_format"] == "contiguous"
-    assert plan.environment["input"] == [2, 3, 12, 12]
-    assert plan.environment["threads"] == torch.get_num_threads()
-
-
-def test_models_are_made_ready_once(monkeypatch):
-    """Under torch.compile or as a CUDA graph, making a model ready takes far longer than a run."""
-    made = []
-    runner = rankopt.ProfileTable.runner
-
-    def counted(self, module, inputs):
-        made.append(sum(p.numel() for p in module.parameters()))
-        return runner(self, module, inputs)
-
-    times = iter(np.random.default_rng(0).uniform(1, 2, 10**6))
-    noisy = rankopt.ProfileTable(clock=lambda run: (run(), next(times))[1], rounds=3)
-    model = planted_model()
-    clock = ModelClock(model, planted_inputs(), noisy)
-    monkeypatch.setattr(rankopt.ProfileTable, "runner", counted)
-    plans = [rankopt.search(model, f"params<={share}%") for share in (40, 60)]
-    assert clock.dense_ms > 0
-    for plan in plans:  # so noisy that each is extended to the full
-        clock.measure(plan)
-    assert len(made) == 1 + len(plans)
-
-
-def test_a_limit_is_told_by_several_builds(monkeypatch):
-    """Where in memory a model lies moves its time for as long as it lives."""
-    made = []
-    runner = rankopt.ProfileTable.runner
-
-    def counted(self, module, inputs):
-        made.append(module)
-        return runner(self, module, inputs)
-
-    monkeypatch.setattr(rankopt.ProfileTable, "runner", counted)
-    model, plan = planted_model(), rankopt.search(planted_model(), "params<=60%")
-    for timer, builds in ((rankopt.ProfileTable(rounds=3), 3), (SHARED, 1)):
-        made.clear()
-        ModelClock(model, planted_inputs(), timer).measure(plan, limit=1e6)
-        assert len(made) == 1 + builds
+@pytest.mark.parametrize(
+    ("low", "high", "said", "unsaid"),
+    [
+        (0.565, 3.12, "could not be decided, for the time .* varies too much", "dense is"),
+        (0.8, 0.99, "cannot be met; the fastest plan", "dense is"),
+        (0.98, 1.02, "cannot be met; as measured, dense is the right answer here; the", "busy"),
+    ],
+)
+def test_an_interval_says_no_more_than_it_knows(low, high, said, unsaid):
+    (slow, fast), problem = two_plans()
+    found = Measured(*3 * [Interval((low + high) / 2, low, high)])
+    with pytest.raises(BudgetInfeasible, match=said) as error:
+        solve(problem, Coarse(slow, fast), lambda plan, limit: found, 1.0)
+    assert unsaid not in str(error.value)

@@ -7,9 +7,10 @@ from torch import nn
 
 import rankopt
 from rankopt.errors import LayerError
+from rankopt.layer_time import Chain, LayerTime
 from rankopt.layers import find_layers
 from rankopt.probe import Call
-from rankopt.profile_table import LOOK_WARMUP, Chain, LayerTime, ProfileTable
+from rankopt.profile_table import LOOK_WARMUP, ProfileTable
 from rankopt.testing import ModelledClock
 
 CPU = torch.device("cpu")

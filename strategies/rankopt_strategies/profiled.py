@@ -14,8 +14,8 @@ from rankopt.candidates import MULTIPLES, aligned_below, cliffs, line, lowest_on
 from rankopt.decompositions.base import Decomposition
 from rankopt.errors import BudgetError, ModelError
 from rankopt.latency import Interval
+from rankopt.layer_time import Chain, LayerTime
 from rankopt.plan import Decision, RankPlan
-from rankopt.profile_table import Chain, LayerTime
 from rankopt.registry import decompositions, strategies
 from rankopt.site_times import SiteTimes
 from rankopt.strategy import LATENCY, Option, Problem, Site, Strategy, Tags
