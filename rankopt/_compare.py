@@ -155,7 +155,7 @@ def compare(
         if example_inputs is not None:
             measure.check_inputs(example_inputs)
             device = surgery.device_of(models[0])
-            inputs = measure.to_device(example_inputs, device)
+            inputs = measure.copied(measure.to_device(example_inputs, device))
             timed = models if compile else [original, compressed]
             if mode == "training":  # statistics of the user's BatchNorm are not to move
                 if not compile:
@@ -198,10 +198,7 @@ def _check_eager(*models: nn.Module) -> None:
 def _apart(original: nn.Module, compressed: nn.Module, inputs: Any) -> dict[str, float]:
     """How far the outputs are from each other; nothing where that cannot be told."""
     try:
-        outputs = [
-            main_output(measure.call(model, measure.copied(inputs)))
-            for model in (original, compressed)
-        ]
+        outputs = [main_output(measure.call(model, inputs)) for model in (original, compressed)]
         before, after = map(compared, outputs)
         if before.shape != after.shape:
             return {}
