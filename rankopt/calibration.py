@@ -144,6 +144,8 @@ def _collected(
             for part in split_batch(layer, next(iter((*args, *kwargs.values())))):
                 rows = layer_inputs(layer, part, seed=counts.get(layer.name, 0))
                 counts[layer.name] = counts.get(layer.name, 0) + rows.shape[1]
+                if rows.shape[1] < ROWS:  # kept for a while: the model may write into its input
+                    rows = rows.clone()
                 pending.setdefault(layer.name, []).append(rows)
                 add(layer.name, ROWS)
 
