@@ -17,6 +17,7 @@ from rankopt._progress import progress_bar
 from rankopt.errors import CalibrationError, ModelError
 from rankopt.inputs import (
     MAX_SAMPLES,
+    affordable_samples,
     batch_size,
     compared,
     divergence,
@@ -146,6 +147,8 @@ def recover(
     guide = private_teacher(teacher).to(surgery.device_of(model))
     device = surgery.device_of(model).type
     tested = list(samples.batches(test, batch_size))
+    if len(test) > (most := affordable_samples(guide, tested)):
+        tested = list(samples.batches(test[:: math.ceil(len(test) / most)], batch_size))
     with torch.no_grad():
         wanted = [main_output(run(guide, inputs)) for inputs in tested]
 
@@ -330,7 +333,9 @@ def _loss(layers: PairedOutputs, inputs: Any) -> Tensor:
 def _relative(wanted: Tensor, found: Tensor) -> Tensor:
     if wanted.dtype.itemsize < 4:  # sums would lose all but the first digits, or overflow
         wanted, found = wanted.float(), found.float()
-    error: Tensor = (wanted - found).square().sum() / wanted.square().sum().clamp_min(1e-12)
+    masked = wanted.isinf()  # such as classes that are left out
+    difference, size = (x.masked_fill(masked, 0) for x in (wanted - found, wanted))
+    error: Tensor = difference.square().sum() / size.square().sum().clamp_min(1e-12)
     return error
 
 

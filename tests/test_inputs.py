@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import nn
 
 import rankopt
+from rankopt import inputs
+from rankopt.errors import CalibrationError
+from rankopt.inputs import divergence, divergence_loss
 
 
 class Normalising(nn.Module):
@@ -44,3 +49,39 @@ def test_a_forward_that_writes_into_its_input_changes_nothing(settings):
         rankopt.recover(small, teacher=model, calibration=data, seconds=0.1)
         assert all(torch.equal(x, y) for x, y in zip((*data, example), given, strict=True))
     assert torch.equal(*outputs)
+
+
+class Masked(nn.Sequential):
+    """Logits of classes that are left out are -inf."""
+
+    def forward(self, x):
+        return super().forward(x).index_fill(-1, torch.tensor([3, 5]), -torch.inf)
+
+
+def test_masked_classes_count_for_nothing(monkeypatch):
+    old, new = torch.randn(40, 8), torch.randn(40, 8, requires_grad=True)
+    kept = torch.tensor([0, 1, 2, 4, 6, 7])
+    masked = [x.index_fill(-1, torch.tensor([3, 5]), -torch.inf) for x in (old, new)]
+    for wrap in (dict, lambda logits: logits[None]):  # class scores, and other outputs
+        exact = divergence(wrap(logits=old[:, kept]), wrap(logits=new[:, kept]))
+        monkeypatch.setattr(inputs, "PIECE", 7)  # and in pieces
+        loss = divergence_loss(*(wrap(logits=x) for x in masked))
+        monkeypatch.undo()
+        assert loss.item() == pytest.approx(exact, rel=1e-9)
+        (slope,) = torch.autograd.grad(loss, new, retain_graph=True)
+        assert slope.isfinite().all()
+        assert slope.any()
+    with pytest.raises(CalibrationError, match="outputs that are not finite"):
+        divergence(torch.full((2, 3), torch.nan), torch.zeros(2, 3))
+
+
+def test_models_with_masked_classes():
+    model = Masked(nn.Linear(32, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Linear(32, 8)).eval()
+    data = [torch.randn(64, 32) for _ in range(2)]
+    plan = rankopt.search(model, "params<=70%", calibration=data, fisher=True)
+    small = rankopt.apply(model, plan, calibration=data)
+    found = rankopt.compare(model, small, example_inputs=data[0], rounds=3)
+    assert 0 < found.output_error < 1
+    done = rankopt.recover(small, teacher=model, calibration=data, seconds=0.5)
+    assert done.steps
+    assert math.isfinite(done.after)

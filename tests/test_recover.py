@@ -9,7 +9,7 @@ from torch import nn
 import rankopt
 from rankopt import _recover
 from rankopt.errors import CalibrationError, ModelError
-from rankopt.inputs import divergence
+from rankopt.inputs import LEAST_SAMPLES, divergence
 from rankopt.testing import planted_model
 from rankopt.training.augmentation import shift_and_mirror
 
@@ -159,3 +159,12 @@ def test_half_precision_is_refused(pair):
     data = [x.half() for x in held]
     with pytest.raises(ModelError, match=r"float16 parameters.*\.float\(\) or \.bfloat16\(\)"):
         rankopt.recover(small.half(), teacher=dense.half(), calibration=data, seconds=1)
+
+
+def test_outputs_of_held_out_samples_are_kept_while_they_take_little_memory(pair, monkeypatch):
+    teacher, small, held = pair
+    kept = []
+    monkeypatch.setattr("rankopt.inputs.OUTPUT_BYTES", 1)
+    monkeypatch.setattr(_recover, "main_output", lambda x: kept.append(len(x)) or x)
+    rankopt.recover(small, teacher=teacher, calibration=held, seconds=0.3)
+    assert sum(kept) == LEAST_SAMPLES
