@@ -168,3 +168,29 @@ def test_outputs_of_held_out_samples_are_kept_while_they_take_little_memory(pair
     monkeypatch.setattr(_recover, "main_output", lambda x: kept.append(len(x)) or x)
     rankopt.recover(small, teacher=teacher, calibration=held, seconds=0.3)
     assert sum(kept) == LEAST_SAMPLES
+
+
+class Versioned(nn.Sequential):
+    def get_extra_state(self):
+        return {"version": 1}
+
+    def set_extra_state(self, state):
+        pass
+
+
+def test_extra_state_batches_of_one_and_inference_mode():
+    """Of 34 samples 31 are trained on: the last batch of two has one."""
+    dense = Versioned(nn.Linear(32, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Linear(32, 32)).eval()
+    small = rankopt.apply(dense, rankopt.search(dense, "params<=60%"))
+    for count in (34, 35):
+        with torch.inference_mode():
+            done = rankopt.recover(
+                small,
+                teacher=dense,
+                calibration=[torch.randn(count, 32)],
+                seconds=0.3,
+                batch_size=2,
+            )
+        assert done.steps
+    with pytest.raises(ValueError, match="batch_size=0: expected a number of samples"):
+        rankopt.recover(small, teacher=dense, calibration=[], batch_size=0)
