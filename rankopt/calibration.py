@@ -170,7 +170,8 @@ def _collected(
         second = sums.pop(layer.name).div_(counts[layer.name])
         if not bool(second.isfinite().all()):
             raise CalibrationError(
-                f"layer {layer.name}: its inputs on the calibration data are not finite"
+                f"layer {layer.name}: its inputs on the calibration data are not finite; check "
+                "the data for NaN, and layers before it in half precision for overflow"
             )
         channels = layer.group_shape[0]
         found[layer.name] = Moments(second, second.shape[-1] // channels, counts[layer.name])

@@ -45,6 +45,15 @@ _TARGETS: Final = (LABELS, "label", "target", "targets", "y")
 # What outputs that are kept for comparison may take, and how many are kept in any case.
 OUTPUT_BYTES: Final = 256 * 2**20
 LEAST_SAMPLES: Final = 4
+# What a forward raises for inputs that it cannot take.
+MODEL_ERRORS: Final = (
+    RuntimeError,
+    TypeError,
+    ValueError,
+    LookupError,
+    AttributeError,
+    AssertionError,
+)
 # Elements of outputs that are compared at a time: a language model's logits fill a GPU.
 PIECE: Final = 2**20
 
@@ -65,12 +74,15 @@ def batches(
 
     Raises:
         CalibrationError: Not an iterable of inputs, or empty.
+        ValueError: `max_samples` is below 1.
     """
     if isinstance(data, (Tensor, str, Mapping)) or not isinstance(data, Iterable):
         raise CalibrationError(
             f"calibration is a {type(data).__name__}; expected an iterable of batches, such as a "
             "DataLoader or a list of tensors (for one batch x, pass [x])"
         )
+    if max_samples is not None and max_samples < 1:
+        raise ValueError(f"{max_samples} calibration samples: expected at least 1, or None for all")
     device, seen = surgery.device_of(model), 0
     positional, required = _positional_arguments(model), _requires_labels(model)
     for batch in data:
@@ -217,7 +229,8 @@ def hold(
 ) -> list[Any]:
     """The batches of `data`, kept for several passes; see `batches`."""
     found = batches(model, data, max_samples=max_samples, labelled=labelled)
-    return [inputs for inputs, _ in found]
+    passing = isinstance(data, Iterator)  # it may fill one buffer again and again
+    return [measure.copied(inputs) if passing else inputs for inputs, _ in found]
 
 
 def digest(held: Iterable[Any]) -> str:
@@ -226,8 +239,9 @@ def digest(held: Iterable[Any]) -> str:
     for inputs in held:
         for index, tensor in enumerate(tensors_in(inputs)):
             part = parts.setdefault(index, hashlib.sha256())
-            for sample in tensor.detach().cpu().reshape(len(tensor) if tensor.dim() else 1, -1):
-                part.update(sample.contiguous().view(-1).view(torch.uint8).numpy().data)
+            for sample in tensor.detach().cpu() if tensor.dim() else [tensor.detach().cpu()]:
+                if sample.numel():
+                    part.update(sample.contiguous().view(-1).view(torch.uint8).numpy().data)
     total = hashlib.sha256(b"".join(part.digest() for part in parts.values()))
     return total.hexdigest()
 
@@ -331,7 +345,7 @@ def run(model: nn.Module, inputs: Any) -> Any:
         return measure.call(model, inputs)
     except torch.OutOfMemoryError:
         raise
-    except (RuntimeError, TypeError, ValueError, IndexError) as error:
+    except MODEL_ERRORS as error:
         shapes = [f"{list(t.shape)} {t.dtype}" for t in tensors_in(inputs)]
         raise CalibrationError(
             f"the model fails on a calibration batch of {', '.join(shapes)}: {error}; "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import namedtuple
 
 import pytest
 import torch
@@ -85,3 +86,35 @@ def test_models_with_masked_classes():
     done = rankopt.recover(small, teacher=model, calibration=data, seconds=0.5)
     assert done.steps
     assert math.isfinite(done.after)
+
+
+class Failing(nn.Linear):
+    def forward(self, x):
+        raise AssertionError("wrong image height")
+
+
+def test_failures_of_the_model_are_told_with_the_batch():
+    with pytest.raises(CalibrationError, match=r"batch of \[2, 4\].*: wrong image height"):
+        inputs.run(Failing(4, 4), torch.ones(2, 4))
+
+
+@pytest.mark.parametrize("samples", [0, -3])
+def test_less_than_one_sample(samples):
+    model, data = nn.Linear(4, 4), [torch.ones(8, 4)]
+    with pytest.raises(ValueError, match=f"^{samples} calibration samples: expected at least 1"):
+        inputs.hold(model, data, max_samples=samples)
+
+
+def test_forms_that_batches_may_take():
+    point = namedtuple("point", "x y")(torch.ones(2, 3), torch.zeros(2, 0))
+    (held,) = inputs.hold(nn.Linear(3, 3), [(point, torch.ones(2, 3))], labelled=True)
+    assert type(held) is type(point)
+    assert inputs.digest([held]) != inputs.digest([point.x + 1])
+
+    def refilled():
+        buffer = torch.empty(4, 3)
+        for value in range(3):
+            yield buffer.fill_(value)
+
+    means = [float(x.mean()) for x in inputs.hold(nn.Linear(3, 3), refilled())]
+    assert means == [0, 1, 2]
