@@ -55,13 +55,15 @@ def fitted_in_order(
         progress: Whether to show a progress bar.
     """
     chains: dict[str, nn.Module] = {}
-    called = _calls(view, [layer.name for step in steps for layer in step.layers], held[0])
-    first = {name: place for place, name in reversed(list(enumerate(called)))}
+    names = [layer.name for step in steps for layer in step.layers]
+    called = [_calls(view, names, batch) for batch in held]  # batches may call other layers
+    order = dict.fromkeys(name for each in called for name in each)
+    first = {name: place for place, name in enumerate(order)}
     ordered = sorted(steps, key=lambda step: min(first.get(x.name, 0) for x in step.layers))
     with progress_bar("fitting in order", len(ordered), enabled=progress) as advance:
         for step in ordered:
-            calls = sum(called.count(layer.name) for layer in step.layers)
-            found = _moments(view, student, step.layers, held, calls) if calls else None
+            calls = [sum(each.count(layer.name) for layer in step.layers) for each in called]
+            found = _moments(view, student, step.layers, held, calls)
             root = roots.get(step.layers[0].name)
             if found is not None and root is not None:
                 found = found[0], found[1].weighing(root)
@@ -97,18 +99,23 @@ def _moments(
     student: nn.Module,
     layers: Sequence[Layer],
     held: Sequence[Any],
-    calls: int,
+    calls: Sequence[int],
 ) -> tuple[Tensor, Moments] | None:
-    """(A [groups, n, n], moments of x̂) over all calls of a site's layers; None if too wide."""
+    """(A [groups, n, n], moments of x̂) over all calls of a site's layers.
+
+    None if they are too wide, or never called; `calls` are those of each batch.
+    """
     if layers[0].group_shape[0] > MAX_FEATURES:
         return None
     sums = Sums()
     with torch.no_grad(), measure.evaluation(view), measure.evaluation(student):
-        for batch in held:
+        for batch, count in zip(held, calls, strict=True):
+            if not count:
+                continue
             with measure.preserve_rng():
-                wanted = _inputs(view, layers, batch, calls)
+                wanted = _inputs(view, layers, batch, count)
             with measure.preserve_rng():
-                found = _inputs(student, layers, batch, calls)
+                found = _inputs(student, layers, batch, count)
             shapes = [[x.shape for _, x in calls_of] for calls_of in (wanted, found)]
             if shapes[0] != shapes[1]:
                 raise CalibrationError(
@@ -138,8 +145,10 @@ def _inputs(
 
     def watch(layer: Layer) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-            seen.append((layer, next(iter((*args, *kwargs.values())))))
-            if len(seen) == calls:
+            x = next(iter((*args, *kwargs.values())))
+            ends = len(seen) + 1 == calls
+            seen.append((layer, x if ends else x.clone()))  # the model may write into it
+            if ends:
                 raise _Reached
 
         return hook

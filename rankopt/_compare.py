@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any, Final
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from rankopt import measure, surgery
 from rankopt._apply import unpacked_clone
 from rankopt._conditions import conditions
 from rankopt._metric import metric_of
 from rankopt.errors import CalibrationError, ModelError
-from rankopt.inputs import class_dim, compared, main_output, scores_classes, tensors_in
+from rankopt.inputs import (
+    class_dim,
+    compared,
+    main_output,
+    relative_error,
+    scores_classes,
+    tensors_in,
+)
 from rankopt.latency import Interval, Mode, runner, time_interleaved
 from rankopt.probe import Call
 
 __all__ = ["Comparison", "Figure", "compare"]
-
-# Elements of outputs that are summed at a time: a language model's logits fill a GPU.
-PIECE: Final = 2**22
 
 
 @dataclass(frozen=True)
@@ -155,7 +160,7 @@ def compare(
         if example_inputs is not None:
             measure.check_inputs(example_inputs)
             device = surgery.device_of(models[0])
-            inputs = measure.to_device(example_inputs, device)
+            inputs = measure.copied(measure.to_device(example_inputs, device))
             timed = models if compile else [original, compressed]
             if mode == "training":  # statistics of the user's BatchNorm are not to move
                 if not compile:
@@ -198,14 +203,11 @@ def _check_eager(*models: nn.Module) -> None:
 def _apart(original: nn.Module, compressed: nn.Module, inputs: Any) -> dict[str, float]:
     """How far the outputs are from each other; nothing where that cannot be told."""
     try:
-        outputs = [
-            main_output(measure.call(model, measure.copied(inputs)))
-            for model in (original, compressed)
-        ]
+        outputs = [main_output(measure.call(model, inputs)) for model in (original, compressed)]
         before, after = map(compared, outputs)
         if before.shape != after.shape:
             return {}
-        found = {"output_error": _relative_error(before, after)}
+        found = {"output_error": math.sqrt(relative_error(before, after))}
         if scores_classes(outputs[0]):
             dim = class_dim(before)
             same = before.argmax(dim) == after.argmax(dim)
@@ -213,17 +215,6 @@ def _apart(original: nn.Module, compressed: nn.Module, inputs: Any) -> dict[str,
         return found
     except (CalibrationError, torch.OutOfMemoryError):  # nothing to compare, or no room for it
         return {}
-
-
-def _relative_error(before: Tensor, after: Tensor) -> float:
-    exact = torch.float64 if before.device.type in ("cpu", "cuda") else torch.float32
-    sums = torch.zeros(2, dtype=exact, device=before.device)
-    pieces = (tensor.flatten().split(PIECE) for tensor in (before, after))
-    for piece, other in zip(*pieces, strict=True):
-        old, new = piece.to(exact), other.to(exact)
-        sums += torch.stack([(new - old).square().sum(), old.square().sum()])
-    difference, size = sums.sqrt().tolist()
-    return float(difference / max(size, 1e-300))
 
 
 def _macs(model: nn.Module, inputs: Any) -> int:

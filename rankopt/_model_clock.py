@@ -51,7 +51,7 @@ class ModelClock:
         self.table = table
         self.check: Callable[[], None] = lambda: None
         self.device = surgery.device_of(model)
-        self._inputs = measure.to_device(example_inputs, self.device)
+        self._inputs = measure.copied(measure.to_device(example_inputs, self.device))
         self._dense = self._ready(surgery.clone(model))
 
     def _ready(self, model: nn.Module) -> nn.Module:

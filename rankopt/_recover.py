@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -17,6 +18,7 @@ from rankopt._progress import progress_bar
 from rankopt.errors import CalibrationError, ModelError
 from rankopt.inputs import (
     MAX_SAMPLES,
+    affordable_samples,
     batch_size,
     compared,
     divergence,
@@ -73,6 +75,7 @@ class Recovery:
         )
 
 
+@measure.outside_inference_mode
 @measure.no_autocast()
 def recover(
     model: nn.Module,
@@ -130,13 +133,14 @@ def recover(
     """
     surgery.check_model(model)
     surgery.check_model(teacher, "teacher")
-    check_settings(seconds, precision, augment)
+    check_settings(seconds, precision, augment, batch_size)
     started = time.perf_counter()
     with measure.preserve_rng():
         samples = _Samples(hold(model, calibration, max_samples=calibration_samples))
     train, test = samples.split(HELD_OUT)
     if learning_rate is None:
         learning_rate = LEARNING_RATES[has_norms(model)]
+    least = 2 if has_norms(model) else 1  # a single value has no variance
     parameters = [p for p in model.parameters() if p.requires_grad]
     if not parameters:
         raise ModelError("recover has nothing to train: every parameter has requires_grad=False")
@@ -146,6 +150,8 @@ def recover(
     guide = private_teacher(teacher).to(surgery.device_of(model))
     device = surgery.device_of(model).type
     tested = list(samples.batches(test, batch_size))
+    if len(test) > (most := affordable_samples(guide, tested)):
+        tested = list(samples.batches(test[:: math.ceil(len(test) / most)], batch_size))
     with torch.no_grad():
         wanted = [main_output(run(guide, inputs)) for inputs in tested]
 
@@ -155,7 +161,7 @@ def recover(
             return sum(divergence(old, run(model, x)) for x, old in pairs) / len(tested)
 
     before = distance()
-    saved = {key: value.clone() for key, value in model.state_dict().items()}
+    saved = copy.deepcopy(model.state_dict())  # extra state may be anything
     modes = [(module, module.training) for module in model.modules()]
     layers = PairedOutputs(model, guide, decomposed(model))
     steps = 0
@@ -167,7 +173,7 @@ def recover(
             limit = seconds * 0.95 - (time.perf_counter() - started)
             begun = time.perf_counter()
             with progress_bar("recovering", None, enabled=progress) as advance:
-                for inputs in samples.endless(train, batch_size, generator):
+                for inputs in samples.endless(train, batch_size, generator, least):
                     spent = (time.perf_counter() - begun) / max(limit, 1e-9)
                     if spent >= 1:
                         break
@@ -205,12 +211,16 @@ def recover(
     return Recovery(before, after if kept else before, steps, elapsed, kept)
 
 
-def check_settings(seconds: Any = 1.0, precision: Any = "no", augment: Any = "auto") -> None:
+def check_settings(
+    seconds: Any = 1.0, precision: Any = "no", augment: Any = "auto", batch_size: Any = 1
+) -> None:
     """Raise `ValueError` for settings of `recover` that it cannot heed."""
     if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not seconds > 0:
         raise ValueError(f"seconds={seconds!r}: expected a positive number")
     if precision not in ("no", "bf16"):
         raise ValueError(f"precision={precision!r}: expected 'no' or 'bf16'")
+    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+        raise ValueError(f"batch_size={batch_size!r}: expected a number of samples, 1 or more")
     augmentation(augment)
 
 
@@ -245,11 +255,14 @@ class _Samples:
         """The samples at `index` in batches of one shape each."""
         yield from map(self._take, self._parts(index, size))
 
-    def endless(self, index: Tensor, size: int, generator: torch.Generator) -> Iterator[Any]:
-        """Shuffled batches, epoch after epoch."""
+    def endless(
+        self, index: Tensor, size: int, generator: torch.Generator, least: int = 1
+    ) -> Iterator[Any]:
+        """Shuffled batches, epoch after epoch; of at least so many samples where there are any."""
         while True:
             shuffled = index[torch.randperm(len(index), generator=generator)]
             parts = list(self._parts(shuffled, size, whole=True))
+            parts = [part for part in parts if len(part) >= least] or parts
             for i in torch.randperm(len(parts), generator=generator):
                 yield self._take(parts[i])
 
@@ -330,7 +343,9 @@ def _loss(layers: PairedOutputs, inputs: Any) -> Tensor:
 def _relative(wanted: Tensor, found: Tensor) -> Tensor:
     if wanted.dtype.itemsize < 4:  # sums would lose all but the first digits, or overflow
         wanted, found = wanted.float(), found.float()
-    error: Tensor = (wanted - found).square().sum() / wanted.square().sum().clamp_min(1e-12)
+    masked = wanted.isinf()  # such as classes that are left out
+    difference, size = (x.masked_fill(masked, 0) for x in (wanted - found, wanted))
+    error: Tensor = difference.square().sum() / size.square().sum().clamp_min(1e-12)
     return error
 
 

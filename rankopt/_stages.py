@@ -198,7 +198,7 @@ class Run:
         with torch.no_grad(), measure.preserve_rng(), measure.evaluation(small):
             for each in (small, reloaded):
                 torch.manual_seed(self.seed)  # a model may draw numbers in eval mode too
-                inputs = measure.copied(measure.to_device(self.inputs, surgery.device_of(small)))
+                inputs = measure.to_device(self.inputs, surgery.device_of(small))
                 outputs.append(measure.copied(list(tensors_in(measure.call(each, inputs)))))
         one, other = outputs
         if len(one) != len(other) or not all(map(_same, one, other)):

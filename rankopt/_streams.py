@@ -16,6 +16,9 @@ def stdout_to_stderr() -> Iterator[None]:
 
     HiGHS prints debug lines that no option silences.
     """
+    if sys.stdout is None:  # closed: nothing to protect
+        yield
+        return
     sys.stdout.flush()
     try:
         kept = os.dup(1)

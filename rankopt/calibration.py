@@ -144,6 +144,8 @@ def _collected(
             for part in split_batch(layer, next(iter((*args, *kwargs.values())))):
                 rows = layer_inputs(layer, part, seed=counts.get(layer.name, 0))
                 counts[layer.name] = counts.get(layer.name, 0) + rows.shape[1]
+                if rows.shape[1] < ROWS:  # kept for a while: the model may write into its input
+                    rows = rows.clone()
                 pending.setdefault(layer.name, []).append(rows)
                 add(layer.name, ROWS)
 
@@ -168,7 +170,8 @@ def _collected(
         second = sums.pop(layer.name).div_(counts[layer.name])
         if not bool(second.isfinite().all()):
             raise CalibrationError(
-                f"layer {layer.name}: its inputs on the calibration data are not finite"
+                f"layer {layer.name}: its inputs on the calibration data are not finite; check "
+                "the data for NaN, and layers before it in half precision for overflow"
             )
         channels = layer.group_shape[0]
         found[layer.name] = Moments(second, second.shape[-1] // channels, counts[layer.name])

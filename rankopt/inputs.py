@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, Final
 
 import torch
@@ -16,6 +18,7 @@ from rankopt.errors import CalibrationError
 __all__ = [
     "MAX_SAMPLES",
     "affordable",
+    "affordable_samples",
     "batch_size",
     "batches",
     "class_dim",
@@ -26,6 +29,7 @@ __all__ = [
     "hold",
     "main_output",
     "misfit",
+    "relative_error",
     "run",
     "scores_classes",
     "shortened",
@@ -41,6 +45,17 @@ _TARGETS: Final = (LABELS, "label", "target", "targets", "y")
 # What outputs that are kept for comparison may take, and how many are kept in any case.
 OUTPUT_BYTES: Final = 256 * 2**20
 LEAST_SAMPLES: Final = 4
+# What a forward raises for inputs that it cannot take.
+MODEL_ERRORS: Final = (
+    RuntimeError,
+    TypeError,
+    ValueError,
+    LookupError,
+    AttributeError,
+    AssertionError,
+)
+# Elements of outputs that are compared at a time: a language model's logits fill a GPU.
+PIECE: Final = 2**20
 
 
 def batches(
@@ -59,12 +74,15 @@ def batches(
 
     Raises:
         CalibrationError: Not an iterable of inputs, or empty.
+        ValueError: `max_samples` is below 1.
     """
     if isinstance(data, (Tensor, str, Mapping)) or not isinstance(data, Iterable):
         raise CalibrationError(
             f"calibration is a {type(data).__name__}; expected an iterable of batches, such as a "
             "DataLoader or a list of tensors (for one batch x, pass [x])"
         )
+    if max_samples is not None and max_samples < 1:
+        raise ValueError(f"{max_samples} calibration samples: expected at least 1, or None for all")
     device, seen = surgery.device_of(model), 0
     positional, required = _positional_arguments(model), _requires_labels(model)
     for batch in data:
@@ -191,8 +209,12 @@ def affordable(model: nn.Module, held: Sequence[Any], samples: int) -> list[Any]
         held: See `hold`.
         samples: At most; outputs of a language model's vocabulary allow far fewer.
     """
-    size = output_bytes(model, held)
-    return shortened(held, min(samples, max(LEAST_SAMPLES, OUTPUT_BYTES // size)))
+    return shortened(held, min(samples, affordable_samples(model, held)))
+
+
+def affordable_samples(model: nn.Module, held: Sequence[Any]) -> int:
+    """How many samples' outputs may be kept; runs the model in its mode, on one of them."""
+    return max(LEAST_SAMPLES, OUTPUT_BYTES // output_bytes(model, held))
 
 
 def output_bytes(model: nn.Module, held: Sequence[Any]) -> int:
@@ -207,7 +229,8 @@ def hold(
 ) -> list[Any]:
     """The batches of `data`, kept for several passes; see `batches`."""
     found = batches(model, data, max_samples=max_samples, labelled=labelled)
-    return [inputs for inputs, _ in found]
+    passing = isinstance(data, Iterator)  # it may fill one buffer again and again
+    return [measure.copied(inputs) if passing else inputs for inputs, _ in found]
 
 
 def digest(held: Iterable[Any]) -> str:
@@ -216,8 +239,9 @@ def digest(held: Iterable[Any]) -> str:
     for inputs in held:
         for index, tensor in enumerate(tensors_in(inputs)):
             part = parts.setdefault(index, hashlib.sha256())
-            for sample in tensor.detach().cpu().reshape(len(tensor) if tensor.dim() else 1, -1):
-                part.update(sample.contiguous().view(-1).view(torch.uint8).numpy().data)
+            for sample in tensor.detach().cpu() if tensor.dim() else [tensor.detach().cpu()]:
+                if sample.numel():
+                    part.update(sample.contiguous().view(-1).view(torch.uint8).numpy().data)
     total = hashlib.sha256(b"".join(part.digest() for part in parts.values()))
     return total.hexdigest()
 
@@ -227,7 +251,8 @@ def divergence(before: Any, after: Any) -> float:
 
     Logits are 2-d outputs or what an output calls ``logits``.
     """
-    return float(divergence_loss(before, after).detach())
+    with torch.no_grad():
+        return float(divergence_loss(before, after))
 
 
 def divergence_loss(before: Any, after: Any, *, temperature: float = 1.0) -> Tensor:
@@ -238,16 +263,51 @@ def divergence_loss(before: Any, after: Any, *, temperature: float = 1.0) -> Ten
         after: Another's.
         temperature: What logits are divided by; the divergence is multiplied by its square,
             so that its slope stays of one size (arXiv 1503.02531, section 2.1).
+
+    Raises:
+        CalibrationError: Outputs cannot be compared, or those of `before` are NaN.
     """
     old, new = compared(before), compared(after)
     if old.shape != new.shape:
         raise CalibrationError(f"outputs changed from {list(old.shape)} to {list(new.shape)}")
-    old, new = old.double(), new.double()
-    if scores_classes(before):
-        dim = class_dim(old)
-        p, q = (logits.div(temperature).log_softmax(dim=dim) for logits in (old, new))
-        return temperature**2 * (p.exp() * (p - q)).sum(dim=dim).mean()
-    return (old - new).square().sum() / old.square().sum().clamp_min(1e-300)
+    scores = scores_classes(before)
+    distance = partial(_kl, temperature=temperature) if scores else relative_error
+    found = distance(old, new)
+    if bool(found.isnan()) and bool(distance(old, old).isnan()):
+        raise CalibrationError(
+            "the dense model gives outputs that are not finite on these inputs; check them for "
+            "NaN, and a model in half precision for overflow"
+        )
+    return found
+
+
+def _kl(old: Tensor, new: Tensor, temperature: float) -> Tensor:
+    """Mean KL of the classes of two logits, times temperature²; -inf masks a class."""
+    dim = class_dim(old)
+    if dim == -1:
+        old, new = (logits.reshape(-1, logits.shape[-1]) for logits in (old, new))
+    total = torch.zeros((), device=old.device)
+    for pair in _pieces(old, new):
+        p, q = (piece.div(temperature).log_softmax(dim=dim) for piece in pair)
+        total = total + (p.exp() * (p - q).masked_fill(p == -math.inf, 0)).sum()
+    return temperature**2 * total / (old.numel() // old.shape[dim])
+
+
+def relative_error(old: Tensor, new: Tensor) -> Tensor:
+    """‖new - old‖²/‖old‖² of outputs, without entries that are infinite in the old one."""
+    total = torch.zeros(2, device=old.device)
+    for pair in _pieces(old.flatten(), new.flatten()):
+        a, b = (piece.masked_fill(pair[0].isinf(), 0) for piece in pair)
+        total = total + torch.stack([(b - a).square().sum(), a.square().sum()])
+    return total[0] / total[1].clamp_min(1e-300)
+
+
+def _pieces(old: Tensor, new: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Rows of both, about `PIECE` elements at a time, in float64 where the device has it."""
+    exact = torch.float64 if old.device.type in ("cpu", "cuda") else torch.float32
+    rows = max(1, PIECE // max(old[:1].numel(), 1))
+    for pair in zip(old.split(rows), new.split(rows), strict=True):
+        yield tuple(piece.to(exact) for piece in pair)
 
 
 def scores_classes(output: Any) -> bool:
@@ -285,7 +345,7 @@ def run(model: nn.Module, inputs: Any) -> Any:
         return measure.call(model, inputs)
     except torch.OutOfMemoryError:
         raise
-    except (RuntimeError, TypeError, ValueError, IndexError) as error:
+    except MODEL_ERRORS as error:
         shapes = [f"{list(t.shape)} {t.dtype}" for t in tensors_in(inputs)]
         raise CalibrationError(
             f"the model fails on a calibration batch of {', '.join(shapes)}: {error}; "

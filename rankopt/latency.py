@@ -198,7 +198,7 @@ def runner(
 
     def infer() -> None:
         with torch.no_grad():
-            measure.call(forward, inputs)
+            measure.call(forward, inputs, copy=False)
 
     if mode == "inference":
         return _graphed(infer, surgery.device_of(module)) if cuda_graph else infer
@@ -212,7 +212,8 @@ def runner(
 
     def step() -> None:
         with torch.enable_grad():
-            outputs = [x for x in tensors_in(measure.call(forward, leaves)) if x.requires_grad]
+            found = measure.call(forward, leaves, copy=False)
+            outputs = [x for x in tensors_in(found) if x.requires_grad]
             ones = [torch.ones_like(output) for output in outputs]
             torch.autograd.grad(outputs, wanted, ones, allow_unused=True)
 

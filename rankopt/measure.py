@@ -73,8 +73,13 @@ def count_macs(model: nn.Module, example_inputs: Any) -> int:
     return int(counter.get_total_flops()) // 2
 
 
-def call(model: Callable[..., Any], example_inputs: Any) -> Any:
-    """Call `model` with a tensor, a tuple (positional) or a mapping (keywords)."""
+def call(model: Callable[..., Any], example_inputs: Any, *, copy: bool = True) -> Any:
+    """Call `model` with a tensor, a tuple (positional) or a mapping (keywords).
+
+    It gets a copy, for a forward may write into its inputs; `copy=False` is for what is timed.
+    """
+    if copy:
+        example_inputs = copied(example_inputs)
     if isinstance(example_inputs, Mapping):
         return model(**example_inputs)
     if isinstance(example_inputs, (tuple, list)):
@@ -105,7 +110,9 @@ def with_tensors(inputs: Any, change: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(inputs, Mapping):
         return {key: with_tensors(value, change) for key, value in inputs.items()}
     if isinstance(inputs, (tuple, list)):
-        return type(inputs)(with_tensors(value, change) for value in inputs)
+        entries = [with_tensors(value, change) for value in inputs]
+        make = getattr(inputs, "_make", type(inputs))  # a named tuple's
+        return make(entries)
     return inputs
 
 

@@ -178,6 +178,7 @@ class ProfileTable:
         self, models: Mapping[str, nn.Module], inputs: Any, *, device: torch.device
     ) -> Timings:
         """Time whole models side by side, each in its mode for this table."""
+        inputs = measure.copied(inputs)
         with measure.preserve_rng():
             runners = {name: self.runner(model, inputs) for name, model in models.items()}
         return self.time_runners(runners, device=device)

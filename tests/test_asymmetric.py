@@ -87,6 +87,49 @@ def test_attention_and_a_layer_called_twice():
     assert after < before
 
 
+class Branches(nn.Module):
+    """One branch or the other by a flag; the first, called twice, adds to its input in place."""
+
+    def __init__(self, *, writes):
+        super().__init__()
+        self.writes = writes
+        self.a, self.b, self.head = (nn.Linear(32, 32) for _ in range(3))
+
+    def forward(self, x, flag):
+        if flag:
+            x = self.b(x)
+        else:
+            for scale in (4.0, 1.0):
+                y = x.mul_(scale) if self.writes else x * scale
+                x = y.add_(self.a(y)) if self.writes else y + self.a(y)
+        return self.head(x.relu())
+
+
+def test_layers_that_are_idle_in_the_first_batch():
+    torch.manual_seed(0)
+    model, basis = Branches(writes=False).eval(), torch.randn(6, 32)
+    data = [(torch.randn(64, 6) @ basis, torch.tensor(i > 0)) for i in range(3)]
+    x = torch.cat([x for x, _ in data[1:]])
+    distances = []
+    for given in (data, data[1:] + data[:1]):
+        _, plan = planned(model, given)
+        assert plan["b"].factors.asymmetric
+        small = rankopt.apply(model, plan, calibration=given)
+        with torch.no_grad():
+            distances.append(float((small.b(x) - model.b(x)).norm() / model.b(x).norm()))
+    assert distances[0] == pytest.approx(distances[1], rel=1e-3)
+
+
+def test_inputs_that_are_written_into_between_calls():
+    torch.manual_seed(0)
+    models = [Branches(writes=writes).eval() for writes in (True, False)]
+    models[1].load_state_dict(models[0].state_dict())
+    data = [(torch.randn(64, 32), torch.tensor(False))]
+    small = [rankopt.apply(m, planned(models[1], data)[1], calibration=data) for m in models]
+    for name, value in small[0].state_dict().items():
+        assert torch.allclose(value, small[1].state_dict()[name], atol=1e-4), name
+
+
 def test_the_plan_file_says_so_and_gives_the_same_model(tmp_path):
     model, data = mlp(bias=False), [torch.randn(256, 24)]
     _, plan = planned(model, data)

@@ -118,6 +118,26 @@ def test_stated_output_error_is_the_true_one(name, groups):
         assert errors[0] <= errors[1] + 1e-3
 
 
+@pytest.mark.parametrize(
+    ("layer", "shape"), [(nn.Linear(6, 6), (5, 6)), (nn.Conv2d(6, 6, 1), (1, 6, 4, 4))], ids=str
+)
+def test_inputs_that_are_written_into_after_the_call(layer, shape):
+    class Residual(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, x):
+            x = 2 * x
+            x += self.layer(x)
+            return x
+
+    model, data = Residual(), [torch.randn(shape) for _ in range(3)]
+    (found,) = collect(model, find_layers(model), data).values()
+    rows = 2 * torch.cat(data).movedim(1, -1).flatten(0, -2).double()
+    assert torch.allclose(found.second[0], rows.T @ rows / len(rows), rtol=MOMENTS, atol=MOMENTS)
+
+
 def test_dead_channels_and_constant_inputs():
     module = nn.Conv2d(6, 8, 3, padding=1)
     x = torch.randn(8, 6, 5, 5)

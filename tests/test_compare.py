@@ -63,7 +63,7 @@ def test_outputs_are_summed_in_pieces(monkeypatch):
     model, x = planted_model(), planted_inputs()
     small = rankopt.apply(model, rankopt.search(model, "params<=30%"))
     whole = rankopt.compare(model, small, example_inputs=x, rounds=3)
-    monkeypatch.setattr(rankopt._compare, "PIECE", 7)
+    monkeypatch.setattr(rankopt.inputs, "PIECE", 7)
     parts = rankopt.compare(model, small, example_inputs=x, rounds=3)
     assert parts.output_error == pytest.approx(whole.output_error, rel=1e-12)
 

@@ -171,6 +171,19 @@ def test_other_precisions(dtype):
     assert small(data[0]).isfinite().all()
 
 
+def test_half_precision_is_not_rounded_in_the_weighed_basis():
+    directions = torch.randn(3, 32, dtype=torch.float64)
+    root = fisher._root((directions.T @ directions)[None])
+    weight, eye = torch.randn(1, 32, 32).bfloat16(), torch.eye(32, dtype=torch.float64)
+    moments = Moments(eye[None], 1, 64).weighing(root)
+    basis = BasisCache().get(SVD(), weight, moments)
+    factors = basis.factors([32])
+    product = factors["last.weight"].double() @ factors["first.weight"].double()
+    assert (product - weight[0].double()).norm() / weight.double().norm() < 1e-5
+    gated = basis.projection()(weight, torch.ones(32))
+    assert gated.dtype == torch.bfloat16
+
+
 def test_time_runs_out_while_differentiating(monkeypatch):
     monkeypatch.setattr(
         "rankopt.problem.Problem.check_deadline",

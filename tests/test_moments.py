@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import pytest
 import torch
 
 from rankopt import moments
+from rankopt.decompositions import SpatialSVD, Tucker2
 from rankopt.moments import Moments
 
 
@@ -25,6 +27,26 @@ def test_large_moments_lie_on_disk_and_say_the_same(monkeypatch):
     root = held.channel_root
     whitened = weight.double() @ root
     assert torch.allclose(held.output(weight), whitened @ whitened.mT, rtol=1e-9)
+
+
+def test_error_tables_of_patches():
+    """The spectrum of a covariance from either side, for every input rank; zero weights too."""
+    torch.manual_seed(0)
+    x = torch.randn(1, 200, 12, dtype=torch.float64)
+    held = Moments(x.mT @ x / 200, 3, 200)
+    basis = Tucker2().prepare(torch.randn(1, 20, 4, 3), held)  # 3, 6, 9 and 12 of 20 outputs
+    _, _, predictions = basis._regression()
+    total = float(predictions.square().sum())
+    for first in range(1, 5):
+        values = torch.linalg.svdvals(predictions[..., : 3 * first]).square().cumsum(-1)[0]
+        for second in range(1, 13):
+            kept = float(values[min(second, len(values)) - 1])
+            expected = max(0.0, 1 - kept / total) ** 0.5
+            assert float(basis.error([first, second])) == pytest.approx(expected, abs=1e-6)
+    held = Moments(torch.eye(36, dtype=torch.float64)[None], 9, 200)
+    for method in (Tucker2(), SpatialSVD()):
+        ranks = [4] * len(method.prepare(torch.ones(1, 4, 4, 3, 3)).spectra)
+        assert float(method.prepare(torch.zeros(1, 4, 4, 3, 3), held).error(ranks)) == 0
 
 
 def test_moments_stay_in_memory_where_the_disk_is_full(monkeypatch):

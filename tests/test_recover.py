@@ -9,7 +9,7 @@ from torch import nn
 import rankopt
 from rankopt import _recover
 from rankopt.errors import CalibrationError, ModelError
-from rankopt.inputs import divergence
+from rankopt.inputs import LEAST_SAMPLES, divergence
 from rankopt.testing import planted_model
 from rankopt.training.augmentation import shift_and_mirror
 
@@ -159,3 +159,38 @@ def test_half_precision_is_refused(pair):
     data = [x.half() for x in held]
     with pytest.raises(ModelError, match=r"float16 parameters.*\.float\(\) or \.bfloat16\(\)"):
         rankopt.recover(small.half(), teacher=dense.half(), calibration=data, seconds=1)
+
+
+def test_outputs_of_held_out_samples_are_kept_while_they_take_little_memory(pair, monkeypatch):
+    teacher, small, held = pair
+    kept = []
+    monkeypatch.setattr("rankopt.inputs.OUTPUT_BYTES", 1)
+    monkeypatch.setattr(_recover, "main_output", lambda x: kept.append(len(x)) or x)
+    rankopt.recover(small, teacher=teacher, calibration=held, seconds=0.3)
+    assert sum(kept) == LEAST_SAMPLES
+
+
+class Versioned(nn.Sequential):
+    def get_extra_state(self):
+        return {"version": 1}
+
+    def set_extra_state(self, state):
+        pass
+
+
+def test_extra_state_batches_of_one_and_inference_mode():
+    """Of 34 samples 31 are trained on: the last batch of two has one."""
+    dense = Versioned(nn.Linear(32, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Linear(32, 32)).eval()
+    small = rankopt.apply(dense, rankopt.search(dense, "params<=60%"))
+    for count in (34, 35):
+        with torch.inference_mode():
+            done = rankopt.recover(
+                small,
+                teacher=dense,
+                calibration=[torch.randn(count, 32)],
+                seconds=0.3,
+                batch_size=2,
+            )
+        assert done.steps
+    with pytest.raises(ValueError, match="batch_size=0: expected a number of samples"):
+        rankopt.recover(small, teacher=dense, calibration=[], batch_size=0)

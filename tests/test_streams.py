@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import sys
 
 from rankopt._streams import stdout_to_stderr
 
@@ -11,3 +12,9 @@ def test_c_output_goes_to_standard_error(capfd):
     os.write(1, b"answer")
     out, err = capfd.readouterr()
     assert (out, err) == ("answer", "debug")
+
+
+def test_without_standard_output(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", None)  # as under `>&-`, and in daemons
+    with stdout_to_stderr():
+        pass

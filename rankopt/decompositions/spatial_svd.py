@@ -124,7 +124,8 @@ class _Basis(base.Basis):
                 wide = self._tensor.shape[4]
                 blocks = predictions.unflatten(-1, (-1, wide))
                 kept = base.energy(blocks, (0, 1, 3)).cumsum()
-                lost = np.clip(1 - kept / self._parts["energy"], 0.0, None)
+                energy = self._parts["energy"]
+                lost = np.clip(energy - kept, 0.0, None) / (energy or 1.0)
             else:
                 energies = self.spectra[0].sum(axis=0)
                 lost = base.tails(energies) / (energies.sum() or 1.0)

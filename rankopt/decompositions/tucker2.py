@@ -202,14 +202,18 @@ class _PatchBasis(_Basis):
         """Errors from the spectrum of the predictions' covariance, one input rank at a time."""
         _, _, predictions = self._regression()
         assert self._moments is not None
+        outputs, pixels = predictions.shape[1], self._moments.pixels
         retained = []
-        covariance = torch.zeros_like(predictions[..., :1] @ predictions[..., :1].mT)
-        for block in predictions.split(self._moments.pixels, dim=-1):
-            covariance += block @ block.mT
+        for width in range(pixels, predictions.shape[2] + 1, pixels):
+            part = predictions[..., :width]
+            # Both sides have the same energies, the shorter one soonest.
+            covariance = part.mT @ part if width < outputs else part @ part.mT
             energies = torch.linalg.eigvalsh(covariance).flip(-1).clamp_min(0)
-            retained.append(energies.cumsum(dim=-1).sum(dim=0).cpu().numpy())
+            sums = energies.cumsum(dim=-1).sum(dim=0).cpu().numpy()
+            retained.append(np.pad(sums, (0, outputs - len(sums)), mode="edge"))
         kept = np.stack(retained)  # [C, S]
-        table: base.FloatArray = np.sqrt(np.clip(1 - kept / kept[-1, -1], 0.0, None))
+        lost = np.clip(kept[-1, -1] - kept, 0.0, None) / (kept[-1, -1] or 1.0)
+        table: base.FloatArray = np.sqrt(lost)
         return table
 
     def projection(self) -> Projection:

@@ -65,9 +65,10 @@ class WeighedBasis(base.Basis):
         return self._inner.nbytes
 
     def projection(self) -> Projection:
-        found, root = self._inner.projection(), self._root
+        assert self.weight is not None
+        found, root = self._inner.projection().to(self.weight.dtype), self._root
         unfold, fold = found.unfold, found.fold
-        found.unfold = lambda weight: unfold(weighed(weight, root))
+        found.unfold = lambda weight: unfold(weighed(weight, root).to(weight.dtype))
         found.fold = lambda x: _plain(fold(x), root)
         return found
 
@@ -85,9 +86,9 @@ def _precise(weight: Tensor) -> Tensor:
 
 
 def weighed(weight: Tensor, root: Tensor | None) -> Tensor:
-    """R·W of a canonical weight; the weight itself without a root."""
+    """R·W of a canonical weight, not rounded to half precision; the weight without a root."""
     if root is None:
         return weight
     precise = _precise(weight)
     product: Tensor = torch.einsum("gts,gs...->gt...", root.to(precise), precise)
-    return product.to(weight.dtype)
+    return product
