@@ -190,9 +190,12 @@ def find_layers(model: nn.Module) -> list[Layer]:
     for module, paths in names.items():
         for key, parameter in module.named_parameters(recurse=False):
             owners.setdefault(id(parameter), []).append((paths[0], key))
+    held = surgery.held_outside(model)
     for module, paths in names.items():
         layer = _describe(module, paths[0], tuple(paths[1:]))
         if layer is not None:
+            if module in held:
+                layer = layer.refused(f"{held[module]} holds it too, outside the module tree")
             weight = getattr(module, "weight", None)
             layers.append((layer, id(weight)))
     described = {layer.name: layer for layer, _ in layers}
