@@ -165,7 +165,7 @@ def probe(view: nn.Module, layers: Iterable[Layer], example_inputs: Any) -> Prob
         def hook(
             module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any
         ) -> None:
-            entering = next(iter((*args, *kwargs.values())))
+            entering = measure.first_argument(args, kwargs)
             now = _positions(module, entering, output)
             before = result.positions.get(name, (0,) * len(now))
             added = now if counting else (0,) * len(now)

@@ -239,11 +239,14 @@ def test_other_layer_forms_are_listed_with_reasons():
 
     hooked = nn.Linear(16, 16)
     hooked.register_forward_hook(lambda *_: None)
+    graded = nn.Linear(16, 16)
+    graded.register_full_backward_pre_hook(lambda *_: None)
     model = nn.ModuleDict(
         {
             "good": nn.Linear(16, 16),
             "special": Special(16, 16),
             "hooked": hooked,
+            "graded": graded,
             "normed": nn.utils.parametrizations.weight_norm(nn.Linear(16, 16)),
             "transposed": nn.ConvTranspose2d(8, 8, 3),
             "lstm": nn.LSTM(8, 8),
@@ -258,6 +261,7 @@ def test_other_layer_forms_are_listed_with_reasons():
     reasons = {d.targets[0]: d.reason for d in plan if d.keeps}
     assert "Special is a subclass of Linear" in reasons["special"]
     assert "hooks are attached" in reasons["hooked"]
+    assert "hooks are attached" in reasons["graded"]
     assert "ParametrizedLinear is a subclass" in reasons["normed"]
     assert "ConvTranspose2d is not a layer" in reasons["transposed"]
     assert "LSTM is not a layer" in reasons["lstm"]
