@@ -132,9 +132,23 @@ def clone(
         return copy.deepcopy(model, memo)
     except (TypeError, RuntimeError, AttributeError) as error:
         raise ModelError(
-            f"{type(model).__name__} cannot be copied ({error}); "
-            "make it deep-copyable, or use rankopt.apply_ which works in place"
+            f"{type(model).__name__} cannot be copied ({error}); make it deep-copyable"
+            + _uncopied(model, memo)
         ) from error
+
+
+def _uncopied(model: nn.Module, known: Mapping[int, Any]) -> str:
+    """Which attribute it is that cannot be copied, if it is one of a module itself."""
+    own = vars(nn.Module())
+    for name, module in named_modules(model):
+        for key, value in vars(module).items():
+            try:
+                if key not in own:
+                    copy.deepcopy(value, dict(known))
+            except (TypeError, RuntimeError, AttributeError):
+                where = f"{name}.{key}" if name else key
+                return f": its attribute {where} is a {type(value).__name__}"
+    return ""
 
 
 def share_unchanged(copy: nn.Module, original: nn.Module) -> None:
