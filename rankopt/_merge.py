@@ -107,7 +107,8 @@ def merge_plan(
             linear maps, each with a bias, fitted to the dense model's activations (so
             it needs `calibration`). Much is lost where activations matter. Activation
             modules become `nn.Identity`; where one is shared or a function is called,
-            the block becomes a `torch.fx.GraphModule` of the same name and state dict.
+            the block becomes a `torch.fx.GraphModule` of the same name and state dict, which has
+            no methods but forward.
         only: Case-sensitive globs or functions of a `Layer`, met by all three
             convolutions; the other bottlenecks are kept.
         ignore: The same; a bottleneck one of whose convolutions matches is kept.
