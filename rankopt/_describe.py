@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from typing import Any, Final
 
 from torch import Tensor, nn
 
@@ -12,6 +13,7 @@ from rankopt._apply import unpacked_clone
 from rankopt.budget import Budget
 from rankopt.decompositions.base import Decomposition
 from rankopt.errors import ModelError
+from rankopt.inputs import shortened
 from rankopt.layers import (
     Layer,
     Patterns,
@@ -27,30 +29,50 @@ from rankopt.strategy import Problem, Site
 
 __all__ = ["describe", "problem_of", "selected"]
 
+# Samples of calibration inputs that show how layers are used; BatchNorm in training needs two.
+SHOWN: Final = 2
+
 
 def describe(
-    source: nn.Module, example_inputs: Any, *, runs: bool
+    source: nn.Module, example_inputs: Any, *, runs: bool, held: Sequence[Any] = ()
 ) -> tuple[nn.Module, list[Layer], Probe | None]:
-    """An unpacked clone, its layers, and what a run on the inputs showed."""
+    """An unpacked clone, its layers, and what a run on the inputs showed.
+
+    Without inputs the source of the classes is read; the calibration batches `held`, if there
+    are any, then show how layers are used, but stand for no size that MACs could be counted at.
+    """
     check_materialised(source)
+    if example_inputs is not None:
+        view, layers, seen = _probed(source, example_inputs)
+        return view, seen.annotate(layers), seen
+    for shown in (*shortened(held, SHOWN)[:1], *held[:1]):
+        with suppress(ModelError):  # some insist on their batch; reading them reports the others
+            view, layers, seen = _probed(source, shown)
+            return view, _refused(layers, static_reads(view) | seen.reads), None
     view = unpacked_clone(source, runs=runs)
+    return view, _refused(find_layers(view), static_reads(view)), None
+
+
+def _probed(source: nn.Module, inputs: Any) -> tuple[nn.Module, list[Layer], Probe]:
+    view = unpacked_clone(source, runs=True)
     layers = find_layers(view)
-    if example_inputs is None:
-        reads = static_reads(view)
-        return view, [_refuse_for(layer, reads) for layer in layers], None
-    seen = probe(view, layers, example_inputs)
+    seen = probe(view, layers, inputs)
     if seen.crossed:
         # Cross-attention: one packed projection would be run for each input.
         view = unpacked_clone(source, split=seen.crossed, runs=True)
         layers = find_layers(view)
-        seen = probe(view, layers, example_inputs)
+        seen = probe(view, layers, inputs)
     surgery.share_unchanged(view, source)
-    return view, seen.annotate(layers), seen
+    return view, layers, seen
 
 
-def _refuse_for(layer: Layer, reads: Mapping[str, str]) -> Layer:
-    reasons = [reads[name] for name in layer.names if name in reads]
-    return layer.refused(reasons[0]) if reasons else layer
+def _refused(layers: Iterable[Layer], reads: Mapping[str, str]) -> list[Layer]:
+    """The layers, those that are read from outside under any of their names refused."""
+    found = []
+    for layer in layers:
+        reasons = [reads[name] for name in layer.names if name in reads]
+        found.append(layer.refused(reasons[0]) if reasons else layer)
+    return found
 
 
 def selected(layers: list[Layer], only: Patterns, ignore: Patterns) -> list[Layer]:

@@ -124,7 +124,11 @@ def _copy_kept(small: nn.Module, result: nn.Module, targets: list[str]) -> None:
     for name in sorted(states[0].keys() ^ states[1].keys()):
         raise _unfoldable(name)
     for name, value in states[0].items():
-        states[1][name].copy_(value)
+        if not surgery.is_extra_state(name):
+            states[1][name].copy_(value)
+    for name, module in surgery.named_modules(result):
+        if (held := f"{name}._extra_state".removeprefix(".")) in states[0]:
+            module.set_extra_state(states[0][held])
 
 
 def _unfoldable(name: str) -> ModelError:

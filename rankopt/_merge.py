@@ -21,7 +21,7 @@ from rankopt.inputs import MAX_SAMPLES, hold
 from rankopt.layers import Layer, Patterns, check_materialised, find_layers, select
 from rankopt.merging import BETWEEN
 from rankopt.plan import KEEP, MERGE, Decision, RankPlan
-from rankopt.probe import probe
+from rankopt.probe import Probe, probe
 
 __all__ = ["merge", "merge_plan"]
 
@@ -107,7 +107,8 @@ def merge_plan(
             linear maps, each with a bias, fitted to the dense model's activations (so
             it needs `calibration`). Much is lost where activations matter. Activation
             modules become `nn.Identity`; where one is shared or a function is called,
-            the block becomes a `torch.fx.GraphModule` of the same name and state dict.
+            the block becomes a `torch.fx.GraphModule` of the same name and state dict, which has
+            no methods but forward.
         only: Case-sensitive globs or functions of a `Layer`, met by all three
             convolutions; the other bottlenecks are kept.
         ignore: The same; a bottleneck one of whose convolutions matches is kept.
@@ -144,8 +145,7 @@ def merge_plan(
         )
     source = surgery.unwrap(model)
     meta = surgery.device_of(source).type == "meta"
-    if allowed is not None or calibration is not None:
-        check_materialised(source)
+    check_materialised(source, meta=allowed is None and calibration is None)
     with torch.no_grad(), measure.preserve_rng():
         runs = example_inputs is not None or calibration is not None
         view = unpacked_clone(source, runs=runs)
@@ -154,7 +154,7 @@ def merge_plan(
             seen = probe(view, layers, example_inputs)
             layers = seen.annotate(layers)
         layers = select(layers, only, ignore)
-        blocks = _bottlenecks(view, layers)
+        blocks = _bottlenecks(view, layers, seen)
         _check_found(view, blocks)
         free = [block for block in blocks if block.refusal is None]
         work = Widths(view, free, seen, round_to, between, progress)
@@ -179,7 +179,8 @@ def merge_plan(
             },
             totals=work.totals(chosen),
         )
-        plan = verify(plan, view, seen, example_inputs)
+        shown = [example_inputs] if work.held is None else work.held
+        plan = verify(plan, view, seen, shown[0] if example_inputs is None else example_inputs)
         return replace(
             plan,
             environment=environment(source),
@@ -209,13 +210,17 @@ def _checked(
     return allowed
 
 
-def _bottlenecks(view: nn.Module, layers: Sequence[Layer]) -> list[Bottleneck]:
+def _bottlenecks(view: nn.Module, layers: Sequence[Layer], seen: Probe | None) -> list[Bottleneck]:
     """The bottlenecks of `view`, with what is known of their layers."""
     known = {name: layer for layer in layers for name in layer.names}
     found = []
     for bottleneck in find_bottlenecks(view):
         first, middle, last = (known[name] for name in bottleneck.targets)
         reasons = [f"{x.name}: {x.refusal}" for x in (first, middle, last) if x.refusal]
+        calls = [] if seen is None else [len(seen.calls.get(n, ())) for n in bottleneck.targets]
+        if len(set(calls)) > 1:
+            times = ", ".join(map(str, calls))
+            reasons.append(f"its convolutions are called {times} times, so outside of it too")
         reason = next(iter((*filter(None, [bottleneck.refusal]), *reasons)), None)
         found.append(replace(bottleneck, layers=(first, middle, last), refusal=reason))
     return found

@@ -89,7 +89,10 @@ def open_problem(
     source = surgery.unwrap(model)
     _warn_of_chains(source)
     runs = example_inputs is not None or calibration is not None
-    view, layers, seen = describe(source, example_inputs, runs=runs)
+    held = None
+    if calibration is not None:
+        held = hold(source, calibration, max_samples=calibration_samples)
+    view, layers, seen = describe(source, example_inputs, runs=runs, held=held or ())
     layers = selected(layers, only, ignore)
     problem = problem_of(view, layers, seen, budget, methods)
     problem.progress = progress
@@ -99,9 +102,7 @@ def open_problem(
         "weights": measure.weights_digest(source),
     }
     problem.copy = (lambda: surgery.clone(view)) if runs else None
-    held = None
-    if calibration is not None:
-        held = hold(view, calibration, max_samples=calibration_samples)
+    if held is not None:
         _calibrate(problem, view, held)
     if evaluate is not None:
         trial = TrialModel(problem, view, evaluate, batches=batches, held=held)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import warnings
 from collections.abc import Sequence
 from functools import cached_property
 from typing import Any, Final
@@ -10,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from rankopt import measure, surgery
+from rankopt.errors import CalibrationError, RankoptWarning
 from rankopt.inputs import affordable, divergence, run
 from rankopt.norms import has_norms, norm_statistics, recalibrate
 
@@ -57,9 +60,15 @@ class NormSettler:
         outputs, buffers = self._outputs, dict(result.named_buffers())
 
         def moved() -> float:
+            total = 0.0
             with torch.no_grad(), measure.evaluation(result):
-                pairs = zip(self._compared, outputs, strict=True)
-                return sum(divergence(before, run(result, x)) for x, before in pairs)
+                for x, before in zip(self._compared, outputs, strict=True):
+                    after = run(result, x)
+                    try:
+                        total += divergence(before, after)
+                    except CalibrationError:  # outputs whose shape depends on their values
+                        return math.inf
+            return total
 
         def state() -> dict[str, Tensor]:
             return {name: value.clone() for name, value in buffers.items()}
@@ -75,7 +84,14 @@ class NormSettler:
                     result, self._held, teacher=reference, statistics=known, max_samples=None
                 ):
                     candidates.append((moved(), state()))
-            best = min(candidates, key=lambda candidate: candidate[0])[1]
+            least, best = min(candidates, key=lambda candidate: candidate[0])
+            if math.isinf(least):
+                warnings.warn(
+                    f"outputs of {type(result).__name__} change their shape with the weights, so "
+                    "BatchNorm statistics cannot be compared: those of the dense model stay",
+                    RankoptWarning,
+                    stacklevel=3,
+                )
             for name, value in buffers.items():
                 value.copy_(best[name])
 

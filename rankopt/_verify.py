@@ -32,12 +32,13 @@ def verify(plan: RankPlan, view: nn.Module, seen: Probe | None, inputs: Any) -> 
         "params": measure.count_params(built),
         "memory": measure.count_memory(built),
     }
-    if seen is not None:
+    if inputs is not None:
         inputs = measure.to_device(inputs, surgery.device_of(view))
         with measure.evaluation(built):
-            measured["macs"] = measure.count_macs(built, inputs)
             _run(built, inputs, "in eval mode with gradients")
-        if seen.trains:
+            if seen is not None:
+                measured["macs"] = measure.count_macs(built, inputs)
+        if seen is not None and seen.trains:
             built.train()
             _run(built, inputs, "in train mode with gradients")
     timed = plan.totals.get(LATENCY, {}).get("measured")

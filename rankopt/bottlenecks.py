@@ -6,6 +6,7 @@ that can be are. Only the graph is read: what is put in place later are modules.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -16,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from rankopt import measure, surgery
-from rankopt.layers import Layer, find_layers
+from rankopt.layers import Layer, attached, find_layers
 
 __all__ = ["Activation", "Bottleneck", "every_bottleneck", "find_bottlenecks"]
 
@@ -150,10 +151,17 @@ def _apart(found: Sequence[Bottleneck]) -> list[Bottleneck]:
     return made
 
 
+class _Tracer(fx.Tracer):
+    """Sees convolutions and norms of other classes too, parametrised ones say."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return isinstance(m, (*_CONVS, *_NORMS)) or super().is_leaf_module(m, module_qualified_name)
+
+
 def _graphs(module: nn.Module, prefix: str) -> Iterator[tuple[str, fx.Graph]]:
     """The graph of `module`, or else those of its children, with their prefixes."""
     try:
-        graph = fx.Tracer().trace(module)
+        graph = _Tracer().trace(module)
     except Exception:  # control flow on values and the like; fx raises whatever the code does
         for name, child in module.named_children():
             if not isinstance(child, (*_CONVS, *_NORMS, nn.Linear)):
@@ -169,7 +177,7 @@ class _Reader:
         self, model: nn.Module, prefix: str, graph: fx.Graph, layers: Mapping[str, Layer]
     ) -> None:
         self.prefix, self.graph, self.layers = prefix, graph, layers
-        self.modules = dict(model.named_modules(remove_duplicate=False))
+        self.modules: dict[str, nn.Module] = dict(model.named_modules(remove_duplicate=False))
         nodes = [node for node in graph.nodes if node.op == "call_module"]
         self.calls = Counter(id(self.module(node)) for node in nodes)
 
@@ -186,15 +194,19 @@ class _Reader:
             return None
         return self.layers.get(f"{self.prefix}{node.target}")
 
+    def pointwise(self, node: fx.Node) -> bool:
+        """Whether a node calls a convolution with a kernel of one pixel."""
+        conv: Any = self.module(node)
+        return self.layer(node) is not None and math.prod(conv.kernel_size) == 1
+
     def bottlenecks(self) -> list[Bottleneck]:
         found = []
         for node in self.graph.nodes:
             layer = self.layer(node)
-            if layer is None or layer.pointwise:
+            if layer is None or self.pointwise(node):
                 continue
             before, after = self.walk(node, back=True), self.walk(node, back=False)
-            ends = (self.layer(before[-1]), self.layer(after[-1]))
-            if ends[0] is None or ends[1] is None or not (ends[0].pointwise and ends[1].pointwise):
+            if not (self.pointwise(before[-1]) and self.pointwise(after[-1])):
                 continue
             # From the first convolution to the last, both included.
             found.append(self.describe([*reversed(before[1:]), before[0], *after[1:]], node))
@@ -226,8 +238,15 @@ class _Reader:
             activations.append(activation)
             reasons.append(reason)
         for node in way:
-            if self.calls[id(self.module(node))] > 1 and (self.layer(node) or self.is_norm(node)):
+            module = self.module(node)
+            if module is None:
+                continue
+            if self.calls[id(module)] > 1 and (self.layer(node) or self.is_norm(node)):
                 reasons.append(f"{self.prefix}{node.target} is called several times")
+            if (lost := attached(module)) is not None:
+                reasons.append(f"{self.label(node)}: {lost}")
+            if self.is_norm(node) and (owner := self.tied(module)):
+                reasons.append(f"{self.label(node)} shares its parameters with {owner}")
         reason = next((text for text in reasons if text is not None), None)
         return Bottleneck(tuple(layers), tuple(norms), tuple(activations), reason)  # type: ignore[arg-type]
 
@@ -245,6 +264,14 @@ class _Reader:
         for layer in (first, last):
             if isinstance(layer.padding, tuple) and any(layer.padding):
                 return f"{layer.name} pads its input although its kernel is one pixel"
+        return None
+
+    def tied(self, module: nn.Module) -> str | None:
+        """Another module that owns a parameter of `module`."""
+        own = {id(parameter) for parameter in module.parameters(recurse=False)}
+        for name, other in self.modules.items():
+            if other is not module and own & {id(p) for p in other.parameters(recurse=False)}:
+                return name
         return None
 
     def is_norm(self, node: fx.Node) -> bool:

@@ -23,6 +23,7 @@ __all__ = [
     "MIN_CHANNELS",
     "Layer",
     "Patterns",
+    "attached",
     "canonical_weight",
     "check_materialised",
     "check_weight",
@@ -190,9 +191,12 @@ def find_layers(model: nn.Module) -> list[Layer]:
     for module, paths in names.items():
         for key, parameter in module.named_parameters(recurse=False):
             owners.setdefault(id(parameter), []).append((paths[0], key))
+    held = surgery.held_outside(model)
     for module, paths in names.items():
         layer = _describe(module, paths[0], tuple(paths[1:]))
         if layer is not None:
+            if module in held:
+                layer = layer.refused(f"{held[module]} holds it too, outside the module tree")
             weight = getattr(module, "weight", None)
             layers.append((layer, id(weight)))
     described = {layer.name: layer for layer, _ in layers}
@@ -252,12 +256,12 @@ def _as_patterns(patterns: Patterns, keyword: str) -> tuple[Pattern, ...]:
     return listed
 
 
-def check_materialised(model: nn.Module) -> None:
-    """Raise `ModelError` for lazy parameters and those on the meta device."""
+def check_materialised(model: nn.Module, *, meta: bool = False) -> None:
+    """Raise `ModelError` for lazy parameters and, unless `meta`, those on the meta device."""
     for name, parameter in model.named_parameters():
         if isinstance(parameter, nn.parameter.UninitializedParameter):
             raise ModelError(f"parameter {name} is not initialised; run the lazy model once first")
-        if parameter.is_meta:
+        if parameter.is_meta and not meta:
             raise ModelError(
                 f"parameter {name} is on the meta device and has no values; "
                 "materialise the model (model.to_empty(device='cpu') and load its weights) first"
@@ -320,11 +324,15 @@ def _refusal(layer: Layer, module: nn.Module, weight: Tensor) -> str | None:
         return f"its weight is {layer.dtype}, not floating point"
     if layer.groups > 1 and layer.groups == layer.in_channels:
         return "depthwise: each group has one input channel"
-    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks:
+    return attached(module)
+
+
+def attached(module: nn.Module) -> str | None:
+    """What hangs on a module and would be lost with it; None if nothing does."""
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    if any(vars(module)[kind] for kind in hooks):
         return "hooks are attached to it"
-    if "forward" in vars(module):
-        return "its forward is patched"
-    return None
+    return "its forward is patched" if "forward" in vars(module) else None
 
 
 def _other(module: nn.Module, base: Mapping[str, Any]) -> Layer | None:

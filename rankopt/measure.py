@@ -26,6 +26,7 @@ __all__ = [
     "count_params",
     "current_device",
     "evaluation",
+    "first_argument",
     "no_autocast",
     "outside_inference_mode",
     "preserve_rng",
@@ -85,6 +86,12 @@ def call(model: Callable[..., Any], example_inputs: Any, *, copy: bool = True) -
     if isinstance(example_inputs, (tuple, list)):
         return model(*example_inputs)
     return model(example_inputs)
+
+
+def first_argument(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+    """What a layer was called with, by position or by keyword."""
+    first: Tensor = next(iter((*args, *kwargs.values())))
+    return first
 
 
 def to_device(inputs: Any, device: torch.device) -> Any:

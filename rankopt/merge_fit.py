@@ -192,13 +192,15 @@ def _regress(
             continue
         if stage == 1:
             hook = _middle_hook(merge, sums[merge.bottleneck.name])
-            handles.append(modules[middle].register_forward_hook(hook))
+            handles.append(modules[middle].register_forward_hook(hook, with_kwargs=True))
         else:
             handles.append(
-                modules[middle].register_forward_hook(_narrow_hook(merge, modules, entering))
+                modules[middle].register_forward_hook(
+                    _narrow_hook(merge, modules, entering), with_kwargs=True
+                )
             )
             hook = _last_hook(merge, sums[merge.bottleneck.name], entering)
-            handles.append(modules[last].register_forward_hook(hook))
+            handles.append(modules[last].register_forward_hook(hook, with_kwargs=True))
     run_watched(view, held, handles, progress=progress)
     for merge in merges:
         found = sums[merge.bottleneck.name]
@@ -230,9 +232,11 @@ def _without_bias(module: Any, y: Tensor) -> Tensor:
 def _middle_hook(merge: _Fitting, sums: Sums) -> Callable[..., None]:
     layer = _narrowed(merge, 1)
 
-    def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+    def hook(
+        module: nn.Module, args: tuple[Tensor, ...], kwargs: Mapping[str, Any], output: Tensor
+    ) -> None:
         before, after = merge.kept
-        x = batched(layer, args[0].detach())[:, before]
+        x = batched(layer, measure.first_argument(args, kwargs).detach())[:, before]
         y = _without_bias(module, batched(layer, output))[:, after]
         for rows, wanted in paired_rows(layer, x, y):
             sums.add(rows, wanted)
@@ -241,7 +245,7 @@ def _middle_hook(merge: _Fitting, sums: Sums) -> Callable[..., None]:
 
 
 def _narrow_hook(
-    merge: _Fitting, modules: Modules, entering: dict[str, Tensor]
+    merge: _Fitting, modules: Modules, narrowed: dict[str, Tensor]
 ) -> Callable[..., None]:
     """Compute what the merged block hands to its last convolution."""
     _, middle, last = merge.bottleneck.targets
@@ -249,14 +253,20 @@ def _narrow_hook(
     activation: Activation | None = merge.bottleneck.activations[1]
     conv = merge.made[middle]
 
-    def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-        x = conv(batched(merge.bottleneck.layers[1], args[0].detach())[:, merge.kept[0]])
+    def hook(
+        module: nn.Module, args: tuple[Tensor, ...], kwargs: Mapping[str, Any], output: Tensor
+    ) -> None:
+        x = conv(
+            batched(merge.bottleneck.layers[1], measure.first_argument(args, kwargs).detach())[
+                :, merge.kept[0]
+            ]
+        )
         if norm is not None:
             with measure.evaluation(merge.made[norm]):
                 x = merge.made[norm](x)
         if activation is not None:
             x = activation(modules, x)
-        entering[last] = x
+        narrowed[last] = x
 
     return hook
 
@@ -264,7 +274,9 @@ def _narrow_hook(
 def _last_hook(merge: _Fitting, sums: Sums, entering: dict[str, Tensor]) -> Callable[..., None]:
     layer = _narrowed(merge, 2)
 
-    def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+    def hook(
+        module: nn.Module, args: tuple[Tensor, ...], kwargs: Mapping[str, Any], output: Tensor
+    ) -> None:
         y = _without_bias(module, batched(layer, output))
         for rows, wanted in paired_rows(layer, entering.pop(layer.name), y):
             sums.add(rows, wanted)

@@ -14,7 +14,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor, fx, nn
 
-from rankopt import surgery
+from rankopt import measure, surgery
 from rankopt.bottlenecks import Bottleneck
 from rankopt.channels import Modules
 from rankopt.errors import LayerError
@@ -57,11 +57,13 @@ def fit_linear(
         for merge in merges:
             first, middle, last = (modules[name] for name in merge.bottleneck.targets)
             meet = _meet(merge, stage, sums[merge.bottleneck.name], waiting)
-            handles.append(first.register_forward_pre_hook(_enter(merge, stage, waiting)))
+            entering = _enter(merge, stage, waiting)
+            handles.append(first.register_forward_pre_hook(entering, with_kwargs=True))
             if stage == _STAGES - 1:
                 handles.append(last.register_forward_hook(_of_output(meet)))
             else:
-                handles.append((middle, last)[stage].register_forward_pre_hook(_of_input(meet)))
+                meeting = (middle, last)[stage]
+                handles.append(meeting.register_forward_pre_hook(_of_input(meet), with_kwargs=True))
         run_watched(view, held, handles, progress=progress)
         for merge in merges:
             _set(merge, stage, sums[merge.bottleneck.name])
@@ -70,8 +72,8 @@ def fit_linear(
 def _enter(merge: Linear, stage: int, waiting: dict[str, Tensor]) -> Callable[..., None]:
     """Compute what the merged block hands to the convolution of `stage`."""
 
-    def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        x = batched(merge.bottleneck.layers[0], args[0].detach())
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        x = batched(merge.bottleneck.layers[0], measure.first_argument(args, kwargs).detach())
         for name in merge.bottleneck.targets[:stage]:
             x = merge.made[name](x)
         waiting[merge.bottleneck.name] = x
@@ -96,7 +98,7 @@ def _meet(
 
 
 def _of_input(meet: Callable[[Tensor], None]) -> Callable[..., None]:
-    return lambda module, args: meet(args[0])
+    return lambda module, args, kwargs: meet(measure.first_argument(args, kwargs))
 
 
 def _of_output(meet: Callable[[Tensor], None]) -> Callable[..., None]:
@@ -164,6 +166,8 @@ def _without(root: nn.Module, bottleneck: Bottleneck) -> nn.Module:
     if not erased:
         return root
     made = fx.GraphModule(block, graph, class_name=type(block).__name__)
+    for members in ("_modules", "_parameters", "_buffers"):  # also those the graph does not use
+        vars(made)[members] = {**vars(made)[members], **vars(block)[members]}
     originals = dict(block.named_modules())
     for path, module in made.named_modules():
         module.training = originals[path].training

@@ -123,9 +123,10 @@ def _norm_statistics(
     totals: dict[str, list[Any]] = {}
 
     def watch(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
             # Squares in half precision would overflow; float64 squares cancel safely.
-            rows = args[0].detach().transpose(0, 1).flatten(1).to(torch.float64)
+            rows = measure.first_argument(args, kwargs).detach().transpose(0, 1).flatten(1)
+            rows = rows.to(torch.float64)
             if batch_statistics:  # a single value has no variance, and torch refuses it
                 module.training = rows.shape[1] > 1
             entry = totals.setdefault(name, [0, 0.0, 0.0])
@@ -135,7 +136,10 @@ def _norm_statistics(
 
         return hook
 
-    handles = [norm.register_forward_pre_hook(watch(name)) for name, norm in norms.items()]
+    handles = [
+        norm.register_forward_pre_hook(watch(name), with_kwargs=True)
+        for name, norm in norms.items()
+    ]
     saved = {name: _state(norm) for name, norm in norms.items()}
     try:
         with torch.no_grad(), measure.preserve_rng(), measure.evaluation(model):

@@ -12,9 +12,10 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import Any, Final
 
 from rankopt._files import write_text
+from rankopt._plan_json import check_keys, listed, number, pretty, refuse_constant, typed
 from rankopt.budget import Budget
 from rankopt.errors import BudgetError, PlanError
 
@@ -27,9 +28,6 @@ MERGE: Final = "merge"
 FISHER: Final = "+fisher"
 _AWARE: Final = ("whitened", "whitened+output", "asymmetric")
 FACTOR_KINDS: Final = ("weights", *_AWARE, *(kind + FISHER for kind in _AWARE), "learned")
-LINE_WIDTH: Final = 110
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -157,23 +155,25 @@ class Decision:
         """Read one decision, refusing unknown keys and wrong types."""
         names = values.get("targets") if isinstance(values, dict) else None
         where = f"decision for {names}" if names else "decision"
-        _check_keys(values, {f.name for f in fields(cls)}, where)
+        check_keys(values, {f.name for f in fields(cls)}, where)
         try:
             cost = {
                 str(axis): (entry["before"], entry["after"])
                 for axis, entry in values["cost"].items()
             }
             for axis, pair in cost.items():
-                if not all(isinstance(v, (int, float)) and math.isfinite(v) for v in pair):
-                    raise PlanError(f"{where}: cost of {axis} {pair!r}: expected finite numbers")
+                for value in pair:
+                    number(value, f"{where}: cost of {axis}")
             return cls(
-                targets=tuple(_typed(name, str, where) for name in values["targets"]),
-                shapes=tuple(tuple(int(n) for n in shape) for shape in values["shapes"]),
-                method=_typed(values["method"], str, where),
-                args=_typed(values["args"], dict, where),
-                reason=_typed(values["reason"], str, where),
+                targets=listed(values["targets"], str, where),
+                shapes=tuple(
+                    listed(shape, int, where) for shape in listed(values["shapes"], list, where)
+                ),
+                method=typed(values["method"], str, where),
+                args=typed(values["args"], dict, where),
+                reason=typed(values["reason"], str, where),
                 cost=cost,
-                error=values["error"],
+                error=None if values["error"] is None else number(values["error"], where),
                 factors=Factors(**values["factors"]),
             )
         except (TypeError, KeyError, AttributeError, ValueError) as error:
@@ -275,7 +275,7 @@ class RankPlan:
 
     def to_json(self) -> str:
         """The plan as readable JSON text."""
-        return _pretty(self.to_dict()) + "\n"
+        return pretty(self.to_dict()) + "\n"
 
     @classmethod
     def from_dict(cls, values: Any) -> RankPlan:
@@ -292,26 +292,28 @@ class RankPlan:
                 "use the rankopt version that wrote the file"
             )
         body = {key: value for key, value in values.items() if key != "schema"}
-        _check_keys(body, {f.name for f in fields(cls)}, "plan")
+        check_keys(body, {f.name for f in fields(cls)}, "plan")
         try:
             budget = None if body["budget"] is None else Budget.from_dict(body["budget"])
         except (BudgetError, TypeError) as error:
             raise PlanError(f"plan budget: {error}") from error
-        seconds = body["seconds"]
-        if not isinstance(seconds, (int, float)) or not math.isfinite(seconds):
-            raise PlanError(f"plan seconds {seconds!r}: expected a finite number")
+        totals = typed(body["totals"], dict, "plan totals")
+        for axis, entry in totals.items():
+            for value in typed(entry, dict, f"plan totals of {axis}").values():
+                if value is not None:
+                    number(value, f"plan totals of {axis}")
         return cls(
-            model=_typed(body["model"], dict, "plan model"),
+            model=typed(body["model"], dict, "plan model"),
             decisions=tuple(
                 Decision.from_dict(entry)
-                for entry in _typed(body["decisions"], list, "plan decisions")
+                for entry in typed(body["decisions"], list, "plan decisions")
             ),
             budget=budget,
-            strategy=_typed(body["strategy"], dict, "plan strategy"),
-            environment=_typed(body["environment"], dict, "plan environment"),
-            seconds=seconds,
-            totals=_typed(body["totals"], dict, "plan totals"),
-            extensions=_typed(body["extensions"], dict, "plan extensions"),
+            strategy=typed(body["strategy"], dict, "plan strategy"),
+            environment=typed(body["environment"], dict, "plan environment"),
+            seconds=number(body["seconds"], "plan seconds"),
+            totals=totals,
+            extensions=typed(body["extensions"], dict, "plan extensions"),
         )
 
     @classmethod
@@ -323,7 +325,7 @@ class RankPlan:
                 Infinity, or is not a plan.
         """
         try:
-            values = json.loads(text, parse_constant=_refuse_constant)
+            values = json.loads(text, parse_constant=refuse_constant)
         except json.JSONDecodeError as error:
             raise PlanError(
                 f"not a plan: the text is no valid JSON at line {error.lineno} ({error.msg}); "
@@ -352,48 +354,3 @@ class RankPlan:
             return cls.from_json(text)
         except PlanError as error:
             raise PlanError(f"{path}: {error}") from error
-
-
-def _refuse_constant(name: str) -> float:
-    raise PlanError(f"the plan holds {name}; every number in a plan is finite")
-
-
-def _typed(value: Any, kind: type[T], where: str) -> T:
-    if not isinstance(value, kind):
-        raise PlanError(f"{where}: expected a {kind.__name__}, got {value!r}")
-    return value
-
-
-def _check_keys(values: Any, expected: set[str], where: str) -> None:
-    if not isinstance(values, dict):
-        raise PlanError(f"{where}: expected an object, got {type(values).__name__}")
-    missing, unknown = expected - set(values), set(values) - expected
-    if missing:
-        raise PlanError(f"{where}: missing {', '.join(sorted(missing))}")
-    if unknown:
-        raise PlanError(
-            f"{where}: unknown {', '.join(sorted(unknown))}; other data belongs under 'extensions'"
-        )
-
-
-def _pretty(value: Any, indent: int = 0) -> str:
-    """JSON with one line per leaf that fits, so that plans read well in a diff."""
-    flat = json.dumps(value, ensure_ascii=False, allow_nan=False)
-    holds_objects = isinstance(value, (dict, list)) and any(
-        isinstance(item, dict) for item in (value.values() if isinstance(value, dict) else value)
-    )
-    if not isinstance(value, (dict, list)) or not value:
-        return flat
-    if indent and not holds_objects and len(flat) + indent <= LINE_WIDTH:
-        return flat
-    pad = " " * (indent + 2)
-    if isinstance(value, dict):
-        items = [
-            f"{json.dumps(str(key), ensure_ascii=False)}: {_pretty(item, indent + 2)}"
-            for key, item in value.items()
-        ]
-        opening, closing = "{", "}"
-    else:
-        items = [_pretty(item, indent + 2) for item in value]
-        opening, closing = "[", "]"
-    return f"{opening}\n{pad}" + f",\n{pad}".join(items) + f"\n{' ' * indent}{closing}"

@@ -15,7 +15,7 @@ import threading
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
-from functools import cache
+from functools import cache, cached_property
 from types import FrameType
 from typing import Any, Final, cast
 
@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from rankopt import measure, surgery
+from rankopt._stand_ins import irreplaceable
 from rankopt.errors import ModelError
 from rankopt.layers import Layer
 from rankopt.unpack import UnpackedAttention, is_registered
@@ -46,9 +47,10 @@ _READS: Final = frozenset(
         "padding_mode",
         "nf",
         "nx",
+        "in_proj_weight",
     }
 )
-# Methods that set a model up rather than run it.
+# In names of methods that set a model up rather than run it, unless one that runs it asks.
 _SETUP: Final = ("init", "reset", "load", "extra_repr")
 
 
@@ -108,7 +110,8 @@ class Probe:
         positions: Layer name to positions over all calls, see `_positions`;
             see `Layer`.
         calls: Layer name to the inputs it was called with, in order.
-        reads: Layer name to what was read from outside its forward.
+        reads: Layer name to what was read from outside its forward, or why else no
+            chain can take its place.
         crossed: Packed attention called with different query and key.
         trains: Whether the model also runs in train mode on these inputs.
     """
@@ -162,7 +165,7 @@ def probe(view: nn.Module, layers: Iterable[Layer], example_inputs: Any) -> Prob
         def hook(
             module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any
         ) -> None:
-            entering = next(iter((*args, *kwargs.values())))
+            entering = measure.first_argument(args, kwargs)
             now = _positions(module, entering, output)
             before = result.positions.get(name, (0,) * len(now))
             added = now if counting else (0,) * len(now)
@@ -211,6 +214,9 @@ def probe(view: nn.Module, layers: Iterable[Layer], example_inputs: Any) -> Prob
             module.__class__ = cls
         for handle in handles:
             handle.remove()
+    if not result.crossed:  # packed projections of these are split, and all is probed again
+        called = [name for name in result.calls if name not in result.reads]
+        result.reads |= irreplaceable(view, called, inputs)
     return result
 
 
@@ -305,6 +311,7 @@ def static_reads(view: nn.Module) -> dict[str, str]:
         if is_registered(module) or isinstance(module, UnpackedAttention):
             continue
         for child, attribute in sorted(_reads_in_source(cast(Any, type(module))), reverse=True):
+            child = f"{child}.in_proj" if attribute == "in_proj_weight" else child
             pattern = f"{name}.{child}" if name else child
             reason = f"its {attribute} is read by {type(module).__name__} (found in its source)"
             for path in paths if "*" in pattern else {pattern} & paths:
@@ -316,20 +323,37 @@ def static_reads(view: nn.Module) -> dict[str, str]:
 @cache
 def _reads_in_source(cls: Any) -> frozenset[tuple[str, str]]:
     """(child, attribute) pairs that methods of `cls` read as ``self.child.attribute``."""
-    found: set[tuple[str, str]] = set()
-    for method, function in inspect.getmembers(cls, inspect.isfunction):
-        if any(word in method for word in _SETUP) or vars(nn.Module).get(method) is function:
-            continue
-        try:
-            tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
-        except (OSError, TypeError, SyntaxError):
-            continue
-        found.update(_attribute_chains(tree))
-    return frozenset(found)
+    trees = {name: tree for name, member in _members(cls).items() if (tree := _parsed(member))}
+    run = {name for name in trees if not any(word in name for word in _SETUP)}
+    reached = {node.attr for name in run for node in ast.walk(trees[name])
+               if isinstance(node, ast.Attribute)}  # fmt: skip
+    used = [tree for name, tree in trees.items() if name in run | reached]
+    return frozenset(pair for tree in used for pair in _attribute_chains(tree))
 
 
-def _attribute_chains(tree: ast.AST) -> Iterable[tuple[str, str]]:
+def _members(cls: Any) -> dict[str, Any]:
+    """What a class defines beyond `nn.Module`, by name."""
+    bases = [base for base in cls.__mro__ if base not in nn.Module.__mro__]
+    return {name: member for base in reversed(bases) for name, member in vars(base).items()}
+
+
+def _parsed(member: Any) -> ast.FunctionDef | None:
+    """The source of a method or property; None where there is none."""
+    for wrapper, inner in ((property, "fget"), (cached_property, "func")):
+        member = getattr(member, inner) if isinstance(member, wrapper) else member
+    member = getattr(member, "__func__", member)  # static and class methods
+    if not inspect.isfunction(member):
+        return None
+    try:
+        (tree,) = ast.parse(textwrap.dedent(inspect.getsource(member))).body
+    except (OSError, TypeError, SyntaxError, ValueError):
+        return None
+    return tree if isinstance(tree, ast.FunctionDef) and tree.args.args else None
+
+
+def _attribute_chains(tree: ast.FunctionDef) -> Iterable[tuple[str, str]]:
     """``self.a[0].b.weight`` as ("a.*.b", "weight"); reads through local names are not seen."""
+    receiver = tree.args.args[0].arg
     for node in ast.walk(tree):
         if not (isinstance(node, ast.Attribute) and node.attr in _READS):
             continue
@@ -338,5 +362,5 @@ def _attribute_chains(tree: ast.AST) -> Iterable[tuple[str, str]]:
         while isinstance(owner, (ast.Attribute, ast.Subscript)):
             parts.append(owner.attr if isinstance(owner, ast.Attribute) else "*")
             owner = owner.value
-        if parts and isinstance(owner, ast.Name) and owner.id == "self":
+        if parts and isinstance(owner, ast.Name) and owner.id == receiver:
             yield ".".join(reversed(parts)), node.attr

@@ -2,37 +2,39 @@
 
 from __future__ import annotations
 
-import math
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Final, Protocol
 
-import numpy as np
-import numpy.typing as npt
 from torch import Tensor, nn
 
+from rankopt._fitted_errors import fitted_errors
 from rankopt._memory import give_back
 from rankopt._parallel import for_each, largest_first
 from rankopt._progress import progress_bar
 from rankopt.budget import Budget
-from rankopt.decompositions.base import Basis, Decomposition, RankAxis, made_by
+from rankopt.decompositions.base import Basis, Decomposition, RankAxis
 from rankopt.decompositions.cache import BasisCache, shared
 from rankopt.errors import BudgetInfeasible, DeadlineExceeded
 from rankopt.latency import Measured
 from rankopt.layers import Layer
 from rankopt.moments import Moments
 from rankopt.plan import FISHER, KEEP, Decision, Factors, RankPlan
+from rankopt.rank_choices import (
+    allowed_ranks,
+    rank_step,
+    rounded_rank,
+    thinned,
+    undominated,
+)
 from rankopt.site_times import SiteTimes
-from rankopt.sites import LATENCY, Frontier, Option, Site, decide, figure, kept
+from rankopt.sites import LATENCY, Frontier, Option, Site, decide, figure, infeasible, kept
 
 __all__ = ["Problem"]
 
 BISECTIONS: Final = 40
-# Rank tuples looked at per site and method: every pair of up to 512 x 512.
-GRID_POINTS: Final = 2**18
 
 
 class _Described(Protocol):
@@ -219,51 +221,24 @@ class Problem:
 
     def _build_frontier(self, site: Site, method: Decomposition) -> Frontier:
         axes = method.rank_axes(site.layer)
-        choices = self._timed_ranks(site, method) or _thinned([self._ranks(axis) for axis in axes])
-        grids = np.meshgrid(*choices, indexing="ij", sparse=True)
-        load = np.broadcast_arrays(self.load(site.price(method, grids)), *grids)[0].ravel()
-        error = np.broadcast_to(
-            self.basis(site, method).error(grids), [len(ranks) for ranks in choices]
-        ).ravel()
-        cheaper = np.flatnonzero(load < self.load(site.cost))
-        order = cheaper[np.lexsort((error[cheaper], load[cheaper]))]
-        best = np.minimum.accumulate(error[order]) if len(order) else error[order]
-        improving = np.append(True, error[order][1:] < best[:-1]) if len(order) else order
-        chosen = order[np.asarray(improving, dtype=bool)]
-        places = np.unravel_index(chosen, [len(ranks) for ranks in choices])
-        ranks = np.stack([axis[i] for axis, i in zip(choices, places, strict=True)], axis=1)
-        return Frontier(ranks, load[chosen], error[chosen])
-
-    @staticmethod
-    def _timed_ranks(site: Site, method: Decomposition) -> list[npt.NDArray[np.int64]]:
-        """The ranks of each axis that have a measured time, under a budget on latency."""
-        if site.times is None or LATENCY not in site.cost:
-            return []
-        return list(site.times.grid(site, method).values)
+        if site.times is not None and LATENCY in site.cost:  # only what was timed has a price
+            choices = list(site.times.grid(site, method).values)
+        else:
+            choices = thinned([allowed_ranks(axis, self.round_to) for axis in axes])
+        return undominated(
+            choices,
+            load=lambda ranks: self.load(site.price(method, ranks)),
+            error=self.basis(site, method).error,
+            dense=self.load(site.cost),
+        )
 
     def step(self, axis: RankAxis) -> int:
         """What ranks along an axis are multiples of; its own where `round_to` is too large."""
-        both = math.lcm(self.round_to, axis.step)
-        return both if both <= axis.maximum else axis.step
-
-    def _ranks(self, axis: RankAxis) -> npt.NDArray[np.int64]:
-        """The ranks that the axis and `round_to` allow."""
-        step = self.step(axis)
-        allowed = np.arange(step, axis.maximum + 1, step)
-        return np.unique(np.append(allowed, axis.maximum)).astype(np.int64)
+        return rank_step(axis, self.round_to)
 
     def rounded(self, rank: int, axis: RankAxis) -> int:
         """`rank` as the feasible one that `round_to` and `rounding` ask for."""
-        step, maximum = self.step(axis), axis.maximum
-        if rank % step == 0 or rank == maximum:
-            return rank
-        below = rank // step * step
-        above = min(below + step, maximum)
-        if below == 0 or self.rounding == "up":
-            return above
-        if self.rounding == "nearest" and above - rank < rank - below:
-            return above
-        return below
+        return rounded_rank(rank, axis, self.round_to, self.rounding)
 
     def keep(self, site: Site, reason: str) -> Option:
         """The option that leaves a site dense."""
@@ -322,28 +297,10 @@ class Problem:
 
     def settled(self, options: Sequence[Option]) -> list[Option]:
         """The options with fitted errors in place of estimates."""
-        settled = list(options)
-        methods = {
-            index: next(m for m in site.methods if made_by(m, option.method, option.args))
-            for index, (site, option) in enumerate(zip(self.sites, options, strict=True))
-            if option.error is not None and not option.keeps
-        }
-        fitted = [index for index, method in methods.items() if not method.exact_error]
-
-        def fit(index: int) -> None:
-            option = options[index]
-            fisher = option.factors.fisher
-            basis = self.basis(self.sites[index], methods[index], fisher=fisher)
-            error = basis.fitted_error(option.args["ranks"])
-            settled[index] = replace(option, error=error)
-
-        if fitted:
-            device = self.weight(self.sites[fitted[0]].layer).device
-            largest = largest_first(fitted, lambda index: self.sites[index].layer.params)
-            with progress_bar("fitting", len(fitted), enabled=self.progress) as advance:
-                for _ in for_each(fit, largest, device=device):
-                    advance()
-        return settled
+        return fitted_errors(
+            self.sites, options, self.basis, lambda site: self.weight(site.layer).device,
+            progress=self.progress,
+        )  # fmt: skip
 
     # Whole choices
 
@@ -397,18 +354,7 @@ class Problem:
         assert self.budget is not None
         figures = self.figures(smallest)
         shares = {axis: figures[axis] / self.totals[axis] for axis in self.budget.axes}
-        reached = ", ".join(f"{axis} {100 * share:.2f}%" for axis, share in shares.items())
-        free = sum(not option.keeps for option in smallest)
-        reasons = [option.reason for option in smallest if option.keeps and option.reason]
-        reasons += [layer.refusal for layer in self.layers if layer.refusal]
-        common = Counter(reasons).most_common(1)
-        why = f", mostly for this reason: {common[0][0]}" if common else ""
-        return BudgetInfeasible(
-            f"{self.budget.explain()}: cannot be met; the smallest reachable is {reached}, with "
-            f"{free} of {len(self.layers)} layers decomposed and the others kept (the plan of a "
-            f"looser budget lists why){why}; loosen the budget or free more layers",
-            shares,
-        )
+        return infeasible(self.budget, shares, smallest, self.layers)
 
     def check_deadline(self) -> None:
         """Raise `DeadlineExceeded` once the deadline has passed."""
@@ -456,12 +402,3 @@ class Problem:
                 for axis, total in self.totals.items()
             },
         )
-
-
-def _thinned(choices: Sequence[npt.NDArray[np.int64]]) -> list[npt.NDArray[np.int64]]:
-    """Ranks per axis, evenly spread so that their grid stays within `GRID_POINTS`."""
-    if math.prod(map(len, choices)) <= GRID_POINTS:
-        return list(choices)
-    most = int(GRID_POINTS ** (1 / len(choices)))
-    picks = [np.unique(np.linspace(0, len(c) - 1, min(most, len(c))).astype(int)) for c in choices]
-    return [choice[pick] for choice, pick in zip(choices, picks, strict=True)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
@@ -9,12 +10,14 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
+from rankopt.budget import Budget
 from rankopt.decompositions.base import Decomposition
+from rankopt.errors import BudgetInfeasible
 from rankopt.layers import Layer
 from rankopt.plan import KEEP, Decision, Factors
 from rankopt.site_times import SiteTimes
 
-__all__ = ["LATENCY", "Frontier", "Option", "Site", "decide", "figure", "kept"]
+__all__ = ["LATENCY", "Frontier", "Option", "Site", "decide", "figure", "infeasible", "kept"]
 
 # The cost axis of measured time, in milliseconds.
 LATENCY: Final = "latency"
@@ -137,4 +140,32 @@ def kept(layer: Layer) -> Decision:
         method=KEEP,
         reason=f"keep: {layer.refusal}",
         error=0.0,
+    )
+
+
+def infeasible(
+    budget: Budget,
+    shares: Mapping[str, float],
+    smallest: Sequence[Option],
+    layers: Sequence[Layer],
+) -> BudgetInfeasible:
+    """The error for a budget that even the options `smallest` exceed.
+
+    Args:
+        budget: The budget.
+        shares: Axis to share of the original model that these options reach.
+        smallest: One for each site.
+        layers: Every layer, refused ones included.
+    """
+    reached = ", ".join(f"{axis} {100 * share:.2f}%" for axis, share in shares.items())
+    free = sum(not option.keeps for option in smallest)
+    reasons = [option.reason for option in smallest if option.keeps and option.reason]
+    reasons += [layer.refusal for layer in layers if layer.refusal]
+    common = Counter(reasons).most_common(1)
+    why = f", mostly for this reason: {common[0][0]}" if common else ""
+    return BudgetInfeasible(
+        f"{budget.explain()}: cannot be met; the smallest reachable is {reached}, with "
+        f"{free} of {len(layers)} layers decomposed and the others kept (the plan of a "
+        f"looser budget lists why){why}; loosen the budget or free more layers",
+        shares,
     )

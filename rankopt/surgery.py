@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from types import MethodType
 from typing import Any, Final
 
 import torch
@@ -19,6 +20,7 @@ __all__ = [
     "clone",
     "copy_parameters",
     "device_of",
+    "held_outside",
     "is_extra_state",
     "memory_format_of",
     "named_modules",
@@ -130,9 +132,23 @@ def clone(
         return copy.deepcopy(model, memo)
     except (TypeError, RuntimeError, AttributeError) as error:
         raise ModelError(
-            f"{type(model).__name__} cannot be copied ({error}); "
-            "make it deep-copyable, or use rankopt.apply_ which works in place"
+            f"{type(model).__name__} cannot be copied ({error}); make it deep-copyable"
+            + _uncopied(model, memo)
         ) from error
+
+
+def _uncopied(model: nn.Module, known: Mapping[int, Any]) -> str:
+    """Which attribute it is that cannot be copied, if it is one of a module itself."""
+    own = vars(nn.Module())
+    for name, module in named_modules(model):
+        for key, value in vars(module).items():
+            try:
+                if key not in own:
+                    copy.deepcopy(value, dict(known))
+            except (TypeError, RuntimeError, AttributeError):
+                where = f"{name}.{key}" if name else key
+                return f": its attribute {where} is a {type(value).__name__}"
+    return ""
 
 
 def share_unchanged(copy: nn.Module, original: nn.Module) -> None:
@@ -195,6 +211,32 @@ def replace(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> nn
             if plain is not None and plain in replacements:
                 parent._modules[name] = replacements[plain]
     return model
+
+
+def held_outside(model: nn.Module) -> dict[nn.Module, str]:
+    """Modules that plain attributes refer to beside the module tree, with where: ``Net.order``.
+
+    Whoever calls them there is not reached by `replace`.
+    """
+    own = vars(nn.Module())
+    return {
+        held: f"{type(module).__name__}.{key}"
+        for module in model.modules()
+        for key, value in vars(module).items()
+        if key not in own
+        for held in _modules_in(value)
+        if held is not module
+    }
+
+
+def _modules_in(value: Any) -> Iterator[nn.Module]:
+    """Modules in nested containers, and those whose bound methods these hold."""
+    value = value.__self__ if isinstance(value, MethodType) else value
+    if isinstance(value, nn.Module):
+        yield value
+    elif isinstance(value, (list, tuple, set, frozenset, dict)):
+        for entry in value.values() if isinstance(value, dict) else value:
+            yield from _modules_in(entry)
 
 
 def ancestors(model: nn.Module, names: Iterable[str]) -> set[nn.Module]:

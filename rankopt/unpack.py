@@ -141,6 +141,15 @@ class UnpackedAttention(nn.Module):
         self.bias_k: Any = source.bias_k
         self.bias_v: Any = source.bias_v
 
+    @property
+    def in_proj_weight(self) -> Any:
+        """The packed weight [3E, E] for readers outside, while the projections are dense."""
+        if self.packed:
+            return self.in_proj.weight
+        if not self._qkv_same_embed_dim:
+            return None
+        return torch.cat([self.q_proj.weight, self.k_proj.weight, self.v_proj.weight])  # type: ignore[list-item]
+
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
         if not self.packed:
             return self.q_proj(query), self.k_proj(key), self.v_proj(value)

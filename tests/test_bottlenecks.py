@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils import parametrizations
 
 import rankopt
 from rankopt.bottlenecks import find_bottlenecks
@@ -87,6 +88,28 @@ def test_refuses_values_and_layers_used_elsewhere():
 
     assert "a is called several times" in only(Net(True)).refusal
     assert "the output of Conv2d b is used elsewhere" in only(Net(False)).refusal
+
+
+def attachments():
+    hooked = chain((nn.BatchNorm2d(8),), ())
+    hooked[1].register_forward_hook(lambda *_: None)
+    patched = chain((nn.ReLU(),), ())
+    patched[1].forward = torch.sigmoid
+    tied = chain((nn.BatchNorm2d(8),), (nn.BatchNorm2d(8),))
+    tied[1].bias = tied[3].bias
+    normed = chain()
+    parametrizations.weight_norm(normed[1])
+    return [
+        (hooked, "BatchNorm2d 1: hooks are attached"),
+        (patched, "ReLU 1: its forward is patched"),
+        (tied, "BatchNorm2d 1 shares its parameters with 3"),
+        (normed, "1: ParametrizedConv2d is a subclass"),
+    ]
+
+
+@pytest.mark.parametrize(("model", "reason"), attachments())
+def test_refuses_what_would_be_lost(model, reason):
+    assert reason in only(model).refusal
 
 
 def test_traces_the_parts_of_what_fx_cannot_trace():

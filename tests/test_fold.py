@@ -104,6 +104,22 @@ def test_rounds_of_a_model_with_integer_parameters():
     assert fold(rankopt.apply(dense, plan), dense)[1].levels.dtype == torch.int8
 
 
+def test_extra_state_is_carried_over():
+    class Noted(nn.Linear):
+        note = None
+
+        def get_extra_state(self):
+            return {"note": self.note}
+
+        def set_extra_state(self, state):
+            self.note = state["note"]
+
+    dense = nn.Sequential(nn.Linear(32, 32), Noted(32, 4))
+    small = rankopt.apply(dense, rankopt.search(dense, "params<=60%"))
+    small[1].note = "trained"
+    assert fold(small, dense)[1].note == "trained"
+
+
 def test_what_cannot_be_folded():
     class Attention(nn.Module):
         def __init__(self):

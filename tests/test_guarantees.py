@@ -217,6 +217,10 @@ def test_outputs_that_change_shape_only_cost_the_measurement():
     with pytest.warns(RankoptWarning, match="all layers weigh alike"):
         plan = rankopt.search(model, "params<=50%", strategy="knapsack", calibration=held)
     rankopt.apply(model, plan, calibration=held)
+    model = nn.Sequential(nn.Linear(32, 32), nn.BatchNorm1d(32), Masked()).eval()
+    with pytest.warns(RankoptWarning, match="those of the dense model stay"):
+        small = rankopt.apply(model, rankopt.search(model, "params<=50%"), calibration=held)
+    assert torch.equal(small[1].running_mean, model[1].running_mean)
 
 
 def test_half_precision_statistics_do_not_overflow():

@@ -217,6 +217,66 @@ def test_without_norms_in_one_dimension():
     assert 0 < basis.error((4, 4)) < 1
 
 
+class Keywords(nn.Module):
+    """A bottleneck whose layers are called by keyword, and what else hangs on it."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = nn.Conv2d(24, 16, 1), nn.Conv2d(16, 16, 3), nn.Conv2d(16, 24, 1)
+        self.norm, self.gate = nn.BatchNorm2d(16), nn.Linear(24, 24)
+        self.register_buffer("scale", torch.ones(1))
+
+    def gated(self, x):
+        return self.gate(x.mean((2, 3)))
+
+    def forward(self, x):
+        inner = self.b(input=torch.relu(self.norm(input=self.a(input=x))))
+        return self.c(input=torch.relu(inner))
+
+
+@pytest.mark.parametrize("between", ["keep", "drop"])
+def test_calls_by_keyword_and_members_outside_the_graph(between):
+    model, data = nn.Sequential(Keywords()).eval(), [torch.randn(16, 24, 5, 5)]
+    small = rankopt.merge(model, calibration=data, between=between)
+    assert distance(model, small, data[0]) < 1
+    assert {"0.gate.weight", "0.scale"} < set(copy.deepcopy(small).state_dict())
+
+
+def test_a_block_that_is_more_than_its_forward():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.block = Keywords()
+
+        def forward(self, x):
+            return self.block.gated(self.block(x))
+
+    model, data = Net().eval(), [torch.randn(16, 24, 5, 5)]
+    assert rankopt.merge(model, calibration=data)(data[0]).shape == (16, 24)
+    with pytest.raises(ModelError, match="compressed Net fails .* no attribute 'gated'"):
+        rankopt.merge_plan(model, calibration=data, between="drop")
+
+
+def test_a_convolution_called_outside_of_its_block():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = nn.Sequential(Keywords(), Keywords())
+
+        def forward(self, x):
+            aside = self.body[0].a(x) if x.sum() > -1e9 else x  # which torch.fx cannot trace
+            return self.body(x), aside
+
+    plan = rankopt.merge_plan(Net().eval(), example_inputs=torch.randn(2, 24, 9, 9))
+    assert "called 2, 1, 1 times" in plan["body.0.b"].reason
+    assert [d.targets[1] for d in plan.changes] == ["body.1.b"]
+
+
+def test_lazy_models_are_named():
+    with pytest.raises(ModelError, match="parameter 0.weight is not initialised"):
+        rankopt.merge_plan(nn.Sequential(nn.LazyConv2d(32, 1)))
+
+
 def test_a_block_whose_graph_depends_on_its_mode():
     class Net(nn.Module):
         def __init__(self):

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
@@ -134,17 +136,117 @@ def test_weights_read_from_outside_are_kept(inputs):
         assert plan["idle"].reason == "keep: example_inputs never reach it"
 
 
+X = torch.randn(4, 32)
+
+
+class Properties(nn.Module):
+    """Reads behind a property, a static method, and a method named like one that sets up."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = (nn.Linear(32, 32) for _ in "abc")
+        self.free = nn.Linear(32, 32)
+
+    @property
+    def dtype(self):
+        return self.a.weight.dtype
+
+    @staticmethod
+    def called(module, x):
+        return nn.functional.linear(x, module.b.weight)
+
+    def init_hidden(self, x):
+        return x.new_zeros(len(x), self.c.out_features)
+
+    def forward(self, x):
+        hidden = self.init_hidden(x)
+        return self.free(self.c(Properties.called(self, self.a(x.to(self.dtype)))) + hidden)
+
+
+@pytest.mark.parametrize("how", [{}, {"example_inputs": X}, {"calibration": [X]}])
+def test_reads_that_methods_and_properties_hide(how):
+    plan = rankopt.search(Properties(), "params<=95%", **how)
+    assert {d.targets[0] for d in plan.changes} == {"free"}
+
+
+class Around(nn.Module):
+    """Calls `listed` and `held` around the module tree and asks for the class of `typed`."""
+
+    def __init__(self):
+        super().__init__()
+        self.listed, self.bound, self.held, self.typed, self.free = (
+            nn.Linear(32, 32) for _ in range(5)
+        )
+        self.order = [self.listed, {"bound": self.bound.forward}]
+        self.object = SimpleNamespace(layer=self.held)
+
+    def forward(self, x):
+        x = self.object.layer(self.order[1]["bound"](self.order[0](x)))
+        x = self.typed(self.free(x))
+        return x.relu() if isinstance(self.typed, nn.Linear) else x
+
+
+@pytest.mark.parametrize("how", ["example_inputs", "calibration"])
+def test_layers_no_chain_can_stand_in_for_are_kept(how):
+    inputs = X if how == "example_inputs" else [X]
+    plan = rankopt.search(Around(), "params<=95%", **{how: inputs})
+    assert {d.targets[0] for d in plan.changes} == {"free"}
+    assert "Around.order holds it too" in plan["listed"].reason
+    assert "Around.order holds it too" in plan["bound"].reason
+    assert "called outside the module tree" in plan["held"].reason
+    assert "depend on its class or attributes" in plan["typed"].reason
+    by_source = rankopt.search(Around(), "params<=95%")
+    assert by_source["listed"].keeps
+    assert by_source["bound"].keeps
+
+
+def test_outputs_that_differ_from_run_to_run_refuse_no_layer():
+    class Counting(nn.Module):
+        count = 0
+
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(32, 32)
+
+        def forward(self, x):
+            Counting.count += 1
+            return self.fc(x) + Counting.count
+
+    assert rankopt.search(Counting(), "params<=80%", example_inputs=X).changes
+
+
+def test_attention_whose_packed_weight_is_read():
+    class Reads(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attn = nn.MultiheadAttention(32, 4, batch_first=True)
+            self.fc = nn.Linear(32, 32)
+
+        def forward(self, x):
+            x = x.to(self.attn.in_proj_weight.dtype)
+            return self.fc(self.attn(x, x, x, need_weights=False)[0])
+
+    model, x = Reads().eval(), torch.randn(2, 5, 32)
+    for inputs in (x, None):
+        plan = rankopt.search(model, "params<=90%", example_inputs=inputs)
+        assert "in_proj_weight" in plan["attn.in_proj"].reason
+        assert rankopt.apply(model, plan)(x).shape == x.shape
+
+
 def test_other_layer_forms_are_listed_with_reasons():
     class Special(nn.Linear):
         pass
 
     hooked = nn.Linear(16, 16)
     hooked.register_forward_hook(lambda *_: None)
+    graded = nn.Linear(16, 16)
+    graded.register_full_backward_pre_hook(lambda *_: None)
     model = nn.ModuleDict(
         {
             "good": nn.Linear(16, 16),
             "special": Special(16, 16),
             "hooked": hooked,
+            "graded": graded,
             "normed": nn.utils.parametrizations.weight_norm(nn.Linear(16, 16)),
             "transposed": nn.ConvTranspose2d(8, 8, 3),
             "lstm": nn.LSTM(8, 8),
@@ -159,6 +261,7 @@ def test_other_layer_forms_are_listed_with_reasons():
     reasons = {d.targets[0]: d.reason for d in plan if d.keeps}
     assert "Special is a subclass of Linear" in reasons["special"]
     assert "hooks are attached" in reasons["hooked"]
+    assert "hooks are attached" in reasons["graded"]
     assert "ParametrizedLinear is a subclass" in reasons["normed"]
     assert "ConvTranspose2d is not a layer" in reasons["transposed"]
     assert "LSTM is not a layer" in reasons["lstm"]

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from rankopt.decompositions.base import Decomposition, kernel_size
 from rankopt.errors import ModelError
@@ -90,20 +90,20 @@ class ParameterRatio(Strategy):
     overrides: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if isinstance(self.ratio, bool) or not isinstance(self.ratio, (int, float)):
-            raise ValueError(f"ratio={self.ratio!r}: expected a number")
-        if not (math.isfinite(self.ratio) and self.ratio > 1):
+        if not (_number(self.ratio) and self.ratio > 1):
             raise ValueError(f"ratio={self.ratio!r}: parameters before / after lie above 1")
-        if self.beta is not None and not (math.isfinite(self.beta) and self.beta > 0):
+        if self.beta is not None and not (_number(self.beta) and self.beta > 0):
             raise ValueError(f"beta={self.beta!r}: expected a positive number")
+        if not isinstance(self.overrides, Mapping):
+            raise ValueError(f"overrides={self.overrides!r}: expected globs and their ratios")
         for pattern, ratio in self.overrides.items():
-            if not (isinstance(ratio, (int, float)) and math.isfinite(ratio) and ratio >= 1):
+            if not (_number(ratio) and ratio >= 1):
                 raise ValueError(f"overrides[{pattern!r}]={ratio!r}: a ratio is at least 1")
 
     def search(self, problem: Problem) -> RankPlan:
         """Bisect the ratio to the budget; see `Strategy.search`."""
         for pattern in self.overrides:
-            if not any(fnmatchcase(site.name, pattern) for site in problem.sites):
+            if not any(_named(site, pattern) for site in problem.sites):
                 raise ModelError(
                     f"overrides[{pattern!r}] matches no layer that can be decomposed; those are "
                     f"{', '.join(site.name for site in problem.sites[:6])}, …"
@@ -128,7 +128,7 @@ class ParameterRatio(Strategy):
         return options
 
     def _override(self, site: Site) -> float | None:
-        return next((r for p, r in self.overrides.items() if fnmatchcase(site.name, p)), None)
+        return next((r for p, r in self.overrides.items() if _named(site, p)), None)
 
     def _ranks(self, site: Site, method: Decomposition, ratio: float) -> Sequence[int]:
         inputs, outputs = site.layer.group_shape
@@ -142,6 +142,15 @@ class ParameterRatio(Strategy):
             found = _tucker2_roots(inputs, outputs, size, elements, self.beta)
             return [min(rank, axis.maximum) for rank, axis in zip(found, axes, strict=True)]
         return _aligned(method, site, ratio)
+
+
+def _number(value: Any) -> bool:
+    return not isinstance(value, bool) and isinstance(value, (int, float)) and math.isfinite(value)
+
+
+def _named(site: Site, pattern: str) -> bool:
+    """Whether a glob matches any name of any of a site's layers."""
+    return any(fnmatchcase(name, pattern) for layer in site.layers for name in layer.names)
 
 
 def _aligned(method: Decomposition, site: Site, ratio: float) -> list[int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -139,12 +140,12 @@ class VBMF(Strategy):
     def search(self, problem: Problem) -> RankPlan:
         """Bisect the weakening to the budget; see `Strategy.search`."""
         problem.prepare()
-        found = [_vbmf_ranks(problem, site, site.methods[0]) for site in problem.sites]
+        found = [_ranked(problem, site) for site in problem.sites]
 
         def choose(weakening: float) -> list[Option]:
             return [
-                self._option(problem, site, ranks, weakening)
-                for site, ranks in zip(problem.sites, found, strict=True)
+                self._option(problem, site, ranked, weakening)
+                for site, ranked in zip(problem.sites, found, strict=True)
             ]
 
         if problem.budget is None:
@@ -152,8 +153,9 @@ class VBMF(Strategy):
         # The weakening at which every compressible rank has reached 1.
         spans = [
             (axis.maximum - 1) / (axis.maximum - rank)
-            for site, ranks in zip(problem.sites, found, strict=True)
-            for axis, rank in zip(site.methods[0].rank_axes(site.layer), ranks, strict=True)
+            for site, ranked in zip(problem.sites, found, strict=True)
+            if ranked is not None
+            for axis, rank in zip(ranked[0].rank_axes(site.layer), ranked[1], strict=True)
             if rank < axis.maximum
         ]
         top = max(spans, default=1.0)
@@ -161,9 +163,16 @@ class VBMF(Strategy):
         return problem.plan(self, options)
 
     def _option(
-        self, problem: Problem, site: Site, found: Sequence[int], weakening: float
+        self,
+        problem: Problem,
+        site: Site,
+        ranked: tuple[Decomposition, Sequence[int]] | None,
+        weakening: float,
     ) -> Option:
-        method = site.methods[0]
+        if ranked is None:
+            names = ", ".join(method.name for method in site.methods)
+            return problem.keep(site, f"vbmf finds no ranks of {names}: allow svd or tucker2")
+        method, found = ranked
         if min(found) == 0 and self.noise == "keep":
             return problem.keep(
                 site, "EVBMF finds no component above the noise (noise='compress' overrides)"
@@ -175,6 +184,14 @@ class VBMF(Strategy):
         ]
         named = " x ".join(map(str, found))
         return problem.option(site, method, ranks, f"VBMF rank {named}, weakening {weakening:.3g}")
+
+
+def _ranked(problem: Problem, site: Site) -> tuple[Decomposition, list[int]] | None:
+    """The first method whose ranks truncate unfoldings, and the ranks; None if there is none."""
+    for method in site.methods:
+        with suppress(NotImplementedError):
+            return method, _vbmf_ranks(problem, site, method)
+    return None
 
 
 def _vbmf_ranks(problem: Problem, site: Site, method: Decomposition) -> list[int]:

@@ -57,6 +57,8 @@ def test_contract_with_other_settings(strategy):
         (lambda: ParameterRatio(beta=0), "beta=0"),
         (lambda: ParameterRatio("2"), "ratio='2'"),
         (lambda: ParameterRatio(overrides={"fc": 0.5}), r"overrides\['fc'\]=0.5"),
+        (lambda: ParameterRatio(beta="x"), "beta='x'"),
+        (lambda: ParameterRatio(overrides=["fc"]), r"overrides=\['fc'\]"),
         (lambda: VBMF(0), r"weakening=0: expected a number in \(0, 1\]"),
         (lambda: VBMF("x"), "weakening='x'"),
         (lambda: VBMF(noise="drop"), "noise='drop'"),
@@ -332,6 +334,22 @@ def test_overrides_that_match_nothing_are_said():
         rankopt.search(
             planted_model(), "params<=50%", strategy=ParameterRatio(overrides={"heda": 4.0})
         )
+
+
+def test_overrides_match_every_name_of_a_layer():
+    model = torch.nn.Sequential(*(torch.nn.Linear(32, 32) for _ in range(4)))
+    model[1].weight, model[3] = model[0].weight, model[2]
+    overrides = {"1": 4.0, "3": 8.0}
+    plan = rankopt.search(model, None, strategy=ParameterRatio(overrides=overrides))
+    assert [d.ranks for d in plan.changes] == [(4,), (2,)]
+
+
+def test_vbmf_leaves_methods_without_unfoldings():
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Conv2d(16, 32, 3), torch.nn.Conv2d(32, 32, 1))
+    plan = rankopt.search(model, None, strategy=VBMF(noise="compress"), methods=("cp", "svd"))
+    assert plan["0"].reason == "keep: vbmf finds no ranks of cp: allow svd or tucker2"
+    assert plan["1"].method == "svd"
 
 
 def test_two_variants_of_a_decomposition_state_their_own_errors():
