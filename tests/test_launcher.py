@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 from finetuning import equal, in_batches, problem, snapshot
+from torch.utils.data import DataLoader, TensorDataset
 
 import rankopt
 
@@ -44,3 +45,11 @@ def test_another_accelerator_neither_decides_nor_is_changed(alone, accelerator):
 def test_the_environment_does_not_divide_the_gradients(alone, monkeypatch):
     monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
     assert equal(_tuned(), alone)
+
+
+def test_the_sampler_of_a_loader_is_put_back():
+    _, small, x, y = problem(64)
+    train = DataLoader(TensorDataset(x, y), batch_size=32, shuffle=True)
+    sampler = train.batch_sampler.sampler
+    rankopt.finetune(small, train, epochs=1)
+    assert train.batch_sampler.sampler is sampler
