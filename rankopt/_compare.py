@@ -38,7 +38,7 @@ class Figure:
 
     @property
     def ratio(self) -> float:
-        """After / before; 0 where both are 0."""
+        """After / before; 0 where that was 0."""
         return self.after / self.before if self.before else 0.0
 
 
@@ -87,10 +87,11 @@ class Comparison:
             return f"no faster and no slower than the original, as far as measured{noise}"
         if ratio.high < 1:
             return f"{1 / ratio.median:.2f}x as fast as the original"
+        less = ", although it computes less" * (self.macs is not None and self.macs.ratio < 1)
         return (
-            f"slower than the original: it takes {ratio.median:.2f} times as long, "
-            "although it computes less; keep the original where speed is what counts, or search "
-            "under a budget on time, such as 'latency<=90%'"
+            f"slower than the original: it takes {ratio.median:.2f} times as long{less}; keep the "
+            "original where speed is what counts, or search under a budget on time, such as "
+            "'latency<=90%'"
         )
 
     def to_dict(self) -> dict[str, Any]:

@@ -88,8 +88,15 @@ class SoftSite(nn.Module):
         return {f"{layer.name}.weight" if layer.name else "weight": stored for layer in self.layers}
 
 
+class _Shared:
+    """Made of what never trains: copies of a soft model need none of their own."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Shared:
+        return self
+
+
 @dataclass(frozen=True)
-class _Own:
+class _Own(_Shared):
     """The weights that a plan's factors of one method amount to."""
 
     method: Decomposition
@@ -145,7 +152,7 @@ class _Truncations(nn.Module):
 
 
 @dataclass(frozen=True)
-class _Fitted:
+class _Fitted(_Shared):
     """Fits of one method to a canonical weight, which may train.
 
     Where the method `refits`, a weight W is seen as W·G·F: F is what the factors but the

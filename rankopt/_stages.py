@@ -271,7 +271,13 @@ class Run:
         self, tag: str, name: str, small: nn.Module, change: Callable[[nn.Module], Any]
     ) -> nn.Module:
         def make() -> tuple[nn.Module, str]:
-            return small, str(change(small) or "")
+            done = change(small)
+            if isinstance(done, nn.Module) and surgery.unwrap(done) is not surgery.unwrap(small):
+                raise ModelError(
+                    f"{name} returned another model than it was given; a function in its place "
+                    "changes that one and returns what to note, or None"
+                )
+            return small, "" if isinstance(done, nn.Module) else str(done or "")
 
         return self._stage(f"{name}{tag}", make)
 

@@ -219,7 +219,7 @@ def _grown(
 
 
 def _pairs(program: torch.export.ExportedProgram) -> Iterator[tuple[str, str]]:
-    """(convolution, norm) names where the norm alone reads the convolution's output."""
+    """(convolution, norm) names where nothing else reads what is between them or in them."""
     signature = program.graph_signature
     names = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
     for node in program.graph.nodes:
@@ -228,8 +228,11 @@ def _pairs(program: torch.export.ExportedProgram) -> Iterator[tuple[str, str]]:
         source = node.args[0]
         if not str(source.target).startswith("aten.conv") or len(source.users) > 1:
             continue
-        weights = (source.args[1], node.args[3])  # of the norm the running mean
-        if all(len(weight.users) == 1 and weight.name in names for weight in weights):
+        read = [n for n in (*source.args[1:3], *node.args[1:5]) if isinstance(n, torch.fx.Node)]
+        weights = (source.args[1], node.args[3])  # of the norm the running mean, if it has one
+        if all(len(n.users) == 1 for n in read) and all(
+            weight in read and weight.name in names for weight in weights
+        ):
             conv, norm = (surgery.normalised(names[w.name]).rpartition(".")[0] for w in weights)
             yield conv, norm
 

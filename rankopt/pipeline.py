@@ -21,6 +21,7 @@ from rankopt.budget import RATIO_AXES, Budget
 from rankopt.errors import BudgetError
 from rankopt.plan import RankPlan
 from rankopt.training.distillation import Distillation
+from rankopt.training.recipe import check_integer
 from rankopt.training.state import make_folder
 
 __all__ = ["Compression", "Stage", "compress"]
@@ -141,8 +142,12 @@ def compress(
         >>> done.comparison.params.ratio <= 0.6
         True
     """
-    if isinstance(rounds, bool) or not isinstance(rounds, int) or rounds < 1:
-        raise ValueError(f"rounds={rounds!r}: expected an integer of at least 1")
+    for name, value, least in (
+        ("rounds", rounds, 1),
+        ("calibration_samples", calibration_samples, 1),
+        ("seed", seed, 0),
+    ):
+        check_integer(name, value, least)
     stages: dict[str, Any] = {
         "search": search,
         "apply": apply,

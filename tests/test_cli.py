@@ -227,6 +227,10 @@ def test_modules_of_the_working_folder(tmp_path):
         (("search", "SPEC", "-o", "."), "it is a folder; name a file in it"),
         (("apply", "SPEC", "p.json", "-o", "out.pt"), "name the file *.safetensors"),
         (("profile", "SPEC", "--layer", "0", *INPUT, "--plot", "x.png"), "end the name in .html"),
+        (
+            ("compress", "SPEC", "-o", "m.safetensors", "--epochs", "3"),
+            "--epochs is of fine-tuning",
+        ),
         (("profile", "SPEC", "--layer", "0", *INPUT, "--plot", "no/x.html"), "cannot write no/"),
         (("study", "best", "-o", "nodir/p.json"), "cannot write nodir/p.json"),
     ],
@@ -356,3 +360,8 @@ def test_demo(tmp_path, capsys):
     assert all(row["macs_ratio"] <= 0.5 for row in result["rows"])
     assert (tmp_path / "digits.safetensors").exists()
     assert (tmp_path / "digits-plan.json").exists()
+
+
+def test_an_empty_range_of_ranks(spec, capsys):
+    assert run("profile", spec, "--layer", "0", *INPUT, "--ranks", "10:5") == 1
+    assert "no rank lies between" in capsys.readouterr().err

@@ -188,3 +188,13 @@ def test_classes_of_maps_are_their_channels():
         distiller.teach(x)
         loss, _ = distiller.loss(student(x))
     assert loss.item() == pytest.approx(expected, rel=1e-4)
+
+
+def test_no_term_is_left_out_silently(pair):
+    teacher, small, x = pair
+    distiller = Distiller(small, teacher)
+    for use in (lambda: distiller.teach(x), lambda: distiller.loss(small(x), torch.zeros(()))):
+        with pytest.raises(ModelError, match="inside `with Distiller"):
+            use()
+    with distiller, pytest.raises(ModelError, match="call teach"):
+        distiller.loss(small(x), torch.zeros(()))

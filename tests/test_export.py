@@ -252,3 +252,28 @@ def test_onnx_of_masks_flags_and_outputs_that_are_no_numbers(tmp_path, monkeypat
     monkeypatch.setattr(export, "to_program", _of(changed, export.to_program))
     with pytest.raises(ExportError, match="computes something else"):
         export.to_onnx(model, tmp_path / "t.onnx", inputs, dynamic=dynamic, check=True)
+
+
+class _Reread(nn.Module):
+    """A convolution and a norm of which something else reads a parameter."""
+
+    def __init__(self, read):
+        super().__init__()
+        self.conv, self.norm, self.read = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), read
+
+    def forward(self, x):
+        return self.norm(self.conv(x)).mean() + self.get_parameter(self.read).sum()
+
+
+@pytest.mark.parametrize("read", ["conv.weight", "conv.bias", "norm.weight", "norm.bias"])
+def test_norms_whose_parameters_are_read_elsewhere_stay(read):
+    model, x = _Reread(read).eval(), torch.randn(2, 3, 8, 8)
+    model.norm.running_mean.uniform_(1, 2)
+    merged = export.merge_norms(model, x)
+    assert isinstance(merged.norm, nn.BatchNorm2d)
+    torch.testing.assert_close(merged(x), model(x))
+
+
+def test_norms_without_running_statistics_stay():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8, track_running_stats=False)).eval()
+    assert isinstance(export.merge_norms(model, torch.randn(2, 3, 8, 8))[1], nn.BatchNorm2d)

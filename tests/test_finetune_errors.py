@@ -12,6 +12,7 @@ import rankopt
 from rankopt.errors import EvaluationError, MissingDependency, ModelError, TrainingError
 from rankopt.testing import planted_model
 from rankopt.training import Distillation, Schedule
+from rankopt.training.augmentation import shift_and_mirror
 
 pytest.importorskip("accelerate")
 
@@ -152,3 +153,44 @@ def test_without_accelerate(monkeypatch):
     monkeypatch.setitem(sys.modules, "accelerate", None)
     with pytest.raises(MissingDependency, match=r"pip install 'rankopt\[train\]'"):
         rankopt.finetune(nn.Linear(2, 2), [(torch.zeros(1, 2), torch.zeros(1))])
+
+
+def test_what_would_not_be_used_is_refused():
+    teacher, small, x, y = problem(count=64)
+    with pytest.raises(ValueError, match="loss= is of labels"):
+        rankopt.finetune(
+            small, in_batches(x, y), teacher=teacher, distillation=Distillation(labels=0, logits=1),
+            loss=nn.CrossEntropyLoss(),
+        )  # fmt: skip
+
+
+def test_labels_of_any_kind_suit_a_loss_of_ones_own():
+    _, small, x, y = problem(count=64)
+    train = [(inputs, {"class": labels}) for inputs, labels in in_batches(x, y)]
+    with pytest.raises(TrainingError, match="a pair of Tensor and dict"):
+        rankopt.finetune(small, train, epochs=1)
+    rankopt.finetune(
+        small,
+        train,
+        epochs=1,
+        loss=lambda o, labels: nn.functional.cross_entropy(o, labels["class"]),
+    )
+
+
+def test_a_callers_inference_mode_is_left():
+    _, small, x, y = problem(count=64)
+    before = snapshot(small)
+    with torch.inference_mode():
+        rankopt.finetune(small, in_batches(x, y), epochs=1)
+    assert not equal(before, snapshot(small))
+
+
+def test_images_among_other_inputs_are_augmented():
+    images, ids = torch.randn(4, 3, 8, 8), torch.arange(4)
+    generator = torch.Generator().manual_seed(0)
+    mapped = shift_and_mirror({"pixel_values": images, "ids": ids}, generator)
+    first, second = shift_and_mirror((images, ids), generator.manual_seed(0))
+    assert torch.equal(first, mapped["pixel_values"])
+    assert not torch.equal(first, images)
+    assert second is mapped["ids"] is ids
+    assert shift_and_mirror((images, images), generator)[0] is images

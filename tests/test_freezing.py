@@ -264,3 +264,13 @@ def test_bad_models(small):
         Freezer(bare, Everything()).step(0)
     assert all(p.requires_grad for p in bare.parameters())
     Freezer(small, Everything()).step(0)  # norms and biases still train
+
+
+def test_what_an_interrupted_freezer_left_trains_again(small):
+    SequentialFreezing(small).step(0)  # and no release
+    freezer = SequentialFreezing(copy.deepcopy(small))
+    assert not freezer.frozen
+    assert [freezer.step(t) and len(freezer.frozen) for t in range(2)] == [4, 3]
+    small.mix.first.weight.requires_grad_(False)
+    SequentialFreezing(small).release()
+    assert all(p.requires_grad for p in small.parameters())

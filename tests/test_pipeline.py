@@ -138,6 +138,9 @@ def test_rounds_reach_the_budget_in_steps(task, tmp_path):
     ("settings", "error", "message"),
     [
         ({"rounds": 0}, ValueError, "rounds=0"),
+        ({"seed": None}, ValueError, "seed=None"),
+        ({"calibration_samples": 0}, ValueError, "calibration_samples=0"),
+        ({"recover": lambda small, teacher: planted_model()}, ModelError, "another model"),
         ({"search": 3}, ValueError, "search=3"),
         ({"recover": True}, ValueError, "recover=True: .*or False"),
         ({"finetune": {"epochs": 2}}, ValueError, "finetune= needs train="),

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import rankopt
-from rankopt.errors import BudgetError, BudgetInfeasible, ModelError
+from rankopt.errors import BudgetError, BudgetInfeasible, ModelError, NotYetSupported
 from rankopt.relaxation import Relaxation
 from rankopt.testing import ModelledClock, planted_inputs, planted_model
 
@@ -239,3 +241,42 @@ def test_the_same_options_under_another_budget():
     assert np.allclose(moved.room, made.room)
     with pytest.raises(BudgetInfeasible, match="smallest reachable is params"):
         soft.relaxation.within(soft.opened.problem.with_budget(rankopt.Budget(params=0.01)))
+
+
+def test_what_was_built_says_that_its_factors_are_learned(tmp_path):
+    model = planted_model()
+    soft = rankopt.soften(model, "params<=60%")
+    small = soft.build(soft.discretise()).eval()
+    rankopt.save(small, tmp_path / "small.safetensors")
+    plan = rankopt.load_plan(tmp_path / "small.safetensors")
+    assert {decision.factors.kind for decision in plan.changes} == {"learned"}
+    with pytest.raises(NotYetSupported, match="stored factors"):
+        rankopt.apply(model, plan)
+
+
+@pytest.mark.parametrize("method", ["svd", "cp"])
+def test_settled_ranks_are_part_of_the_state(method):
+    model, x = planted_model(), planted_inputs(4)
+    soft, resumed = (rankopt.soften(model, "params<=80%", methods=[method]) for _ in range(2))
+    loose = {key: value.clone() for key, value in soft.state_dict().items()}
+    soft.settle(soft.discretise())
+    resumed.load_state_dict(soft.state_dict())
+    assert not resumed.scores.requires_grad
+    assert torch.equal(resumed(x), soft(x))
+    resumed.load_state_dict(loose)
+    assert resumed.scores.requires_grad
+    assert not torch.equal(resumed(x), soft(x))
+
+
+@pytest.mark.parametrize("method", ["svd", "tucker2", "cp"])
+def test_a_copy_has_weights_of_its_own(method):
+    soft = rankopt.soften(planted_model(), "params<=80%", methods=[method])
+    other, x = copy.deepcopy(soft), planted_inputs(4)
+    before = soft(x)
+    assert torch.equal(other(x), before)
+    with torch.no_grad():
+        for parameter in (*other.weights(), *other.logits()):
+            parameter.add_(torch.randn_like(parameter))
+    assert torch.equal(soft(x), before)
+    assert not torch.equal(other(x), before)
+    assert other.discretise().decisions

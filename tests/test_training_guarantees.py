@@ -208,6 +208,10 @@ def test_a_schedule_of_ones_own_is_told_by_its_settings(tmp_path):
         rankopt.finetune(model, in_batches(x, y), epochs=1, folder=tmp_path, freezing=Mine("last"))
 
 
+def _nothing(model):
+    return 0.0
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -216,15 +220,16 @@ def test_a_schedule_of_ones_own_is_told_by_its_settings(tmp_path):
         {"optimizer": lambda p: torch.optim.AdamW(p, betas=(0.5, 0.9), weight_decay=1e-4)},
         {"loss": nn.CrossEntropyLoss(label_smoothing=0.1)},
         {"augment": "auto"},
+        {"evaluate": lambda model: 0.0},
     ],
     ids=lambda change: next(iter(change)),
 )
 def test_a_run_is_not_gone_on_with_by_another_recipe(tmp_path, change):
     _, model, x, y = problem(64)
-    settings = {"epochs": 1, "folder": tmp_path, "optimizer": "adamw"}
+    settings = {"epochs": 1, "folder": tmp_path, "optimizer": "adamw", "evaluate": _nothing}
     rankopt.finetune(model, in_batches(x, y), **settings)
     before = snapshot(model)
-    with pytest.raises(CheckpointError, match=r"weight_decay|clip|momentum|loss|augment"):
+    with pytest.raises(CheckpointError, match=r"weight_decay|clip|momentum|loss|augment|evaluate"):
         rankopt.finetune(model, in_batches(x, y), **{**settings, **change})
     assert equal(before, snapshot(model))
 
@@ -260,7 +265,7 @@ def test_the_record_that_a_kill_took_is_written_again(tmp_path):
         record = tmp_path / "record.jsonl"
         assert len(record.read_text().splitlines()) == 2
         record.unlink()
-    assert "fine-tuned for 1 epochs" in str(done)
+    assert "fine-tuned for 1 epoch (" in str(done)
     again = rankopt.finetune(
         model, in_batches(x, y), epochs=1, folder=tmp_path, evaluate=lambda m: 1.0
     )

@@ -73,6 +73,9 @@ def _compress(arguments: argparse.Namespace) -> int:
         for key in ("epochs", "learning_rate", "freezing")
         if getattr(arguments, key) is not None
     }
+    if tuning and not arguments.train and arguments.epochs != 0:
+        options = ", ".join(f"--{key.replace('_', '-')}" for key in tuning)
+        raise RankoptError(f"{options} is of fine-tuning, which needs --train")
     model, inputs = model_and_inputs(arguments)
     done = rankopt.compress(
         model,

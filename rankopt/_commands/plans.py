@@ -186,6 +186,9 @@ def _ranks(text: str | None) -> list[int] | None:
         if ":" not in text:
             return [int(part) for part in text.split(",")]
         first, last, *step = (int(part) for part in text.split(":"))
-        return list(range(first, last + 1, *step))
+        found = list(range(first, last + 1, *step))
     except (ValueError, TypeError) as error:
         raise RankoptError(f"--ranks {text!r}: expected 8,16,32 or 8:512:8") from error
+    if not found:
+        raise RankoptError(f"--ranks {text!r}: no rank lies between these")
+    return found

@@ -9,6 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rankopt import measure
+from rankopt.inputs import tensors_in
+
 __all__ = ["Augment", "augmentation", "shift_and_mirror"]
 
 Augment = Callable[[Any, torch.Generator], Any]
@@ -34,14 +37,22 @@ def augmentation(augment: Any) -> Augment:
 
 
 def shift_and_mirror(inputs: Any, generator: torch.Generator) -> Any:
-    """Images [n, c, h, w] moved by up to `SHIFT` of their side, half of them mirrored."""
-    if isinstance(inputs, tuple) and len(inputs) == 1:
-        return (shift_and_mirror(inputs[0], generator),)
-    if not (isinstance(inputs, Tensor) and inputs.dim() == 4 and inputs.is_floating_point()):
+    """The inputs with their images [n, c, h, w] moved and half of the images mirrored.
+
+    They move by up to `SHIFT` of their side. Inputs without such a tensor of floats, or with
+    several, which may belong together, stay as they are.
+    """
+    found = [t for t in tensors_in(inputs) if t.dim() == 4 and t.is_floating_point()]
+    if len(found) != 1:
         return inputs
-    count, _, height, width = inputs.shape
+    moved = _moved(found[0], generator)
+    return measure.with_tensors(inputs, lambda t: moved if t is found[0] else t)
+
+
+def _moved(images: Tensor, generator: torch.Generator) -> Tensor:
+    count, _, height, width = images.shape
     down, across = round(height * SHIFT), round(width * SHIFT)
-    padded = F.pad(inputs, (across, across, down, down))
+    padded = F.pad(images, (across, across, down, down))
     rows = torch.randint(0, 2 * down + 1, (count,), generator=generator)
     columns = torch.randint(0, 2 * across + 1, (count,), generator=generator)
     mirrored = torch.rand(count, generator=generator) < 0.5
@@ -51,5 +62,5 @@ def shift_and_mirror(inputs: Any, generator: torch.Generator) -> Any:
             for i, (row, column) in enumerate(zip(rows.tolist(), columns.tolist(), strict=True))
         ]
     )
-    mirrored = mirrored.to(inputs.device)
+    mirrored = mirrored.to(images.device)
     return torch.where(mirrored[:, None, None, None], moved.flip(-1), moved)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from itertools import islice
 from typing import Any, Final
 
@@ -20,6 +21,7 @@ __all__ = [
     "call",
     "check_labels",
     "groups",
+    "kept_sampler",
     "logits_of",
     "prepared",
     "right",
@@ -36,8 +38,15 @@ EXPECTED: Final = (
 Batch = tuple[Any, Any]
 
 
-def split(model: nn.Module, batch: Any, *, labelled: bool, step: int) -> Batch:
+def split(model: nn.Module, batch: Any, *, labelled: bool, step: int, plain: bool = True) -> Batch:
     """(inputs, labels) of one batch; labels are None where none are used.
+
+    Args:
+        model: Its signature tells labels from inputs.
+        batch: As the loader yields it.
+        labelled: Whether labels are used.
+        step: For messages.
+        plain: Whether labels have to be a tensor, as without a loss of the user's own.
 
     Raises:
         TrainingError: The batch is of a type nothing can be done with.
@@ -55,7 +64,8 @@ def split(model: nn.Module, batch: Any, *, labelled: bool, step: int) -> Batch:
     if isinstance(batch, (tuple, list)) and len(batch) >= 2:
         *inputs, labels = batch
         first = inputs[0] if len(inputs) == 1 else tuple(inputs)
-        if isinstance(first, (Tensor, tuple, list, Mapping)) and isinstance(labels, Tensor):
+        known = (Tensor, tuple, list, Mapping)
+        if isinstance(first, known) and isinstance(labels, Tensor if plain else known):
             return first, labels
         raise TrainingError(
             f"step {step}: train yielded a pair of {type(first).__name__} and "
@@ -177,6 +187,18 @@ def prepared(train: Any, accelerator: Any, limit: int | None) -> tuple[Any, int]
     if found < 1:
         raise TrainingError(f"train is empty: {accelerator.num_processes} process(es) get no batch")
     return loader, found
+
+
+@contextmanager
+def kept_sampler(train: Any) -> Iterator[None]:
+    """Leave a DataLoader the order it draws: `prepared` puts accelerate's sampler into it."""
+    holders: list[Any] = [getattr(train, name, None) for name in ("batch_sampler", "sampler")]
+    before = [(holder, holder.sampler) for holder in holders if hasattr(holder, "sampler")]
+    try:
+        yield
+    finally:
+        for holder, sampler in before:
+            holder.sampler = sampler
 
 
 def share(loader: Any, accelerator: Any) -> Iterator[Any]:

@@ -72,6 +72,9 @@ def lightning_callback(freezer: Freezer, *, steps: int | None = None) -> Any:
         def on_train_end(self, trainer: Any, pl_module: Any) -> None:
             freezer.release()
 
+        def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+            freezer.release()
+
     return Freezing()
 
 

@@ -138,7 +138,12 @@ class Distiller:
         self._wanted = None
 
     def teach(self, inputs: Any) -> None:
-        """Run the teacher on what the model is about to see."""
+        """Run the teacher on what the model is about to see.
+
+        Raises:
+            ModelError: Outside of ``with``, where no layers are watched.
+        """
+        self._check_watching()
         self._layers.forget()
         if self.settings.logits or self._layers.names:
             with torch.no_grad():
@@ -152,7 +157,8 @@ class Distiller:
             task: The task's own loss; needed unless `labels` is 0.
 
         Raises:
-            ModelError: Teacher and model differ in the shape of an output.
+            ModelError: Teacher and model differ in the shape of an output, or there are none
+                of the teacher's: outside of ``with``, or before `teach`.
         """
         settings = self.settings
         parts: dict[str, Tensor] = {}
@@ -163,6 +169,9 @@ class Distiller:
                     "no labels; train without them by Distillation(labels=0, logits=1)"
                 )
             parts["labels"] = task
+        self._check_watching()
+        if self._wanted is None and (settings.logits or self._layers.names):
+            raise ModelError("call teach(inputs) before the model: there are no outputs to learn")
         if settings.weights and self._chains:
             errors = [
                 (effective_weight(chain) - weight).square().mean() for chain, weight in self._chains
@@ -185,6 +194,13 @@ class Distiller:
             raise ModelError("the plan decomposed no layer, so there is nothing to distil")
         total = torch.stack([getattr(settings, name) * part for name, part in parts.items()]).sum()
         return total, {name: part.detach() for name, part in parts.items()}
+
+    def _check_watching(self) -> None:
+        if self._layers.names and not self._layers.watching:
+            raise ModelError(
+                "this distillation compares outputs of layers, which are watched inside "
+                "`with Distiller(...) as distiller:` only"
+            )
 
 
 class PairedOutputs:
@@ -217,6 +233,11 @@ class PairedOutputs:
         self._handles.clear()
         for seen in self._seen:
             seen.clear()
+
+    @property
+    def watching(self) -> bool:
+        """Whether outputs are being stored."""
+        return bool(self._handles)
 
     def forget(self) -> None:
         """Before a forward of both: layers may not run in each."""

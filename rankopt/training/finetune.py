@@ -13,8 +13,9 @@ from torch import nn
 from rankopt import measure, surgery
 from rankopt.errors import ModelError
 from rankopt.training.augmentation import augmentation
-from rankopt.training.batches import check_iterable
+from rankopt.training.batches import check_iterable, kept_sampler
 from rankopt.training.distillation import Distillation, check_precision
+from rankopt.training.freezing import release
 from rankopt.training.launcher import accelerated
 from rankopt.training.loop import Loop
 from rankopt.training.recipe import MakeOptimizer, Recipe, check_integer
@@ -49,7 +50,8 @@ class Training:
     def __str__(self) -> str:
         last = self.history[-1]
         spent = f"{last['step']} steps, {self.seconds:.0f} s"
-        parts = [f"fine-tuned for {len(self.history)} epochs ({spent})"]
+        epochs = f"{len(self.history)} epoch" + "s" * (len(self.history) != 1)
+        parts = [f"fine-tuned for {epochs} ({spent})"]
         if last["accuracy"] is not None:
             parts.append(f"training accuracy {last['accuracy']:.2f}%")
         if self.metric is not None:
@@ -64,6 +66,7 @@ class Training:
         return ", ".join(parts)
 
 
+@measure.outside_inference_mode
 @measure.no_autocast()
 def finetune(
     model: nn.Module,
@@ -126,7 +129,8 @@ def finetune(
             what is evaluated and kept; None for none.
         precision: ``no``, ``bf16`` or ``fp16`` autocast.
         augment: Changes inputs before model and teacher see them: a function of (inputs,
-            generator), ``auto`` (shifts and mirrors images) or ``none``.
+            generator), ``auto`` (shifts and mirrors images, the one tensor of four dimensions
+            among the inputs) or ``none``.
         batches_per_epoch: Where `train` has no length; where it has, an upper bound.
         folder: For a checkpoint and a record (``record.jsonl``) after every epoch. A run in a
             folder with a checkpoint goes on from it, and ends as if never interrupted.
@@ -157,6 +161,7 @@ def finetune(
     surgery.check_model(model, swapped=train)
     if teacher is not None:
         surgery.check_model(teacher, "teacher")
+    release(model)
     recipe = check_request(
         model,
         train,
@@ -177,13 +182,14 @@ def finetune(
         seed=seed,
         teacher=teacher,
         distillation=distillation,
+        loss=loss,
         evaluate=evaluate,
         augment=augment,
         batches_per_epoch=batches_per_epoch,
     )
     if teacher is not None and distillation is None:
         distillation = Distillation()
-    with accelerated(model, recipe) as accelerator:
+    with kept_sampler(train), accelerated(model, recipe) as accelerator:
         loop = Loop(
             model,
             train,
@@ -226,6 +232,11 @@ def check_request(model: nn.Module | None, train: Any, **settings: Any) -> Recip
         check_integer("batches_per_epoch", given["batches_per_epoch"], 1)
     if given["teacher"] is None and given["distillation"] is not None:
         raise ValueError("distillation= needs teacher=, the dense model to learn from")
+    unlabelled = (
+        isinstance(given["distillation"], Distillation) and not given["distillation"].labels
+    )
+    if given["loss"] is not None and unlabelled:
+        raise ValueError("loss= is of labels, which Distillation(labels=0) does not use; drop one")
     if given["patience"] is not None and given["evaluate"] is None:
         raise ValueError("patience= needs evaluate=, the metric that is to improve")
     if model is not None and not any(parameter.requires_grad for parameter in model.parameters()):

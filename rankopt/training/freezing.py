@@ -30,9 +30,12 @@ __all__ = [
     "SequentialFreezing",
     "factorised",
     "factors",
+    "release",
 ]
 
 _CONVS: Final = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+# On modules whose weight a Freezer froze: one that is interrupted leaves them to the next.
+_FROZEN_ATTRIBUTE: Final = "rankopt_frozen"
 
 
 @dataclass(frozen=True)
@@ -108,7 +111,8 @@ class Freezer:
     parameters without a gradient, so momentum and weight decay do not move them
     either, and their optimiser state waits; autograd does not compute their weight
     gradient at all. Call `step` outside of forward and backward, after the
-    optimiser's step. Parameters that were frozen before stay frozen.
+    optimiser's step. Parameters that were frozen before stay frozen, but for those that a
+    Freezer left so which was interrupted: they are released first.
 
     torch.compile recompiles once for each distinct phase and then uses the cached graphs.
     DistributedDataParallel decides at construction which gradients it exchanges: wrap
@@ -136,6 +140,7 @@ class Freezer:
     def __init__(self, model: nn.Module, schedule: Schedule) -> None:
         self.schedule = schedule
         self._model = surgery.unwrap(model)
+        release(self._model)
         self._factors = [f for f in factors(model) if f.weight.requires_grad]
 
     @property
@@ -165,17 +170,14 @@ class Freezer:
             weight = factor.weight
             trains = id(weight) not in frozen
             changed |= weight.requires_grad != trains
-            weight.requires_grad_(trains)
+            _set_frozen(factor.module, frozen=not trains)
             if not trains:
                 weight.grad = None  # a stale gradient would keep moving the weight
-            _set_bias_apart(factor.module, apart=not trains)
         return changed
 
     def release(self) -> None:
         """Let every factor train again."""
-        for factor in self._factors:
-            factor.weight.requires_grad_(True)
-            _set_bias_apart(factor.module, apart=False)
+        release(self._model)
 
     def skipped(self, phase: int, example_inputs: Any) -> float:
         """The share f of the model's MACs whose weight gradient `phase` skips.
@@ -222,6 +224,22 @@ class Freezer:
             else:
                 trained.add(id(factor.weight))
         return {key: weight for key, weight in frozen.items() if key not in trained}
+
+
+def release(model: nn.Module) -> None:
+    """Let every weight train again that a `Freezer` froze, interrupted or not."""
+    for module in surgery.unwrap(model).modules():
+        if _FROZEN_ATTRIBUTE in module.__dict__:
+            _set_frozen(module, frozen=False)
+
+
+def _set_frozen(module: nn.Module, *, frozen: bool) -> None:
+    module.get_parameter("weight").requires_grad_(not frozen)
+    _set_bias_apart(module, apart=frozen)
+    if frozen:
+        module.__dict__[_FROZEN_ATTRIBUTE] = True
+    else:
+        module.__dict__.pop(_FROZEN_ATTRIBUTE, None)
 
 
 def _set_bias_apart(module: nn.Module, *, apart: bool) -> None:

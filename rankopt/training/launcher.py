@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -30,31 +30,43 @@ def require_accelerate() -> None:
 def accelerated(model: nn.Module, recipe: Recipe) -> Iterator[Any]:
     """An Accelerator on the model's device, or on the launcher's where there are several processes.
 
-    Its process-wide state is removed again, so that the next run may choose otherwise.
+    What else uses accelerate in this process neither decides how the run steps nor is changed by
+    it: the state they share is set aside, and put back at the end.
     """
     require_accelerate()
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState, GradientState, PartialState
-    from accelerate.utils import DataLoaderConfiguration
+    from accelerate.utils import DataLoaderConfiguration, GradientAccumulationPlugin
 
-    fresh = not PartialState._shared_state
     launched = torch.distributed.is_torchelastic_launched() or torch.distributed.is_initialized()
     device = surgery.device_of(model)
+    states = [AcceleratorState, GradientState, *([] if launched else [PartialState])]
     # Accelerate knows one GPU, the current one; a launcher has chosen that itself.
-    with nullcontext() if launched else measure.current_device(device):
-        accelerator = Accelerator(
+    current = nullcontext() if launched else measure.current_device(device)
+    with current, _set_aside([state._shared_state for state in states]):
+        yield Accelerator(
             mixed_precision=recipe.precision,
             cpu=device.type == "cpu" and (not launched or not _accelerators()),
             dataloader_config=DataLoaderConfiguration(
                 use_seedable_sampler=True, data_seed=recipe.seed, even_batches=True
             ),
+            # Given, or the environment would have a say: the loop groups batches itself.
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
         )
-        try:
-            yield accelerator
-        finally:
-            if fresh and accelerator.num_processes == 1:
-                AcceleratorState._reset_state(reset_partial_state=True)
-                GradientState._reset_state()
+
+
+@contextmanager
+def _set_aside(shared: Sequence[dict[str, Any]]) -> Iterator[None]:
+    """Empty mappings that others hold too, for the while."""
+    before = [dict(state) for state in shared]
+    for state in shared:
+        state.clear()
+    try:
+        yield
+    finally:
+        for state, kept in zip(shared, before, strict=True):
+            state.clear()
+            state.update(kept)
 
 
 def _accelerators() -> bool:

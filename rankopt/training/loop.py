@@ -86,7 +86,7 @@ class Loop:
             self.plain, accelerator, loss, augment, self.distiller,
             labelled=distillation is None or distillation.labels > 0,
         )  # fmt: skip
-        self.average = self._averaged() if recipe.ema is not None else None
+        self.average = recipe.make_average(self.plain)
         self.wrapped: nn.Module | None = None
         self.history: list[dict[str, Any]] = []
         self.best_epoch = -1  # the weights it started with
@@ -95,17 +95,6 @@ class Loop:
         self.step = 0
 
     # Set-up
-
-    def _averaged(self) -> torch.optim.swa_utils.AveragedModel:
-        decay = self.recipe.ema
-        assert decay is not None
-
-        def blend(averaged: Any, current: Any, count: Any) -> None:
-            # A young average follows quickly, or it would remember the first weights for ever.
-            rate = 1 - min(decay, (1 + int(count)) / (10 + int(count)))
-            torch._foreach_lerp_(averaged, current, rate)
-
-        return torch.optim.swa_utils.AveragedModel(self.plain, multi_avg_fn=blend)
 
     def _identity(self) -> dict[str, Any]:
         """What has to be the same for a run to be gone on with."""
@@ -124,6 +113,8 @@ class Loop:
             "freezing": spelled(self.schedule),
             "freezing_steps": recipe.freezing_steps,
             **self.objective.identity,
+            # It may begin or end midway, but metrics of two kinds cannot be compared.
+            **({} if self.evaluate is None else {"evaluate": spelled(self.evaluate)}),
             "accumulate": recipe.accumulate,
             "ema": recipe.ema,
             "precision": recipe.precision,

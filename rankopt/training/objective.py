@@ -73,7 +73,9 @@ class Objective:
         """
         assert wrapped is not None
         device = self._accelerator.device
-        inputs, labels = data.split(self._model, batch, labelled=self._labelled, step=step)
+        inputs, labels = data.split(
+            self._model, batch, labelled=self._labelled, step=step, plain=self._loss is None
+        )
         inputs = self._augment(measure.to_device(inputs, device), generator)
         task: Any = None
         parts: dict[str, Tensor] = {}
