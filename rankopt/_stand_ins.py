@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from rankopt import measure, surgery
-from rankopt.inputs import tensors_in
+from rankopt.measure import tensors_in
 
 __all__ = ["irreplaceable"]
 

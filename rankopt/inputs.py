@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from rankopt import measure, surgery
 from rankopt.errors import CalibrationError
+from rankopt.measure import tensors_in
 
 __all__ = [
     "MAX_SAMPLES",
@@ -152,18 +153,6 @@ def _without_labels(batch: Any, positional: tuple[int, int] | None, labelled: bo
     elif labels and required < 2 and not last.is_floating_point():
         batch = batch[:1]
     return batch[0] if len(batch) == 1 else tuple(batch)
-
-
-def tensors_in(inputs: Any) -> Iterator[Tensor]:
-    """Every tensor inside nested tuples, lists and mappings, in order."""
-    if isinstance(inputs, Tensor):
-        yield inputs
-    elif isinstance(inputs, Mapping):
-        for value in inputs.values():
-            yield from tensors_in(value)
-    elif isinstance(inputs, (tuple, list)):
-        for value in inputs:
-            yield from tensors_in(value)
 
 
 def batch_size(inputs: Any) -> int:

@@ -33,6 +33,7 @@ __all__ = [
     "state_shapes",
     "structure_digest",
     "tensor_digest",
+    "tensors_in",
     "to_device",
     "weights_digest",
     "with_tensors",
@@ -121,6 +122,18 @@ def with_tensors(inputs: Any, change: Callable[[Tensor], Tensor]) -> Any:
         make = getattr(inputs, "_make", type(inputs))  # a named tuple's
         return make(entries)
     return inputs
+
+
+def tensors_in(inputs: Any) -> Iterator[Tensor]:
+    """Every tensor inside nested tuples, lists and mappings, in order."""
+    if isinstance(inputs, Tensor):
+        yield inputs
+    elif isinstance(inputs, Mapping):
+        for value in inputs.values():
+            yield from tensors_in(value)
+    elif isinstance(inputs, (tuple, list)):
+        for value in inputs:
+            yield from tensors_in(value)
 
 
 def check_inputs(example_inputs: Any) -> None:
