@@ -223,12 +223,15 @@ class Bench:
         """The compressed network in ``start.safetensors``."""
         dense = self.trained()
         example = self.held[0][:64]
+        choice: Any = "search" if self.arguments.factors else False
         plan = rankopt.search(
             dense,
             self.arguments.budget or self.network.budget,
             example_inputs=example,
             calibration=self.held,
             methods=self.arguments.methods.split(",") if self.arguments.methods else None,
+            asymmetric=choice,
+            fisher=choice,
         )
         small = rankopt.apply(dense, plan, calibration=self.held)
         right = unseen.correct(small, self.test).double().mean().item()
@@ -328,6 +331,7 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=0, help="of vgg and vit; 0 for the default")
     parser.add_argument("--budget", default="")
     parser.add_argument("--methods", default="", help="decompositions, comma-separated")
+    parser.add_argument("--factors", action="store_true", help="find out how to make factors")
     parser.add_argument("--recover", type=float, default=60.0, help="seconds; 0 for none")
     parser.add_argument("--epochs", type=int, default=15)
     parser.add_argument("--batch", type=int, default=BATCH, help="images per training step")
