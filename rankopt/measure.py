@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from copy import copy as shallow_copy
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar
 
@@ -112,16 +113,36 @@ def copied(inputs: Any) -> Any:
 
 
 def with_tensors(inputs: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """`inputs` with every tensor changed, inside tuples, lists and mappings too."""
-    if isinstance(inputs, Tensor):
-        return change(inputs)
-    if isinstance(inputs, Mapping):
-        return {key: with_tensors(value, change) for key, value in inputs.items()}
-    if isinstance(inputs, (tuple, list)):
-        entries = [with_tensors(value, change) for value in inputs]
-        make = getattr(inputs, "_make", type(inputs))  # a named tuple's
-        return make(entries)
-    return inputs
+    """`inputs` with every tensor changed, inside tuples, lists and mappings too.
+
+    One that comes twice is changed once: attention tells self-attention by that.
+    """
+    made: dict[int, Tensor] = {}
+
+    def changed(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            if id(value) not in made:
+                made[id(value)] = change(value)
+            return made[id(value)]
+        if isinstance(value, Mapping):
+            return _filled(value, {key: changed(entry) for key, entry in value.items()})
+        if isinstance(value, (tuple, list)):
+            entries = [changed(entry) for entry in value]
+            make = getattr(value, "_make", type(value))  # a named tuple's
+            return make(entries)
+        return value
+
+    return changed(inputs)
+
+
+def _filled(mapping: Mapping[Any, Any], entries: dict[Any, Any]) -> Any:
+    """`entries` in a mapping of the same type: a forward may read them as attributes."""
+    if type(mapping) is dict or not isinstance(mapping, MutableMapping):
+        return entries
+    filled = shallow_copy(mapping)
+    for key, entry in entries.items():
+        filled[key] = entry
+    return filled
 
 
 def tensors_in(inputs: Any) -> Iterator[Tensor]:

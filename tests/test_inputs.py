@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections import namedtuple
+from collections import UserDict, namedtuple
 
 import pytest
 import torch
 from torch import nn
 
 import rankopt
-from rankopt import inputs
+from rankopt import inputs, measure
 from rankopt.errors import CalibrationError
 from rankopt.inputs import divergence, divergence_loss
 
@@ -118,3 +118,15 @@ def test_forms_that_batches_may_take():
 
     means = [float(x.mean()) for x in inputs.hold(nn.Linear(3, 3), refilled())]
     assert means == [0, 1, 2]
+
+
+def test_copies_keep_what_comes_twice_and_the_type_of_mappings():
+    class Batch(UserDict):  # as Hugging Face's BatchEncoding
+        def __getattr__(self, name):
+            return self.data[name]
+
+    x = torch.randn(2, 3)
+    one, (two, batch) = measure.copied((x, [x, Batch(ids=x)]))
+    assert one is two is batch.ids
+    assert one is not x
+    assert torch.equal(one, x)
