@@ -21,6 +21,7 @@ from rankopt.layers import (
     check_materialised,
     check_weight,
     find_layers,
+    refused_if_held,
     select,
 )
 from rankopt.probe import Probe, probe, static_reads
@@ -50,7 +51,8 @@ def describe(
             view, layers, seen = _probed(source, shown)
             return view, _refused(layers, static_reads(view) | seen.reads), None
     view = unpacked_clone(source, runs=runs)
-    return view, _refused(find_layers(view), static_reads(view)), None
+    layers = refused_if_held(view, find_layers(view))
+    return view, _refused(layers, static_reads(view)), None
 
 
 def _probed(source: nn.Module, inputs: Any) -> tuple[nn.Module, list[Layer], Probe]:

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from rankopt import measure, surgery
-from rankopt.layers import Layer, attached, find_layers
+from rankopt.layers import Layer, attached, find_layers, refused_if_held
 
 __all__ = ["Activation", "Bottleneck", "every_bottleneck", "find_bottlenecks"]
 
@@ -129,7 +129,8 @@ def every_bottleneck(model: nn.Module) -> list[Bottleneck]:
         for name, child in list(parent._modules.items()):
             if child is not None:  # tracing would enter torch.compile's wrapper
                 parent._modules[name] = getattr(child, "_orig_mod", child)
-    layers = {name: layer for layer in find_layers(plain) for name in layer.names}
+    described = refused_if_held(plain, find_layers(plain))
+    layers = {name: layer for layer in described for name in layer.names}
     found: list[Bottleneck] = []
     with measure.preserve_rng():
         for prefix, graph in _graphs(plain, ""):

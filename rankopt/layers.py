@@ -28,6 +28,7 @@ __all__ = [
     "check_materialised",
     "check_weight",
     "find_layers",
+    "refused_if_held",
     "select",
     "stored_weight",
 ]
@@ -175,6 +176,22 @@ def check_weight(layer: Layer, weight: Tensor) -> None:
         )
 
 
+def refused_if_held(model: nn.Module, layers: Iterable[Layer]) -> list[Layer]:
+    """The layers, those refused that plain attributes hold and may call: for where no run tells.
+
+    Args:
+        model: The tree they were found in.
+        layers: From `find_layers`.
+    """
+    modules, held = dict(surgery.named_modules(model)), surgery.held_outside(model)
+    return [
+        layer.refused(f"{held[module]} holds it too, outside the module tree")
+        if (module := modules[layer.name]) in held
+        else layer
+        for layer in layers
+    ]
+
+
 def find_layers(model: nn.Module) -> list[Layer]:
     """Describe every module of `model` that owns a weight, in model order.
 
@@ -191,12 +208,9 @@ def find_layers(model: nn.Module) -> list[Layer]:
     for module, paths in names.items():
         for key, parameter in module.named_parameters(recurse=False):
             owners.setdefault(id(parameter), []).append((paths[0], key))
-    held = surgery.held_outside(model)
     for module, paths in names.items():
         layer = _describe(module, paths[0], tuple(paths[1:]))
         if layer is not None:
-            if module in held:
-                layer = layer.refused(f"{held[module]} holds it too, outside the module tree")
             weight = getattr(module, "weight", None)
             layers.append((layer, id(weight)))
     described = {layer.name: layer for layer, _ in layers}

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import warnings
 from types import SimpleNamespace
 
 import pytest
@@ -191,13 +192,46 @@ def test_layers_no_chain_can_stand_in_for_are_kept(how):
     inputs = X if how == "example_inputs" else [X]
     plan = rankopt.search(Around(), "params<=95%", **{how: inputs})
     assert {d.targets[0] for d in plan.changes} == {"free"}
-    assert "Around.order holds it too" in plan["listed"].reason
-    assert "Around.order holds it too" in plan["bound"].reason
-    assert "called outside the module tree" in plan["held"].reason
+    for name in ("listed", "held"):
+        assert "called outside the module tree" in plan[name].reason
+    assert plan["bound"].keeps
     assert "depend on its class or attributes" in plan["typed"].reason
     by_source = rankopt.search(Around(), "params<=95%")
-    assert by_source["listed"].keeps
-    assert by_source["bound"].keeps
+    assert "Around.order holds it too" in by_source["listed"].reason
+    assert "Around.order holds it too" in by_source["bound"].reason
+
+
+def test_layers_that_a_list_only_records_are_free_where_a_run_tells():
+    class Recorded(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.two = nn.Linear(32, 32), nn.Linear(32, 32)
+            self.record = [self.one, self.two]
+
+        def forward(self, x):
+            return self.two(self.one(x).relu())
+
+    model = Recorded()
+    plan = rankopt.search(model, "params<=80%", example_inputs=X)
+    assert {d.targets[0] for d in plan.changes} <= {"one", "two"}
+    assert rankopt.compare(model, rankopt.apply(model, plan)).params.ratio <= 0.8
+
+
+@pytest.mark.parametrize(
+    "change", [torch.Tensor.to_sparse, lambda x: torch.nested.nested_tensor([*x])]
+)
+def test_outputs_that_cannot_be_compared_refuse_no_layer(change):
+    class Odd(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(32, 32)
+
+        def forward(self, x):
+            return change(self.fc(x))
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # nested tensors are a prototype
+        assert rankopt.search(Odd(), "params<=80%", example_inputs=X).changes
 
 
 def test_outputs_that_differ_from_run_to_run_refuse_no_layer():

@@ -90,7 +90,8 @@ def measured(
     """
     relaxation = losses.soft.relaxation
     kept, first = first_choice(losses, damage, weights, entropy)
-    best, ratio, path = first, FIRST_RATIO, [kept.chosen]
+    best, ratio = first, FIRST_RATIO
+    path, passed = [kept.chosen], [first]
     with progress_bar("refining ranks", rounds, enabled=relaxation.problem.progress) as advance:
         for _ in range(rounds):
             curves = _curves(losses, kept.chosen, damage, ratio)
@@ -104,6 +105,7 @@ def measured(
                 if lower:
                     best, kept, improved = loss, found, True
                     path.append(found.chosen)
+                    passed.append(loss)
                 record.add(
                     relaxation, found.spread, found.prices,
                     soft_loss=soft_loss, loss=loss, best=best,
@@ -115,7 +117,7 @@ def measured(
                 ratio = ratio**0.5
                 if ratio < LAST_RATIO:
                     break
-    return Refined(path, closed(losses, kept, best, record), best, first)
+    return Refined(path, passed, closed(losses, kept, best, record), first)
 
 
 def _curves(losses: Losses, chosen: list[int], damage: Array, ratio: float) -> list[_Curve]:

@@ -40,14 +40,14 @@ class Refined:
     Args:
         path: [sites] index among all options: of the first choice and of each with a lower
             loss than those before.
+        losses: [path] of the discretised models.
         soft_loss: Loss of the mixture as its annealing ends.
-        loss: Loss of the discretised model.
         first_loss: Loss of the discretised model before the data had a say.
     """
 
     path: list[list[int]]
+    losses: list[float]
     soft_loss: float
-    loss: float
     first_loss: float
 
 
@@ -99,7 +99,8 @@ def refine(
     relaxation = losses.soft.relaxation
     weights = weights / np.median(weights)
     kept, first = first_choice(losses, damage, weights, entropy)
-    best, step, wanted, path = first, FIRST_STEP, None, [kept.chosen]
+    best, step, wanted = first, FIRST_STEP, None
+    path, passed = [kept.chosen], [first]
     with progress_bar("refining ranks", rounds, enabled=relaxation.problem.progress) as advance:
         for _ in range(rounds):
             if wanted is None:
@@ -115,13 +116,14 @@ def refine(
             if loss < best:  # false for NaN too
                 best, kept, weights, wanted = loss, found, trial, None
                 path.append(found.chosen)
+                passed.append(loss)
                 step = min(step * GROWTH, 1.0)
             else:
                 step /= 2
             advance()
             if step < LAST_STEP:
                 break
-    return Refined(path, closed(losses, kept, best, record), best, first)
+    return Refined(path, passed, closed(losses, kept, best, record), first)
 
 
 def first_choice(

@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 
 from rankopt.allocation import TIE_BREAK, damage_of, menu, sensitivities
-from rankopt.errors import ModelError
+from rankopt.errors import DeadlineExceeded, ModelError
 from rankopt.plan import RankPlan
 from rankopt.relaxation import Relaxation
 from rankopt.soft import SoftModel
@@ -176,14 +176,14 @@ class Relaxed(Strategy):
         )
         facts: dict[str, Any] = {
             "soft_loss": finite(found.soft_loss),
-            "loss": finite(found.loss),
             "first_loss": finite(found.first_loss),
         }
-        chosen = found.path[-1]
+        place = len(found.path) - 1
         if problem.asymmetric:
             facts["distances"] = _distances(problem, relaxation, found.path)
-            chosen = found.path[int(np.argmin(facts["distances"]))]
-        plan = problem.plan(self, relaxation.options(chosen))
+            place = int(np.argmin(facts["distances"])) if facts["distances"] else place
+        facts["loss"] = finite(found.losses[place])
+        plan = problem.plan(self, relaxation.options(found.path[place]))
         return problem.annotate(plan, {self.name: {**facts, **record.summary()}})
 
     def _published(
@@ -234,12 +234,19 @@ def _distances(problem: Problem, relaxation: Relaxation, path: Sequence[list[int
         problem: With calibration inputs.
         relaxation: Of it.
         path: See `rankopt_strategies.relaxed.refining.Refined`.
+
+    Returns:
+        Of as many choices as the deadline allowed.
     """
     assert problem.distance is not None
-    return [
-        problem.distance(problem.decisions([o.in_order() for o in relaxation.options(chosen)]))
-        for chosen in path
-    ]
+    found = list[float]()
+    for chosen in path:
+        options = [option.in_order() for option in relaxation.options(chosen)]
+        try:
+            found.append(problem.distance(problem.decisions(options)))
+        except DeadlineExceeded:  # there is a plan
+            break
+    return found
 
 
 def _first_weights(problem: Problem) -> Array:
