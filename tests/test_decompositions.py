@@ -311,9 +311,13 @@ def test_tt_matches_tensorly():
 
 def test_estimates_are_near_what_is_fitted():
     weight = trained_kernel()[None]
-    for method, ranks in ((CP(), [30]), (BranchedTucker(), [14, 14]), (TT(), [10, 20, 12])):
+    for method, ranks, near in (
+        (CP(), [30], 0.2),  # few sweeps are not enough between anchors
+        (BranchedTucker(), [14, 14], 0.1),
+        (TT(), [10, 20, 12], 0.1),
+    ):
         basis = method.prepare(weight)
-        assert float(basis.error(ranks)) == pytest.approx(basis.fitted_error(ranks), rel=0.2)
+        assert float(basis.error(ranks)) == pytest.approx(basis.fitted_error(ranks), rel=near)
 
 
 @pytest.mark.parametrize(
