@@ -36,6 +36,7 @@ from rankopt.training.distillation import (
     private_teacher,
     train_as_evaluated,
 )
+from rankopt.training.freezing import release
 
 __all__ = ["Recovery", "check_settings", "recover"]
 
@@ -134,6 +135,7 @@ def recover(
     surgery.check_model(model)
     surgery.check_model(teacher, "teacher")
     check_settings(seconds, precision, augment, batch_size)
+    release(model)
     started = time.perf_counter()
     with measure.preserve_rng():
         samples = _Samples(hold(model, calibration, max_samples=calibration_samples))

@@ -60,16 +60,25 @@ class Compression:
         }
 
     def __str__(self) -> str:
-        from rankopt._report.tables import comparison_table, count, table, to_text
+        from rankopt._report.tables import to_text
+
+        return to_text(*self.tables())
+
+    def tables(self) -> tuple[Any, Any]:
+        """The stages, the dense model first, and the comparison."""
+        from rankopt._report.tables import comparison_table, count, table
 
         made = table("compress", "stage", "seconds", "params", "metric", "what came of it")
         made.columns[-1].justify = "left"
+        compared = self.comparison
+        dense = "–" if compared.metric is None else f"{compared.metric.before:.4g}"
+        made.add_row("dense", "–", count(compared.params.before), dense, "")
         for stage in self.stages:
             metric = "–" if stage.metric is None else f"{stage.metric:.4g}"
             made.add_row(
                 stage.name, f"{stage.seconds:.1f}", count(stage.params), metric, stage.note
             )
-        return to_text(made, comparison_table(self.comparison))
+        return made, comparison_table(compared)
 
 
 def compress(

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 
 import pytest
@@ -51,6 +52,7 @@ def test_one_call(task, tmp_path):
     text = str(done)
     assert "outputs identical" in text
     assert "recovered for" in text
+    assert re.search(r"^ dense +– +[\d.]+ k +100 *$", text, re.M)
     assert json.loads(json.dumps(done.to_dict()))["stages"][4]["name"] == "verify"
 
 

@@ -18,6 +18,7 @@ __all__ = [
     "common_options",
     "function",
     "give_plan",
+    "listed",
     "made",
     "model_and_inputs",
     "model_options",
@@ -117,6 +118,11 @@ def function(spec: str | None) -> Any:
     from rankopt._specs import load_callable
 
     return None if spec is None else load_callable(spec)
+
+
+def listed(text: str | None) -> list[str] | None:
+    """Names separated by commas; None for all."""
+    return [part.strip() for part in text.split(",")] if text else None
 
 
 def settings(pairs: Sequence[str]) -> dict[str, Any]:

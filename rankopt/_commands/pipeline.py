@@ -66,6 +66,7 @@ def add_pipeline(
 
 def _compress(arguments: argparse.Namespace) -> int:
     import rankopt
+    from rankopt._report.tables import show
 
     search = search_settings(arguments)
     tuning = {
@@ -92,7 +93,11 @@ def _compress(arguments: argparse.Namespace) -> int:
         folder=arguments.folder,
         seed=arguments.seed,
     )
-    print(json.dumps(done.to_dict()) if arguments.json else f"{done}\n{done.path} written")
+    if arguments.json:
+        print(json.dumps(done.to_dict()))
+    else:
+        show(*done.tables())
+        print(f"{done.path} written")
     return 0
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from rankopt._commands.options import settings
+from rankopt._commands.options import listed, settings
 
 __all__ = ["search_options", "search_settings"]
 
@@ -41,7 +41,7 @@ def search_settings(arguments: argparse.Namespace) -> dict[str, Any]:
     name = arguments.strategy or DEFAULT_STRATEGY
     return {
         "strategy": strategies.create(name, **settings(arguments.set)),
-        "methods": arguments.methods.split(",") if arguments.methods else None,
+        "methods": listed(arguments.methods),
         "only": arguments.only,
         "ignore": arguments.ignore,
         "round_to": arguments.round_to,
