@@ -123,16 +123,8 @@ def test_compress(spec, tmp_path, capsys):
 
 def test_compress_takes_the_options_of_a_search(spec, tmp_path, capsys):
     train = ("--train", spec.replace(":build", ":train"), "--epochs", 0, "--recover", 0)
-    options = (
-        "--ignore",
-        "4",
-        "--methods",
-        " tucker2 ",
-        "--round-to",
-        4,
-        "--fisher",
-        "--asymmetric",
-    )
+    choices = ("--round-to", 4, "--fisher", "--asymmetric")
+    options = ("--ignore", "4", "--methods", " tucker2 ", *choices)
     out = ("-o", tmp_path / "out.safetensors", "--json")
     assert run("compress", spec, "--budget", "params<=80%", *train, *options, *out) == 0
     decisions = json.loads(capsys.readouterr().out)["plan"]["decisions"]
