@@ -229,7 +229,10 @@ class Loop:
             device = self.accelerator.device
             # DDP decides at construction whose gradients it exchanges.
             self.wrapped = nn.parallel.DistributedDataParallel(
-                self.plain, device_ids=[device.index] if device.type == "cuda" else None
+                self.plain,
+                device_ids=[device.index] if device.type == "cuda" else None,
+                # A pooler that the loss leaves out; as Hugging Face's Trainer decides it.
+                find_unused_parameters=not getattr(self.plain, "is_gradient_checkpointing", False),
             )
 
     def _set_rate(self) -> None:
