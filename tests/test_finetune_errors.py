@@ -194,3 +194,13 @@ def test_images_among_other_inputs_are_augmented():
     assert not torch.equal(first, images)
     assert second is mapped["ids"] is ids
     assert shift_and_mirror((images, images), generator)[0] is images
+
+
+def test_steps_that_never_update_end_with_an_error(monkeypatch):
+    from accelerate.optimizer import AcceleratedOptimizer
+
+    _, small, x, y = problem()
+    skipped = property(lambda self: True)
+    monkeypatch.setattr(AcceleratedOptimizer, "step_was_skipped", skipped)
+    with pytest.raises(TrainingError, match=r"step 31: .*overflowed 32 times .*precision='bf16'"):
+        rankopt.finetune(small, in_batches(x, y), epochs=6)

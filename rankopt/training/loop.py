@@ -26,7 +26,7 @@ from rankopt.training import batches as data
 from rankopt.training import state as files
 from rankopt.training.distillation import Distillation, Distiller
 from rankopt.training.freezing import Freezer
-from rankopt.training.objective import Objective
+from rankopt.training.objective import Objective, so_far
 from rankopt.training.recipe import Recipe, check_integer
 from rankopt.training.schedules import NoFreezing
 
@@ -35,6 +35,8 @@ __all__ = ["Loop"]
 # Steps between two updates of the figures beside the progress bar: reading them waits
 # for the device.
 NOTE_EVERY: Final = 10
+# Steps in a row without an update: float16's scale began at 2^16 and is below 2^-16 by then.
+MOST_SKIPPED: Final = 32
 # Distinct streams for every epoch of every process, from one seed.
 SEED_STRIDE: Final = 1_000_003
 
@@ -93,6 +95,7 @@ class Loop:
         self.best: dict[str, Any] | None = None
         self.before: float | None = None
         self.step = 0
+        self.skipped = 0  # in a row
 
     # Set-up
 
@@ -138,12 +141,12 @@ class Loop:
         good: dict[str, Tensor] | None = None
         try:
             with stack:
-                good = _copied(self.plain.state_dict())
+                good = files.copied(self.plain.state_dict())
                 self._resume()
                 if not self.history:
                     self._start()
                 while len(self.history) < self.recipe.epochs and not self._impatient():
-                    good = _copied(self.plain.state_dict())
+                    good = files.copied(self.plain.state_dict())
                     self._epoch(len(self.history))
                     self._finish_epoch()
                 good = self._final()
@@ -163,7 +166,7 @@ class Loop:
         """The metric to beat: a run never ends with worse weights than it was given."""
         self.before = self._evaluated(self.plain)
         if self.before is not None:
-            self.best = _copied(self.plain.state_dict())
+            self.best = files.copied(self.plain.state_dict())
 
     def _epoch(self, epoch: int) -> None:
         if hasattr(self.loader, "set_epoch"):
@@ -186,7 +189,7 @@ class Loop:
                 self._set_rate()
                 self._step(group, generator, totals, terms)
                 taken += 1
-                advance(_note(totals, started) if taken % NOTE_EVERY == 1 else None)
+                advance(so_far(totals, started) if taken % NOTE_EVERY == 1 else None)
         if not taken:
             raise TrainingError(f"train yielded no batch in epoch {epoch + 1}")
         if taken < self.steps_per_epoch:
@@ -273,9 +276,19 @@ class Loop:
                 "look for NaN in the data"
             )
         self.optimizer.step()
+        self._check_skipped()
         self.step += 1
         if self.average is not None:
             self.average.update_parameters(self.plain)
+
+    def _check_skipped(self) -> None:
+        """Raise if float16 overflows at any scale."""
+        self.skipped = self.skipped + 1 if self.optimizer.step_was_skipped else 0
+        if self.skipped >= MOST_SKIPPED:
+            raise TrainingError(
+                f"step {self.step}: gradients in float16 have overflowed {self.skipped} times in a "
+                "row, so that nothing trains; use precision='bf16' or 'no'"
+            )
 
     def _in_order(self, epoch: int) -> Iterator[Any]:
         """An epoch's batches of this process.
@@ -319,7 +332,7 @@ class Loop:
         best = self.best_metric
         if metric is None or best is None or math.isnan(best) or metric > best:
             self.best_epoch = entry["epoch"]
-            self.best = None if metric is None else _copied(self._current.state_dict())
+            self.best = None if metric is None else files.copied(self._current.state_dict())
         if self.folder is None or not self.accelerator.is_main_process:
             return
         scaler = getattr(self.accelerator, "scaler", None)
@@ -364,7 +377,7 @@ class Loop:
 
     def _final(self) -> dict[str, Any]:
         """The weights to end with."""
-        return self.best if self.best is not None else _copied(self._current.state_dict())
+        return self.best if self.best is not None else files.copied(self._current.state_dict())
 
     def _resume(self) -> None:
         if self.folder is None:
@@ -384,17 +397,3 @@ class Loop:
         if self.accelerator.is_main_process:  # it may have been killed between the two files
             files.write_record(self.folder, self._identity(), self.history)
         self.best_epoch, self.best = saved["best_epoch"], saved["best"]
-
-
-def _copied(state: dict[str, Any]) -> dict[str, Any]:
-    return {
-        key: value.detach().clone() if isinstance(value, Tensor) else value
-        for key, value in state.items()
-    }
-
-
-def _note(totals: Tensor, started: float) -> str:
-    """Accuracy so far and speed, for the progress bar."""
-    _, right, labels, samples = totals.tolist()
-    accuracy = f"{100 * right / labels:.1f}%, " if labels else ""
-    return f"{accuracy}{samples / (time.perf_counter() - started):.0f}/s"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +17,7 @@ from rankopt.training import batches as data
 from rankopt.training.augmentation import augmentation
 from rankopt.training.distillation import Distiller
 
-__all__ = ["Objective"]
+__all__ = ["Objective", "so_far"]
 
 
 class Objective:
@@ -103,6 +104,13 @@ class Objective:
         if not (isinstance(output, dict) and output.get("loss") is not None):
             data.check_labels(labels, output, step)
         return data.task_loss(output, measure.to_device(labels, device))
+
+
+def so_far(totals: Tensor, started: float) -> str:
+    """Accuracy so far and speed, for the progress bar."""
+    _, right, labels, samples = totals.tolist()
+    accuracy = f"{100 * right / labels:.1f}%, " if labels else ""
+    return f"{accuracy}{samples / (time.perf_counter() - started):.0f}/s"
 
 
 def _teach(distiller: Distiller, inputs: Any, step: int) -> None:

@@ -14,14 +14,22 @@ from typing import Any, Final
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from rankopt import measure
 from rankopt._files import atomic_path, write_text
 from rankopt._provenance import plan_of
 from rankopt.errors import CheckpointError, RankoptError
 
-__all__ = ["CHECKPOINT", "RECORD", "fingerprint", "load_state", "save_state", "write_record"]
+__all__ = [
+    "CHECKPOINT",
+    "RECORD",
+    "copied",
+    "fingerprint",
+    "load_state",
+    "save_state",
+    "write_record",
+]
 
 SCHEMA: Final = "rankopt.training/2"
 CHECKPOINT: Final = "training.pt"
@@ -36,6 +44,14 @@ def fingerprint(model: nn.Module) -> dict[str, str | None]:
         text = json.dumps([decision.to_dict() for decision in plan], sort_keys=True)
         decisions = hashlib.sha256(text.encode()).hexdigest()[:32]
     return {"plan": decisions, "model": measure.structure_digest(model)}
+
+
+def copied(state: Mapping[str, Any]) -> dict[str, Any]:
+    """A state that later steps leave as it is."""
+    return {
+        key: value.detach().clone() if isinstance(value, Tensor) else value
+        for key, value in state.items()
+    }
 
 
 def save_state(
