@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, Final
@@ -20,7 +21,14 @@ from rankopt._verify import environment, verify
 from rankopt.agreement import Agreement
 from rankopt.budget import Budget
 from rankopt.decompositions.base import Decomposition
-from rankopt.errors import BudgetError, ModelError, NotYetSupported, RankoptWarning
+from rankopt.errors import (
+    BudgetError,
+    CalibrationError,
+    EvaluationError,
+    ModelError,
+    NotYetSupported,
+    RankoptWarning,
+)
 from rankopt.inputs import MAX_SAMPLES, affordable, digest, divergence, hold, main_output, run
 from rankopt.layers import Patterns
 from rankopt.moments import Moments
@@ -34,6 +42,8 @@ __all__ = ["Opened", "check_request", "open_problem", "uses_metric"]
 DIVERGENCE_SAMPLES: Final = 256
 # Samples on which whole plans are compared.
 DISTANCE_SAMPLES: Final = 512
+# Of outputs that are not finite; a number, as plans hold no other.
+FARTHEST: Final = 1e30
 SHELL: Final = " (in the shell --input 1,3,224,224)"
 
 
@@ -224,10 +234,20 @@ def _calibrate(problem: Problem, view: nn.Module, held: Sequence[Any]) -> None:
     @cache
     def built() -> TrialModel:
         near = Agreement(view, affordable(view, held, DISTANCE_SAMPLES))
-        return TrialModel(problem, view, near, held=held)
+
+        def nearness(model: nn.Module) -> Iterator[tuple[float, float]]:
+            for value, weight in near(model):
+                yield (value if math.isfinite(value) else -FARTHEST), weight
+
+        return TrialModel(problem, view, nearness, held=held)
 
     def distance(decisions: Iterable[Decision]) -> float:
         problem.check_deadline()
-        return -built().metric(decisions)
+        try:
+            return -built().metric(decisions)
+        except EvaluationError as error:
+            if isinstance(error.__cause__, CalibrationError):  # nobody passed an evaluate
+                raise error.__cause__ from None
+            raise
 
     problem.distance = distance

@@ -79,16 +79,16 @@ class SoftModel(nn.Module):
         super().__init__()
         self.model, self.relaxation = model, relaxation
         device = surgery.device_of(model)
-        self.scores = nn.Parameter(torch.zeros(len(relaxation), device=device))
+        self.scores = nn.Parameter(torch.zeros(len(relaxation), device=device, dtype=torch.float32))
         held = {
             "owner": torch.from_numpy(relaxation.owner),
             "shares": torch.from_numpy(relaxation.shares).float(),
             "room": torch.from_numpy(relaxation.room).float(),
             "log_sizes": torch.from_numpy(relaxation.sizes).clamp_min(2).log(),
             # Multipliers of the budget's axes and of the entropy.
-            "multipliers": torch.zeros(len(relaxation.axes) + 1),
+            "multipliers": torch.zeros(len(relaxation.axes) + 1, dtype=torch.float32),
             # Of `settle`; zeros before.
-            "settled": torch.zeros(len(relaxation)),
+            "settled": torch.zeros(len(relaxation), dtype=torch.float32),
         }
         for name, value in held.items():
             state = name in ("multipliers", "settled")
@@ -110,7 +110,8 @@ class SoftModel(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the model computes with its soft weights."""
         weights = self.soft_weights() if self._held is None else self._held
-        return torch.func.functional_call(self.model, weights, args, kwargs)
+        # Tied layers are all named; a module of two names would not be given its own weight back.
+        return torch.func.functional_call(self.model, weights, args, kwargs, tie_weights=False)
 
     def weights(self) -> list[nn.Parameter]:
         """The model's own parameters that train."""
@@ -210,6 +211,7 @@ class SoftModel(nn.Module):
 
     # Results
 
+    @measure.outside_inference_mode
     def discretise(self) -> RankPlan:
         """The plan of the most probable ranks within the budget.
 
@@ -253,6 +255,7 @@ class SoftModel(nn.Module):
         prices = self.multipliers[:-1].double().cpu().numpy()
         return relaxation.options(relaxation.round(logs, np.square(relaxation.error), prices))
 
+    @measure.outside_inference_mode
     def settle(self, plan: RankPlan) -> None:
         """Compute with a plan's ranks alone from now on: the weights train on as `build` has them.
 
@@ -267,6 +270,7 @@ class SoftModel(nn.Module):
         self.settled.copy_(self._certain(plan))
         _settled_as_loaded(self)
 
+    @measure.outside_inference_mode
     def build(self, plan: RankPlan) -> nn.Module:
         """The small model, with the weights as trained.
 
@@ -284,7 +288,10 @@ class SoftModel(nn.Module):
             with self.using(self._certain(plan)):
                 projected = self.soft_weights()
             dense = surgery.clone(self.model)
-            parameters = dict(dense.named_parameters(remove_duplicate=False))
+            parameters = {
+                surgery.normalised(name): parameter
+                for name, parameter in dense.named_parameters(remove_duplicate=False)
+            }
             for name, value in projected.items():
                 parameters[name].copy_(value)
             # The weights have the ranks of the plan now: any factors of those are exact, but

@@ -29,6 +29,10 @@ NEGLIGIBLE_ERROR = 1e-6
 TIE_BREAK = 1e-9
 # A plan proved to be within this of the optimum needs no further proof.
 GOOD_GAP = 1e-4
+# Rounding errors of a sum of shares; below one unit of 1e12 MACs.
+WITHIN = 1.0 + 1e-13
+# A layer that leaves no finite outputs matters this much more than any other.
+FATAL = 100.0
 
 
 @dataclass(frozen=True)
@@ -141,13 +145,12 @@ def _lagrangian(damages: Sequence[Array], costs: Sequence[Array]) -> Allocation 
         )
         return terms - price
 
-    within = 1.0 + 1e-12
     low, high = 0.0, 1.0
-    if (used(pick(low)) <= within).all():
+    if (used(pick(low)) <= WITHIN).all():
         chosen = pick(low)
         return Allocation(tuple(chosen), _total(damages, chosen), _total(damages, chosen))
     for _ in range(200):
-        if (used(pick(high)) <= within).all():
+        if (used(pick(high)) <= WITHIN).all():
             break
         high *= 4
     else:
@@ -156,24 +159,22 @@ def _lagrangian(damages: Sequence[Array], costs: Sequence[Array]) -> Allocation 
     for _ in range(BISECTIONS):
         middle = (low + high) / 2
         bound = max(bound, dual(middle))
-        if (used(pick(middle)) <= within).all():
+        if (used(pick(middle)) <= WITHIN).all():
             high = middle
         else:
             low = middle
-    chosen = _spend_slack(damages, costs, pick(high), within)
+    chosen = _spend_slack(damages, costs, pick(high))
     return Allocation(tuple(chosen), _total(damages, chosen), max(bound, 0.0))
 
 
-def _spend_slack(
-    damages: Sequence[Array], costs: Sequence[Array], chosen: list[int], within: float
-) -> list[int]:
+def _spend_slack(damages: Sequence[Array], costs: Sequence[Array], chosen: list[int]) -> list[int]:
     """Take the swaps that lower the damage most until none fits the budget."""
     used = np.sum([cost[i] for cost, i in zip(costs, chosen, strict=True)], axis=0)
     while True:
         best: tuple[float, int, int] | None = None
         for site, (damage, cost) in enumerate(zip(damages, costs, strict=True)):
             now = chosen[site]
-            fits = (used - cost[now] + cost <= within).all(axis=1)
+            fits = (used - cost[now] + cost <= WITHIN).all(axis=1)
             gains = np.where(fits, damage[now] - damage, 0.0)
             option = int(np.argmax(gains))
             if gains[option] > 0 and (best is None or gains[option] > best[0]):
@@ -222,7 +223,7 @@ def _integer_program(
         for start, size in zip(offsets, sizes, strict=True)
     ]
     used = np.sum([cost[i] for cost, i in zip(costs, chosen, strict=True)], axis=0)
-    if (used > 1.0 + 1e-9).any():  # within the solver's tolerance, not ours
+    if (used > WITHIN).any():  # within the solver's tolerance, not ours
         return None
     bound = result.mip_dual_bound
     known = start.bound if start is not None else 0.0
@@ -305,7 +306,23 @@ def sensitivities(problem: Problem, menus: Sequence[Sequence[Option]]) -> list[f
             )
             return None
         found.append(max(moved, 1e-12) / float(probe.error or 1.0) ** 2)
-    return found
+    return _finite(problem, found)
+
+
+def _finite(problem: Problem, found: Sequence[float]) -> list[float]:
+    """The sensitivities, with a large one for layers that leave no finite outputs."""
+    lost = [i for i, figure in enumerate(found) if not math.isfinite(figure)]
+    if not lost:
+        return [*found]
+    most = FATAL * max((figure for figure in found if math.isfinite(figure)), default=1.0)
+    names = ", ".join(problem.sites[i].name for i in lost)
+    warnings.warn(
+        f"layer {names}: decomposed alone to half its cost, the model's outputs are not finite; it "
+        f"weighs {FATAL:.0f} times as much as any other, ignore= leaves it dense",
+        RankoptWarning,
+        stacklevel=4,
+    )
+    return [most if i in lost else figure for i, figure in enumerate(found)]
 
 
 def _probe(problem: Problem, site: Site, options: Sequence[Option]) -> Option | None:

@@ -17,7 +17,7 @@ from rankopt._open import Opened, check_request, open_problem
 from rankopt._soft_model import FIRST_ENTROPY, SoftModel, Trained
 from rankopt.budget import Budget
 from rankopt.decompositions.base import Decomposition
-from rankopt.errors import ModelError
+from rankopt.errors import BudgetError, ModelError
 from rankopt.inputs import MAX_SAMPLES
 from rankopt.layers import Patterns
 from rankopt.profile_table import ProfileTable
@@ -77,6 +77,11 @@ def soften(
     """
     started = time.perf_counter()
     allowed = Budget.parse(budget)
+    if allowed is not None and allowed.metric_drop is not None:
+        raise BudgetError(
+            "soft ranks are held to params, macs, memory or latency; for a budget on metric_drop "
+            "use rankopt.search"
+        )
     check_request(allowed, Trained(), example_inputs, calibration, None)
     with torch.no_grad(), measure.preserve_rng():
         opened = open_problem(

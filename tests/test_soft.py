@@ -280,3 +280,58 @@ def test_a_copy_has_weights_of_its_own(method):
     assert torch.equal(soft(x), before)
     assert not torch.equal(other(x), before)
     assert other.discretise().decisions
+
+
+class SharedModule(nn.Module):
+    """One module under two names, as in models that repeat a block."""
+
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Linear(32, 32)
+        self.b, self.c = self.a, nn.Linear(32, 32)
+
+    def forward(self, x):
+        return self.c(torch.tanh(self.b(torch.tanh(self.a(x)))))
+
+
+def test_a_module_of_two_names_keeps_its_weight():
+    model, x = SharedModule(), torch.randn(8, 32)
+    soft = rankopt.soften(model, "params<=50%")
+    with torch.no_grad():
+        assert torch.equal(soft(x), soft(x))
+    for progress in (0.0, 1.0):
+        (soft(x).square().mean() + soft.penalty(progress)).backward()
+    plan = soft.discretise()
+    with torch.no_grad(), soft.using(soft._certain(plan)):
+        torch.testing.assert_close(soft.build(plan)(x), soft(x), rtol=1e-4, atol=1e-5)
+
+
+def test_a_part_may_be_compiled():
+    part = torch.compile(nn.Sequential(nn.Linear(32, 32), nn.ReLU()), backend="eager")
+    soft = rankopt.soften(nn.Sequential(part, nn.Linear(32, 32)), "params<=50%")
+    plan, x = soft.discretise(), torch.randn(4, 32)
+    with torch.no_grad(), soft.using(soft._certain(plan)):
+        torch.testing.assert_close(soft.build(plan)(x), soft(x), rtol=1e-4, atol=1e-5)
+
+
+def test_what_is_built_in_inference_mode_can_be_trained():
+    soft = rankopt.soften(nn.Sequential(nn.Linear(32, 32)), "params<=50%")
+    with torch.inference_mode():
+        small = soft.build(soft.discretise())
+    small(torch.randn(4, 32)).sum().backward()
+    assert all(p.grad is not None for p in small.parameters())
+
+
+def test_another_default_dtype():
+    model = nn.Sequential(nn.Linear(32, 32))
+    torch.set_default_dtype(torch.float64)
+    try:
+        soft = rankopt.soften(model, "params<=50%")
+        soft.penalty(0.1).backward()
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_a_budget_on_the_metric_is_refused():
+    with pytest.raises(BudgetError, match="use rankopt.search"):
+        rankopt.soften(nn.Sequential(nn.Linear(32, 32)), "metric_drop<=0.1, minimize=params")

@@ -129,3 +129,13 @@ def test_infeasible_names_the_smallest():
 def test_settings_are_validated(bad):
     with pytest.raises(ValueError, match=next(iter(bad))):
         Knapsack(**bad)
+
+
+def test_one_unit_above_a_large_limit_is_too_much():
+    # Two layers of rank 16 cost one MAC more than the limit, 1.6e9.
+    model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Linear(64, 64))
+    count = 400_000
+    limit = (2 * 128 * 16 * count - 0.5) / (2 * 64 * 64 * count)
+    x = torch.zeros(1, 64).expand(count, 64)
+    plan = rankopt.search(model, rankopt.Budget(macs=limit), strategy="knapsack", example_inputs=x)
+    assert sum(d.ranks[0] for d in plan) == 31

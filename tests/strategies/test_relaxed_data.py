@@ -128,6 +128,24 @@ def test_a_choice_survives_the_deadline(monkeypatch):
 
 
 @pytest.mark.parametrize("slopes", ["measured", "gradient"])
+def test_the_first_choice_survives_the_deadline(monkeypatch, slopes):
+    from rankopt_strategies.relaxed import measuring, refining
+
+    def first(losses, *arguments):
+        made = real(losses, *arguments)
+        losses.soft.relaxation.problem.deadline = 0.0
+        return made
+
+    real = refining.first_choice
+    for module in (measuring, refining):
+        monkeypatch.setattr(module, "first_choice", first)
+    strategy = Relaxed(rounds=1, slopes=slopes)
+    plan = plan_for("macs<=40%", strategy=strategy, calibration=[planted_inputs(64)])
+    assert plan.changes
+    assert plan.extensions["relaxed"]["loss"] == plan.extensions["relaxed"]["first_loss"]
+
+
+@pytest.mark.parametrize("slopes", ["measured", "gradient"])
 def test_the_loss_decides_which_layer_keeps_its_rank(slopes):
     # Only the second half of the first layer's outputs reaches the loss.
     class Two(nn.Module):
@@ -275,3 +293,15 @@ def test_bad_requests():
 def test_settings_are_validated(make, match):
     with pytest.raises(ValueError, match=match):
         make()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_published_search_on_data_in_half_precision(dtype):
+    model = nn.Sequential(nn.Linear(24, 24), nn.ReLU(), nn.Linear(24, 24)).to(dtype)
+    plan = rankopt.search(
+        model,
+        "params<=60%",
+        strategy=Relaxed(mode="paper", paper=SMALL),
+        calibration=[torch.randn(64, 24).to(dtype)],
+    )
+    assert plan.changes

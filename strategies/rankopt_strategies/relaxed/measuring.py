@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Final
 
@@ -9,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from rankopt._progress import progress_bar
+from rankopt.errors import DeadlineExceeded
 from rankopt.relaxation import Relaxation
 from rankopt_strategies.relaxed.annealing import Record
 from rankopt_strategies.relaxed.losses import Losses
@@ -92,7 +94,8 @@ def measured(
     kept, first = first_choice(losses, damage, weights, entropy)
     best, ratio = first, FIRST_RATIO
     path, passed = [kept.chosen], [first]
-    with progress_bar("refining ranks", rounds, enabled=relaxation.problem.progress) as advance:
+    progress = progress_bar("refining ranks", rounds, enabled=relaxation.problem.progress)
+    with suppress(DeadlineExceeded), progress as advance:  # there is a choice
         for _ in range(rounds):
             curves = _curves(losses, kept.chosen, damage, ratio)
             improved = False

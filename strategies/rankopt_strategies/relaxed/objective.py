@@ -110,14 +110,17 @@ class Objective:
         named = {}
         for site in problem.sites:
             stored = stored_weight(site.layer, weights[site.name])  # one for tied layers
+            stored = stored.to(problem.weight(site.layer).dtype)
             for layer in site.layers:
                 named[f"{layer.name}.weight" if layer.name else "weight"] = stored
 
         def forward(inputs: Any) -> Any:
             args = inputs if isinstance(inputs, (tuple, list)) else (inputs,)
             if isinstance(inputs, Mapping):
-                return torch.func.functional_call(self.model, named, (), dict(inputs))
-            return torch.func.functional_call(self.model, named, tuple(args))
+                return torch.func.functional_call(
+                    self.model, named, (), dict(inputs), tie_weights=False
+                )
+            return torch.func.functional_call(self.model, named, tuple(args), tie_weights=False)
 
         return self(forward)
 

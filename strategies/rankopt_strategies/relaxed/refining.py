@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Final
 
@@ -101,7 +102,8 @@ def refine(
     kept, first = first_choice(losses, damage, weights, entropy)
     best, step, wanted = first, FIRST_STEP, None
     path, passed = [kept.chosen], [first]
-    with progress_bar("refining ranks", rounds, enabled=relaxation.problem.progress) as advance:
+    progress = progress_bar("refining ranks", rounds, enabled=relaxation.problem.progress)
+    with suppress(DeadlineExceeded), progress as advance:  # there is a choice
         for _ in range(rounds):
             if wanted is None:
                 wanted = _wanted(losses, damage, weights)
