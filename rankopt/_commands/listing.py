@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import json
 from dataclasses import is_dataclass
 from typing import Any
 
+from rankopt._json import strict_json
 from rankopt.errors import RankoptError
 
 __all__ = ["add_listing"]
@@ -43,7 +43,7 @@ def _strategies(arguments: argparse.Namespace) -> int:
             row["settings"] = vars(cls()) if is_dataclass(cls) else {}
         rows.append(row)
     if arguments.json:
-        print(json.dumps(rows, default=str))
+        print(strict_json(rows, default=str))
         return 0
     from rankopt._report.tables import show, table
 
@@ -63,5 +63,5 @@ def _demo(arguments: argparse.Namespace) -> int:
 
     result = run(arguments.output, quiet=arguments.json)
     if arguments.json:
-        print(json.dumps(result))
+        print(strict_json(result))
     return 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import warnings
 from collections.abc import Mapping, Sequence
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rankopt._files import atomic_path, write_text
+from rankopt._json import strict_json
 from rankopt._report.tables import counted, table
 from rankopt._study.front import Front
 from rankopt._study.reading import counts, quiet, record_of
@@ -158,7 +158,7 @@ def export(
         written.append(target / f"plan-{point.trial}.json")
         point.plan.save(written[-1])
     written.append(target / "status.json")
-    write_text(written[-1], json.dumps(study.status(), indent=2) + "\n")
+    write_text(written[-1], strict_json(study.status(), indent=2) + "\n")
     for name, figure in drawn.items():
         written.append(target / f"{name}.html")
         with atomic_path(written[-1]) as temporary:
