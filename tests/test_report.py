@@ -258,6 +258,9 @@ def test_what_cannot_be_reported(plan, tmp_path):
     ):
         with pytest.raises(error, match=message):
             rankopt.report(source, tmp_path / "page.html")
+    (tmp_path / "deep.json").write_text("[" * 100_000)
+    with pytest.raises(RankoptError, match="deep.json cannot be read as JSON"):
+        rankopt.report(tmp_path / "deep.json", tmp_path / "page.html")
     with pytest.raises(RankoptError, match=r"end it in \.html"):
         rankopt.report(plan, tmp_path / "page.pdf")
     assert not list(tmp_path.glob("page.*"))
