@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import rankopt
 from rankopt import _specs
 from rankopt.cli import main
 from rankopt.errors import ModelError, RankoptError, RankoptWarning
+from rankopt.strategy import Strategy
 
 MODELS = """
 import torch
@@ -328,6 +330,30 @@ def test_strategies(capsys):
     assert run("strategies", "--json") == 0
     names = [row["name"] for row in json.loads(capsys.readouterr().out)]
     assert names == sorted(names)
+
+
+def test_strategies_of_plug_ins(capsys):
+    class Bare(Strategy):
+        def search(self, problem):
+            raise NotImplementedError
+
+    @dataclass
+    class Failing(Bare):
+        def __post_init__(self):
+            raise OSError("no licence")
+
+    for name, cls in (("bare", Bare), ("failing", Failing)):
+        rankopt.strategies.register(name)(cls)
+    try:
+        assert run("strategies") == 0
+        assert "no licence" in capsys.readouterr().out
+        assert run("strategies", "--json") == 0
+    finally:
+        for name in ("bare", "failing"):
+            rankopt.strategies.unregister(name)
+    rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)}
+    assert rows["bare"]["summary"] == ""
+    assert "OSError: no licence" in rows["failing"]["error"]
 
 
 def test_interrupt_leaves_nothing(spec, tmp_path, capsys, monkeypatch):

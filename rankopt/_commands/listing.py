@@ -35,12 +35,14 @@ def _strategies(arguments: argparse.Namespace) -> int:
         row: dict[str, Any] = {"name": name, "from": strategies.origin(name)}
         try:
             cls = strategies.get(name)
+            row["settings"] = vars(cls()) if is_dataclass(cls) else {}
         except RankoptError as error:
             row["error"] = str(error)
+        except Exception as error:  # a plug-in's own
+            row["error"] = f"cannot be made without settings: {type(error).__name__}: {error}"
         else:
-            row["summary"] = (cls.__doc__ or "").strip().splitlines()[0]
+            row["summary"] = (cls.__doc__ or "").strip().partition("\n")[0]
             row["needs"] = sorted(cls.tags.needs)
-            row["settings"] = vars(cls()) if is_dataclass(cls) else {}
         rows.append(row)
     if arguments.json:
         print(strict_json(rows, default=str))
