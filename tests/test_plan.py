@@ -204,6 +204,14 @@ def test_unwritable_folder_of_proc():
         FULL.save("/proc/plan.json")
 
 
+def test_files_are_synced_through_a_handle_that_may_write(tmp_path, monkeypatch):
+    fcntl = pytest.importorskip("fcntl")
+    modes = []
+    monkeypatch.setattr(os, "fsync", lambda fd: modes.append(fcntl.fcntl(fd, fcntl.F_GETFL)))
+    FULL.save(tmp_path / "plan.json")
+    assert [mode & os.O_ACCMODE for mode in modes] == [os.O_RDWR]
+
+
 def test_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "plan.json"
     path.write_text("old")
