@@ -52,8 +52,8 @@ class Comparison:
         macs: Multiply-accumulates for the example inputs; None without them.
         metric: The user's metric; None without `evaluate`.
         output_error: Relative error ‖y' − y‖/‖y‖ of the outputs y for the example inputs;
-            None without them, where outputs are no floating-point tensors of one shape, or
-            where the device has no memory for both.
+            None without them, where outputs are no floating-point tensors of one shape or
+            not finite, or where the device has no memory for both.
         agreement: Share of the example inputs' predictions with the same class, where
             outputs are class scores.
         latency_before_ms: Median of the original, milliseconds.
@@ -208,7 +208,8 @@ def _apart(original: nn.Module, compressed: nn.Module, inputs: Any) -> dict[str,
         before, after = map(compared, outputs)
         if before.shape != after.shape:
             return {}
-        found = {"output_error": math.sqrt(relative_error(before, after))}
+        error = math.sqrt(relative_error(before, after))
+        found = {"output_error": error} if math.isfinite(error) else {}
         if scores_classes(outputs[0]):
             dim = class_dim(before)
             same = before.argmax(dim) == after.argmax(dim)

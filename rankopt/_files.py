@@ -88,7 +88,7 @@ def _unwritable(target: Path, error: OSError) -> RankoptError:
 
 def _move(temporary: Path, target: Path) -> None:
     """Put a complete file in its place, with the permissions of a new one."""
-    with temporary.open("rb") as written:
+    with temporary.open("r+b") as written:  # Windows syncs only what may be written
         os.fsync(written.fileno())
     umask = os.umask(0)
     os.umask(umask)

@@ -20,6 +20,7 @@ from rankopt import checkpoint as files
 from rankopt._compare import Comparison, Figure, compare
 from rankopt._files import write_text
 from rankopt._fold import check_foldable, fold
+from rankopt._json import strict_json
 from rankopt._metric import metric_of
 from rankopt._open import uses_metric
 from rankopt._spelled import spelled
@@ -118,8 +119,8 @@ class Run:
         self._read(
             {
                 "model": measure.weights_digest(surgery.unwrap(self.model)),
-                "budgets": json.loads(json.dumps(budgets)),
-                "settings": json.loads(json.dumps(self.how, default=spelled)),
+                "budgets": json.loads(strict_json(budgets)),
+                "settings": json.loads(strict_json(self.how, default=spelled)),
                 "seed": self.seed,
                 "calibration": None if self.calibration is None else digest(self.calibration),
                 "example_inputs": spelled(self.inputs),
@@ -334,7 +335,7 @@ class Run:
 
     def _finished(self, stage: Stage) -> None:
         self.done[stage.name] = vars(stage)
-        text = json.dumps({"identity": self.identity, "stages": self.done}, indent=1)
+        text = strict_json({"identity": self.identity, "stages": self.done}, indent=1)
         write_text(self.work / WORK, text + "\n")
 
 

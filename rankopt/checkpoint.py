@@ -145,7 +145,7 @@ def _shard_names(index_path: Path) -> set[str]:
             return {name for name in content["weight_map"].values() if Path(name).name == name}
     except FileNotFoundError:
         return set()
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         pass
     raise CheckpointError(
         f"{index_path} belongs to another model, or is damaged, and would be replaced; choose "
@@ -295,18 +295,31 @@ def _shards(tensors: Mapping[str, Tensor], limit: int) -> list[dict[str, Tensor]
 
 
 def _read(path: Path, *, weights: bool = True) -> tuple[dict[str, str], dict[str, Tensor]]:
+    if path.is_dir():
+        raise CheckpointError(f"{path} is a folder; name a file that rankopt.save wrote")
     index = _index_of(path)
     if not path.exists() and index.exists():
         try:
             content = json.loads(index.read_text(encoding="utf-8"))
-            metadata, located = content["metadata"], content["weight_map"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            metadata, located = (_texts(content, key) for key in ("metadata", "weight_map"))
+            for name in located.values():
+                if not name or Path(name).name != name:
+                    raise ValueError(f"weight_map names {name!r}; shards lie beside the index")
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise CheckpointError(f"{index} is damaged: {error}") from error
         tensors: dict[str, Tensor] = {}
         for name in sorted(set(located.values())) if weights else ():
             tensors.update(_read_file(path.with_name(name), weights=True)[1])
         return metadata, tensors
     return _read_file(path, weights=weights)
+
+
+def _texts(content: Any, key: str) -> dict[str, str]:
+    """An entry of an index, which maps names to texts."""
+    found = content[key]
+    if not isinstance(found, dict) or not all(isinstance(text, str) for text in found.values()):
+        raise TypeError(f"{key} is no object of texts")
+    return found
 
 
 def _read_file(path: Path, *, weights: bool) -> tuple[dict[str, str], dict[str, Tensor]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -15,6 +14,7 @@ from torch import nn
 from rankopt import checkpoint as files
 from rankopt._compare import Comparison
 from rankopt._files import write_text
+from rankopt._json import strict_json
 from rankopt._stage_checks import check_stages
 from rankopt._stages import RESULT, Run, Stage
 from rankopt.budget import RATIO_AXES, Budget
@@ -197,7 +197,7 @@ def compress(
             path if output is not None or kept is not None else None,
         )
         if kept is not None:
-            write_text(kept / RESULT, json.dumps(done.to_dict(), indent=1) + "\n")
+            write_text(kept / RESULT, strict_json(done.to_dict(), indent=1) + "\n")
         return done
 
 

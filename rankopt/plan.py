@@ -299,9 +299,11 @@ class RankPlan:
             raise PlanError(f"plan budget: {error}") from error
         totals = typed(body["totals"], dict, "plan totals")
         for axis, entry in totals.items():
-            for value in typed(entry, dict, f"plan totals of {axis}").values():
+            where = f"plan totals of {axis}"
+            check_keys(typed(entry, dict, where), {"before", "predicted", "measured"}, where)
+            for value in entry.values():
                 if value is not None:
-                    number(value, f"plan totals of {axis}")
+                    number(value, where)
         return cls(
             model=typed(body["model"], dict, "plan model"),
             decisions=tuple(
@@ -326,6 +328,8 @@ class RankPlan:
         """
         try:
             values = json.loads(text, parse_constant=refuse_constant)
+        except RecursionError as error:
+            raise PlanError("not a plan: the JSON is nested too deeply") from error
         except json.JSONDecodeError as error:
             raise PlanError(
                 f"not a plan: the text is no valid JSON at line {error.lineno} ({error.msg}); "

@@ -101,6 +101,39 @@ def test_damaged_files(small, tmp_path):
         rankopt.load(planted_model(), tmp_path / "nope.safetensors")
 
 
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"weight_map": [1]}, "weight_map is no object of texts"),
+        ({"weight_map": {"conv.core.weight": 3}}, "weight_map is no object of texts"),
+        (
+            {"weight_map": {"w": "../x/y.safetensors"}},
+            r".*names '\.\./x/.*'; shards lie",
+        ),
+        ({"weight_map": {"w": ""}}, ".*names ''; shards lie"),
+        ({"metadata": []}, "metadata is no object of texts"),
+    ],
+)
+def test_damaged_indices(small, tmp_path, change, match):
+    path, index = tmp_path / "s.safetensors", tmp_path / "s.safetensors.index.json"
+    rankopt.save(small, path, max_shard_bytes=4000)
+    index.write_text(json.dumps({**json.loads(index.read_text()), **change}))
+    with pytest.raises(CheckpointError, match=f"index.json is damaged: {match}"):
+        rankopt.load(planted_model(), path)
+    for text in ("[" * 100_000, "[1]", "{}"):
+        index.write_text(text)
+        with pytest.raises(CheckpointError, match=r"index.json is damaged"):
+            rankopt.load_plan(path)
+
+
+@pytest.mark.parametrize("name", [".", "..", "folder"])
+def test_folders_are_no_files(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(CheckpointError, match="is a folder"):
+        rankopt.load(planted_model(), name)
+
+
 def rewritten(path, change):
     from safetensors import safe_open
     from safetensors.torch import save_file

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import rankopt
 from rankopt import _specs
 from rankopt.cli import main
 from rankopt.errors import ModelError, RankoptError, RankoptWarning
+from rankopt.strategy import Strategy
 
 MODELS = """
 import torch
@@ -29,6 +31,9 @@ def number():
 
 def accuracy(model):
     return 12.5
+
+def nan(model):
+    return float("nan")
 
 def train():
     torch.manual_seed(0)
@@ -115,8 +120,10 @@ def test_compress(spec, tmp_path, capsys):
     text = capsys.readouterr().out
     assert "finetune" in text
     assert f"{out} written" in text
-    assert run(*arguments, "--json", "--epochs", 0, "--recover", 0) == 0
-    found = json.loads(capsys.readouterr().out)
+    nan = ("--evaluate", f"{there}:nan")  # which JSON has no word for
+    assert run(*arguments, "--json", "--epochs", 0, "--recover", 0, *nan) == 0
+    found = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
+    assert found["comparison"]["metric"] == {"before": None, "after": None}
     assert [stage["name"] for stage in found["stages"]] == ["search", "apply", "verify"]
     assert run("compare", spec, out) == 0
 
@@ -323,6 +330,30 @@ def test_strategies(capsys):
     assert run("strategies", "--json") == 0
     names = [row["name"] for row in json.loads(capsys.readouterr().out)]
     assert names == sorted(names)
+
+
+def test_strategies_of_plug_ins(capsys):
+    class Bare(Strategy):
+        def search(self, problem):
+            raise NotImplementedError
+
+    @dataclass
+    class Failing(Bare):
+        def __post_init__(self):
+            raise OSError("no licence")
+
+    for name, cls in (("bare", Bare), ("failing", Failing)):
+        rankopt.strategies.register(name)(cls)
+    try:
+        assert run("strategies") == 0
+        assert "no licence" in capsys.readouterr().out
+        assert run("strategies", "--json") == 0
+    finally:
+        for name in ("bare", "failing"):
+            rankopt.strategies.unregister(name)
+    rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)}
+    assert rows["bare"]["summary"] == ""
+    assert "OSError: no licence" in rows["failing"]["error"]
 
 
 def test_interrupt_leaves_nothing(spec, tmp_path, capsys, monkeypatch):

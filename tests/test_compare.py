@@ -50,6 +50,10 @@ def test_outputs_are_compared():
     assert "metric: not measured" in str(found)
     same = rankopt.compare(model, model, example_inputs=x, rounds=3)
     assert (same.output_error, same.agreement) == (0.0, 1.0)
+    broken = nn.Sequential(model, nn.Threshold(torch.inf, torch.nan))
+    found = rankopt.compare(model, broken, example_inputs=x, rounds=3)
+    assert found.output_error is None
+    assert "not finite" in str(found)
     indices = nn.Sequential(nn.Linear(4, 4), Index())
     assert rankopt.compare(indices, indices, example_inputs=x[0, 0, :4, :4]).output_error is None
 

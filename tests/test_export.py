@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 import sys
 import warnings
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -135,6 +136,42 @@ def test_what_cannot_be_exported(small, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxscript", None)
     with pytest.raises(MissingDependency, match=r"rankopt\[export\]"):
         export.to_onnx(small, tmp_path / "s.onnx", planted_inputs())
+
+
+@pytest.mark.slow
+def test_what_onnxruntime_has_no_kernel_for_is_written_unchecked(tmp_path):
+    pytest.importorskip("onnxruntime")
+    model, x, path = nn.Conv2d(3, 6, 3).double(), torch.randn(2, 3, 8, 8).double(), tmp_path / "s"
+    with pytest.raises(ExportError, match=r"onnxruntime cannot run .* of Conv2d.*check=False"):
+        export.to_onnx(model, path, x, check=True)
+    assert not list(tmp_path.iterdir())
+    export.to_onnx(model, path, x)
+    assert path.exists()
+
+
+@pytest.mark.parametrize("dim", [-1, 0.5, True])
+def test_dimensions_count_from_the_first(dim):
+    with pytest.raises(ValueError, match=f"got dimension {dim}; .* at least 0"):
+        export.to_program(nn.Linear(4, 2), torch.zeros(2, 4), dynamic={dim: "width"})
+
+
+class Pair(NamedTuple):
+    a: torch.Tensor
+    b: torch.Tensor
+
+
+@pytest.mark.parametrize("kind", [list, tuple, Pair._make])
+def test_inputs_in_lists(kind):
+    class Joined(nn.Linear):
+        def forward(self, parts):
+            return super().forward(parts[0] + parts[1])
+
+    def pair(size):
+        return kind([torch.ones(size, 4), torch.ones(size, 4)])
+
+    assert export.to_program(Joined(4, 2), [pair(2)]).module()(pair(7)).shape == (7, 2)
+    named = export.to_program(Joined(4, 2), {"parts": pair(2)}).module()
+    assert named(parts=pair(7)).shape == (7, 2)
 
 
 def test_int8_weight_only(tmp_path):

@@ -155,7 +155,9 @@ def set_in(*path, value):
         (set_in("decisions", 3, "shapes", value=[[64, 64.5]]), "expected a int, got 64.5"),
         (set_in("decisions", 1, "error", value=True), "expected a finite number, got True"),
         (set_in("totals", value={"params": 5}), "plan totals of params: expected a dict"),
-        (set_in("totals", value={"params": {"before": "x"}}), "totals of params: .* got 'x'"),
+        (set_in("totals", "macs", "before", value="x"), "totals of macs: .* got 'x'"),
+        (lambda v: v["totals"]["macs"].pop("measured"), "totals of macs: missing measured"),
+        (set_in("totals", "macs", "after", value=1), "totals of macs: unknown after"),
         (set_in("decisions", 3, "shapes", value=[]), "1 targets but 0 shapes"),
         (set_in("decisions", 2, "factors", value={"kind": "weights", "digest": "ab"}), "digest"),
         (set_in("decisions", 2, "factors", value={"kind": "magic"}), "factors kind 'magic'"),
@@ -187,6 +189,8 @@ def test_truncated_missing_and_foreign_files(tmp_path):
         RankPlan.load(tmp_path / "missing.json")
     with pytest.raises(PlanError, match="a plan is a JSON object"):
         RankPlan.from_json("[1]")
+    with pytest.raises(PlanError, match="nested too deeply"):
+        RankPlan.from_json("[" * 100_000)
 
 
 def test_unwritable_folder(tmp_path):
@@ -198,6 +202,14 @@ def test_unwritable_folder(tmp_path):
 def test_unwritable_folder_of_proc():
     with pytest.raises(RankoptError, match="cannot write /proc/plan.json"):
         FULL.save("/proc/plan.json")
+
+
+def test_files_are_synced_through_a_handle_that_may_write(tmp_path, monkeypatch):
+    fcntl = pytest.importorskip("fcntl")
+    modes = []
+    monkeypatch.setattr(os, "fsync", lambda fd: modes.append(fcntl.fcntl(fd, fcntl.F_GETFL)))
+    FULL.save(tmp_path / "plan.json")
+    assert [mode & os.O_ACCMODE for mode in modes] == [os.O_RDWR]
 
 
 def test_failed_write_leaves_the_old_file(tmp_path, monkeypatch):

@@ -12,11 +12,14 @@ from torch import nn
 
 import rankopt
 from rankopt import _stages
+from rankopt._compare import Figure
+from rankopt._json import strict_json
 from rankopt._report.charts import Line, line_chart, nice_ticks
 from rankopt._report.tables import table, to_text
 from rankopt.cli import main
 from rankopt.errors import PlanError, RankoptError
 from rankopt.testing import planted_inputs, planted_model
+from rankopt.training.state import write_record
 
 VOID = {"meta", "br", "circle", "path"}
 
@@ -161,6 +164,22 @@ def test_a_training_record(tmp_path):
     assert drawn(tmp_path / "bare/record.jsonl", tmp_path).source.count("<svg") == 3
 
 
+def test_metrics_that_are_not_finite(plan, tmp_path):
+    nan = float("nan")
+    rows = [{**epochs(3)[i], "metric": m} for i, m in enumerate((nan, 3, 2))]
+    write_record(tmp_path, {}, rows)
+    assert "NaN" not in (tmp_path / "record.jsonl").read_text()
+    record(tmp_path / "older", *rows)
+    for folder in (tmp_path, tmp_path / "older"):
+        assert "best, epoch 2" in drawn(folder, tmp_path).words
+    model = planted_model()
+    found = replace(rankopt.compare(model, model), metric=Figure(1.0, nan))
+    assert "1 dense" in drawn(found, tmp_path).words
+    stored = {"plan": plan.to_dict(), "stages": [], "comparison": found.to_dict()}
+    (tmp_path / "result.json").write_text(strict_json(stored))
+    assert "1 dense" in drawn(tmp_path / "result.json", tmp_path).words
+
+
 def test_what_finetune_and_compare_return(tmp_path):
     pytest.importorskip("accelerate")
     dense = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 4))
@@ -239,6 +258,9 @@ def test_what_cannot_be_reported(plan, tmp_path):
     ):
         with pytest.raises(error, match=message):
             rankopt.report(source, tmp_path / "page.html")
+    (tmp_path / "deep.json").write_text("[" * 100_000)
+    with pytest.raises(RankoptError, match="deep.json cannot be read as JSON"):
+        rankopt.report(tmp_path / "deep.json", tmp_path / "page.html")
     with pytest.raises(RankoptError, match=r"end it in \.html"):
         rankopt.report(plan, tmp_path / "page.pdf")
     assert not list(tmp_path.glob("page.*"))

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import json
 from dataclasses import is_dataclass
 from typing import Any
 
+from rankopt._json import strict_json
 from rankopt.errors import RankoptError
 
 __all__ = ["add_listing"]
@@ -35,15 +35,17 @@ def _strategies(arguments: argparse.Namespace) -> int:
         row: dict[str, Any] = {"name": name, "from": strategies.origin(name)}
         try:
             cls = strategies.get(name)
+            row["settings"] = vars(cls()) if is_dataclass(cls) else {}
         except RankoptError as error:
             row["error"] = str(error)
+        except Exception as error:  # a plug-in's own
+            row["error"] = f"cannot be made without settings: {type(error).__name__}: {error}"
         else:
-            row["summary"] = (cls.__doc__ or "").strip().splitlines()[0]
+            row["summary"] = (cls.__doc__ or "").strip().partition("\n")[0]
             row["needs"] = sorted(cls.tags.needs)
-            row["settings"] = vars(cls()) if is_dataclass(cls) else {}
         rows.append(row)
     if arguments.json:
-        print(json.dumps(rows, default=str))
+        print(strict_json(rows, default=str))
         return 0
     from rankopt._report.tables import show, table
 
@@ -63,5 +65,5 @@ def _demo(arguments: argparse.Namespace) -> int:
 
     result = run(arguments.output, quiet=arguments.json)
     if arguments.json:
-        print(json.dumps(result))
+        print(strict_json(result))
     return 0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from rankopt._commands.options import (
     show_plan,
 )
 from rankopt._commands.searching import search_options, search_settings
+from rankopt._json import strict_json
 from rankopt.errors import RankoptError
 
 __all__ = ["add_pipeline"]
@@ -94,7 +94,7 @@ def _compress(arguments: argparse.Namespace) -> int:
         seed=arguments.seed,
     )
     if arguments.json:
-        print(json.dumps(done.to_dict()))
+        print(strict_json(done.to_dict()))
     else:
         show(*done.tables())
         print(f"{done.path} written")
@@ -122,7 +122,7 @@ def _report(arguments: argparse.Namespace) -> int:
     if not arguments.output:
         show_plan(plan, arguments)
     elif arguments.json:
-        print(json.dumps(written))
+        print(strict_json(written))
     if not arguments.json:
         for kind, path in written.items():
             print(f"{'report' if kind == 'output' else kind} written to {path}")

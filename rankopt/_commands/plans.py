@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import warnings
 from typing import Any
 
@@ -18,6 +17,7 @@ from rankopt._commands.options import (
     timing_options,
 )
 from rankopt._commands.searching import search_options, search_settings
+from rankopt._json import strict_json
 from rankopt.errors import RankoptError, RankoptWarning
 
 __all__ = ["add_plans"]
@@ -97,7 +97,7 @@ def _apply(arguments: argparse.Namespace) -> int:
     rankopt.save(small, arguments.output)
     result = rankopt.compare(model, small)
     if arguments.json:
-        print(json.dumps({"output": arguments.output, **result.to_dict()}))
+        print(strict_json({"output": arguments.output, **result.to_dict()}))
         return 0
     from rankopt._report.tables import count, counted
 
@@ -129,7 +129,7 @@ def _compare(arguments: argparse.Namespace) -> int:
         **timing(arguments),
         seed=arguments.seed,
     )
-    print(json.dumps(result.to_dict()) if arguments.json else result)
+    print(strict_json(result.to_dict()) if arguments.json else result)
     return 0
 
 
@@ -170,7 +170,7 @@ def _profile(arguments: argparse.Namespace) -> int:
             rounds=ROUNDS if arguments.rounds is None else arguments.rounds, **timing(arguments)
         ),
     )
-    print(json.dumps(found.to_dict()) if arguments.json else found)
+    print(strict_json(found.to_dict()) if arguments.json else found)
     if arguments.plot:
         found.plot(arguments.plot)
     if arguments.plot and not arguments.json:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import signal
 import sys
 from typing import Any, Final, Literal
@@ -20,6 +19,7 @@ from rankopt._commands.options import (
     timing,
     timing_options,
 )
+from rankopt._json import strict_json
 from rankopt.errors import RankoptError
 
 __all__ = ["add_study"]
@@ -246,7 +246,7 @@ def _export(arguments: argparse.Namespace) -> int:
     with _load(arguments) as study:
         written = export(study, arguments.output, figures=arguments.figures)
     if arguments.json:
-        print(json.dumps([str(path) for path in written]))
+        print(strict_json([str(path) for path in written]))
     else:
         print(f"{len(written)} files written to {arguments.output}")
     return 0
@@ -254,7 +254,7 @@ def _export(arguments: argparse.Namespace) -> int:
 
 def _show(status: dict[str, Any], arguments: argparse.Namespace) -> int:
     if arguments.json:
-        print(json.dumps(status))
+        print(strict_json(status))
         return 0
     from rankopt._report.tables import show
     from rankopt._study.views import status_view

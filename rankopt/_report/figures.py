@@ -9,7 +9,7 @@ from textwrap import wrap
 from typing import TYPE_CHECKING, Any, Final
 
 from rankopt._files import write_text
-from rankopt.errors import MissingDependency, RankoptError
+from rankopt.errors import MissingDependency, PlanError, RankoptError
 
 if TYPE_CHECKING:
     from rankopt.layer_profile import LayerProfile
@@ -99,6 +99,7 @@ def write_ranks(plan: RankPlan, path: str | os.PathLike[str]) -> None:
 
     Raises:
         MissingDependency: plotly is not installed.
+        PlanError: The plan's record is damaged.
         RankoptError: The plan holds no record, or the page cannot be written.
     """
     check_name(path)
@@ -111,27 +112,35 @@ def write_ranks(plan: RankPlan, path: str | os.PathLike[str]) -> None:
             "'relaxed' keeps one"
         )
     go = _plotly()
-    at = [step["step"] for step in steps]
-    left = "ranks" if "ranks" in steps[0] else "kept"
+    try:
+        at = [step["step"] for step in steps]
+        left = "ranks" if "ranks" in steps[0] else "kept"
+        columns = zip(*(step[left] for step in steps), strict=True)
+        moved = dict(zip(record["sites"], map(list, columns), strict=True))
+        curves = {key: [step.get(key) for step in steps] for key in CURVES if key in steps[0]}
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise PlanError(
+            f"extensions of the plan: the record of {name!r} is damaged ({type(error).__name__}: "
+            f"{error}); every step holds step, and kept or ranks with a value for each of sites"
+        ) from error
     figure = go.Figure()
     figure.add_heatmap(
         x=at,
-        y=list(record["sites"]),
-        z=[list(column) for column in zip(*(step[left] for step in steps), strict=True)],
+        y=list(moved),
+        z=list(moved.values()),
         colorscale="Viridis",
         colorbar={"title": "rank" if left == "ranks" else "cost left", "y": 0.7, "len": 0.6},
         yaxis="y2",
     )
-    for curve in CURVES:
-        if curve in steps[0]:
-            figure.add_scatter(x=at, y=[step.get(curve) for step in steps], name=curve)
+    for curve, values in curves.items():
+        figure.add_scatter(x=at, y=values, name=curve)
     figure.update_layout(
-        title=f"{name}: how the ranks of {len(record['sites'])} sites moved",
+        title=f"{name}: how the ranks of {len(moved)} sites moved",
         xaxis={"title": "step", "anchor": "y"},
         yaxis={"domain": [0, 0.32]},
         yaxis2={"domain": [0.4, 1], "autorange": "reversed"},
         legend={"y": 0.25},
-        height=max(600, 300 + 18 * len(record["sites"])),
+        height=max(600, 300 + 18 * len(moved)),
         template="plotly_white",
     )
     write_text(path, figure.to_html(include_plotlyjs=True, full_html=True))

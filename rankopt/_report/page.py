@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
-from typing import Any, Final
+from typing import Any, Final, TypeGuard
 
 from rankopt._report.charts import Line, line_chart
 from rankopt._report.sources import Contents, TrainingRun
@@ -69,7 +70,7 @@ def _figures(contents: Contents) -> str:
             if before and found is not None:
                 how = "measured" if entry["measured"] is not None else "predicted"
                 tiles.append(_ratio(axis, before, found, how if axis == "latency" else ""))
-        metrics = [s["metric"] for s in contents.stages if s["metric"] is not None]
+        metrics = [s["metric"] for s in contents.stages if _finite(s["metric"])]
         if metrics:
             tiles.append(_tile("metric, so far", f"{metrics[-1]:.4g}", "not finished"))
     if not tiles:
@@ -81,16 +82,14 @@ def _compared(values: Mapping[str, Any]) -> list[str]:
     tiles = []
     metric = values["metric"]
     if metric is not None:
-        change = metric["after"] - metric["before"]
-        tiles.append(
-            _tile(
-                "metric", f"{metric['after']:.4g}", f"{metric['before']:.4g} dense, {change:+.3g}"
-            )
-        )
-    if values.get("output_error") is not None:
-        same = values.get("agreement")
+        before, after = metric["before"], metric["after"]
+        change = f", {after - before:+.3g}" if _finite(before) and _finite(after) else ""
+        tiles.append(_tile("metric", _metric(after), f"{_metric(before)} dense{change}"))
+    error, same = values.get("output_error"), values.get("agreement")
+    if error is not None or same is not None:
         note = "" if same is None else f", {100 * same:.1f}% in the same class"
-        tiles.append(_tile("outputs", f"{values['output_error']:.2g}", f"relative error{note}"))
+        text = "not finite" if error is None else f"{error:.2g}"
+        tiles.append(_tile("outputs", text, f"relative error{note}"))
     for axis in ("params", "macs", "memory"):
         if values[axis] is not None and values[axis]["before"]:
             tiles.append(_ratio(axis, values[axis]["before"], values[axis]["after"]))
@@ -122,7 +121,7 @@ def _trained(run: TrainingRun) -> list[str]:
     tiles = [_tile("loss", f"{last['loss']:.4g}", f"after {len(run.epochs)} epochs")]
     if last["accuracy"] is not None:
         tiles.append(_tile("training accuracy", f"{last['accuracy']:.2f}%", "last epoch"))
-    metrics = [(e["metric"], e["epoch"]) for e in run.epochs if e["metric"] is not None]
+    metrics = [(e["metric"], e["epoch"]) for e in run.epochs if _finite(e["metric"])]
     if metrics:
         best, epoch = max(metrics, key=lambda pair: pair[0])
         tiles.append(_tile("metric", f"{best:.4g}", f"best, epoch {epoch + 1}"))
@@ -134,6 +133,15 @@ def _trained(run: TrainingRun) -> list[str]:
 def _mean_speed(run: TrainingRun) -> float:
     samples = sum(epoch["samples_per_second"] * epoch["seconds"] for epoch in run.epochs)
     return float(samples / max(sum(epoch["seconds"] for epoch in run.epochs), 1e-9))
+
+
+def _finite(metric: float | None) -> TypeGuard[float]:
+    return metric is not None and math.isfinite(metric)
+
+
+def _metric(value: float | None) -> str:
+    """Files hold null for what is not finite."""
+    return f"{value:.4g}" if _finite(value) else "–"
 
 
 def _tile(name: str, value: str, note: str) -> str:
@@ -169,7 +177,7 @@ def _stages(stages: Sequence[Mapping[str, Any]]) -> str:
             escape(str(stage["name"])),
             _duration(stage["seconds"]),
             count(stage["params"]),
-            "–" if stage["metric"] is None else f"{stage['metric']:.4g}",
+            _metric(stage["metric"]),
             escape(str(stage["note"])),
         )
         for stage in stages

@@ -155,7 +155,7 @@ def _add_result(contents: Contents, values: Mapping[str, Any]) -> None:
 def _json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise RankoptError(f"{path} cannot be read as JSON: {error}") from error
 
 
@@ -172,7 +172,7 @@ def _record(path: Path, name: str) -> TrainingRun:
                 settings = event
             else:
                 epochs.append({key: event[key] for key in _EPOCH})
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+    except (OSError, ValueError, LookupError, AttributeError, TypeError, RecursionError) as error:
         raise RankoptError(
             f"{path}, line {number}: {type(error).__name__}: {error}; expected the record of a "
             "rankopt.finetune"

@@ -121,9 +121,11 @@ def comparison_table(comparison: Comparison) -> Table:
         metric = comparison.metric
         change = f"{metric.after - metric.before:+.4g}"
         made.add_row("metric", f"{metric.before:.4g}", f"{metric.after:.4g}", change)
-    if comparison.output_error is not None:
-        same = "" if comparison.agreement is None else f"{comparison.agreement:.1%} same class"
-        made.add_row("outputs", "", f"{comparison.output_error:.2g} relative error", same)
+    error, agreement = comparison.output_error, comparison.agreement
+    if error is not None or agreement is not None:
+        same = "" if agreement is None else f"{agreement:.1%} same class"
+        text = "not finite" if error is None else f"{error:.2g} relative error"
+        made.add_row("outputs", "", text, same)
     if comparison.latency_ratio is not None:
         ratio = comparison.latency_ratio
         made.add_row(

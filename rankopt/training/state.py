@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from rankopt import measure
 from rankopt._files import atomic_path, write_text
+from rankopt._json import strict_json
 from rankopt._provenance import plan_of
 from rankopt.errors import CheckpointError, RankoptError
 
@@ -116,4 +117,4 @@ def write_record(
 ) -> None:
     """One JSON object per line: the run's settings, then every epoch."""
     lines = [{"event": "start", **start}, *({"event": "epoch", **epoch} for epoch in epochs)]
-    write_text(folder / RECORD, "".join(json.dumps(line) + "\n" for line in lines))
+    write_text(folder / RECORD, "".join(strict_json(line) + "\n" for line in lines))

@@ -6,6 +6,7 @@ import json
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ import torch
 import rankopt
 from rankopt._report.figures import write_ranks
 from rankopt.cli import main
-from rankopt.errors import CheckpointError, MissingDependency, RankoptError
+from rankopt.errors import CheckpointError, MissingDependency, PlanError, RankoptError
 from rankopt.testing import planted_inputs, planted_model
 from rankopt_strategies import Relaxed, RelaxedSettings
 
@@ -167,6 +168,10 @@ def test_plots_that_cannot_be(tmp_path, monkeypatch):
     plan = rankopt.search(planted_model(), "params<=50%")
     with pytest.raises(RankoptError, match="'knapsack' holds no record of steps"):
         write_ranks(plan, tmp_path / "p.html")
+    for step in ({"step": 0}, {"step": 0, "kept": [1.0, 0.5]}, {"kept": [1.0]}, 3):
+        damaged = {"relaxed": {"sites": ["a"], "steps": [step]}}
+        with pytest.raises(PlanError, match="the record of 'relaxed' is damaged"):
+            write_ranks(replace(plan, strategy={"name": "relaxed"}, extensions=damaged), "p.html")
     with pytest.raises(RankoptError, match="plots are HTML pages"):
         write_ranks(plan, tmp_path / "p.png")
     monkeypatch.setitem(sys.modules, "plotly.graph_objects", None)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rankopt._json import strict_json
 from rankopt.errors import MissingDependency, RankoptError
 
 __all__ = ["StepLog"]
@@ -68,7 +68,7 @@ class StepLog:
 
     def _write(self, step: Mapping[str, Any]) -> None:
         if self._file is not None:
-            self._file.write(json.dumps(step) + "\n")
+            self._file.write(strict_json(step) + "\n")
             self._file.flush()
 
 
