@@ -91,7 +91,7 @@ def open_study(
         if known is not None:
             asked = {"space": space, "sizes": sorted({float(size) for size in sizes or ()})}
             given = {key: value for key, value in asked.items() if value}
-            check_request(known, {**request, **given}, name)
+            check_request(known, {**request, **given, "totals": problem.totals}, name)
         spec = None if known is None else known["space"]
         kind = space or (spec or {}).get("kind", "warp")
         made = make_space(

@@ -202,6 +202,7 @@ def check_request(found: Mapping[str, Any], wanted: Mapping[str, Any], name: str
                 f"study {name!r} was made for {text}: it has {found['model'].get(key)}, the model "
                 f"given has {wanted['model'].get(key)}; give the same model, or another study name"
             )
+    _check_totals(found["plan"]["totals"], wanted["totals"], name)
     for key in ("objective", "direction", "budget", "calibration", "round_to", "rounding"):
         if key in wanted and found[key] != wanted[key]:
             raise StudyError(
@@ -224,3 +225,18 @@ def check_request(found: Mapping[str, Any], wanted: Mapping[str, Any], name: str
             f"study {name!r} searches the space {found['space']['kind']!r}, the request "
             f"{wanted['space']!r}: give the same, or another study name"
         )
+
+
+def _check_totals(
+    found: Mapping[str, Mapping[str, Any]], wanted: Mapping[str, float], name: str
+) -> None:
+    """Refuse other figures of the same dense model: shares of both would not compare."""
+    for axis in ("params", "memory", "macs"):
+        before, now = found.get(axis, {}).get("before"), wanted.get(axis)
+        if before != now:
+            had, got = ("none" if value is None else f"{value:,}" for value in (before, now))
+            raise StudyError(
+                f"study {name!r} was made with other example_inputs: the dense model has {axis} "
+                f"{had} there, {got} here; give the same (in the shell --input), or another "
+                "study name"
+            )

@@ -93,6 +93,10 @@ def test_a_changed_model_does_not_spoil_the_next_trial():
         ({"round_to": 4}, "has round_to 1, the request 4"),
         ({"ignore": ["hidden"]}, "searches other layers"),
         ({"calibration": [torch.zeros(8, 3, 12, 12)]}, "has calibration None"),
+        (
+            {"example_inputs": planted_inputs()[:1]},
+            r"other example_inputs: .*macs [\d,]+ there",
+        ),
     ],
 )
 def test_another_request_is_refused(tmp_path, more, match):
@@ -102,6 +106,15 @@ def test_another_request_is_refused(tmp_path, more, match):
     with pytest.raises(StudyError, match=match):
         open_study(path, **more)
     assert len(rankopt.Study.load(path).optuna.trials) == before
+
+
+def test_inputs_that_come_or_go_are_refused():
+    """Trials with and without MACs in one study could not be read any more."""
+    for first, then in ((planted_inputs(), None), (None, planted_inputs())):
+        storage = optuna.storages.InMemoryStorage()
+        open_study(storage, objective="params", warm_starts=(), example_inputs=first)
+        with pytest.raises(StudyError, match="other example_inputs: the dense model has macs "):
+            open_study(storage, warm_starts=(), example_inputs=then)
 
 
 def test_another_model_or_version_is_refused(tmp_path, monkeypatch):
