@@ -14,7 +14,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from rankopt.errors import MissingDependency, StudyError
+from rankopt.errors import MissingDependency, RankoptError, StudyError
 
 if TYPE_CHECKING:
     import optuna
@@ -185,13 +185,13 @@ def storage_errors(where: str) -> Iterator[None]:
 
     try:
         yield
+    except (RankoptError, optuna.exceptions.UpdateFinishedTrialError):
+        raise
     except (ImportError, ModuleNotFoundError) as error:
         raise MissingDependency(
             f"storage {where}: {error}; install the driver, such as `rankopt[postgresql]` "
             "for postgresql+psycopg:// or `rankopt[grpc]` for grpc://"
         ) from error
-    except (StudyError, optuna.exceptions.UpdateFinishedTrialError):
-        raise
     except Exception as error:
         found = _of_storage(error)
         if found is None:

@@ -132,6 +132,16 @@ def test_budgets_on_time_hold_as_measured():
         assert all("latency" in t.user_attrs["rankopt"].get("stopped", "latency") for t in over)
 
 
+def test_the_dense_model_takes_its_own_time():
+    """Not more, as it would where its time were rounded up."""
+    clock = ModelledClock(macs_per_ms=1e5, extra_ms=0.00006)
+    study = open_study(objective="latency", profile=table(clock), warm_starts=())
+    study.run(n_trials=1)
+    dense = study._front().dense["latency"]
+    assert round(dense, 4) > dense
+    assert not study.best("latency<=100%").changes
+
+
 def test_strategy_under_a_budget_on_time(tmp_path):
     clock = ModelledClock(macs_per_ms=1e5)
     strategy = OptunaSearch(n_trials=9, storage=str(tmp_path / "s.db"))
