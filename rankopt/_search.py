@@ -22,6 +22,7 @@ from rankopt.inputs import MAX_SAMPLES
 from rankopt.layers import Patterns
 from rankopt.plan import RankPlan
 from rankopt.profile_table import ProfileTable
+from rankopt.rank_choices import check_round_to, check_rounding
 from rankopt.registry import strategies
 from rankopt.strategy import Problem, Strategy
 
@@ -122,10 +123,8 @@ def search(
         ('svd', (15,))
     """
     started = time.perf_counter()
-    if isinstance(round_to, bool) or not isinstance(round_to, int) or round_to < 1:
-        raise ValueError(f"round_to={round_to!r}: expected an integer of at least 1")
-    if rounding not in ("down", "nearest", "up"):
-        raise ValueError(f"rounding={rounding!r}: expected 'down', 'nearest' or 'up'")
+    check_round_to(round_to)
+    check_rounding(rounding)
     deadline = None if timeout is None else time.monotonic() + timeout
     chosen = strategies.create(strategy)
     allowed = check_request(Budget.parse(budget), chosen, example_inputs, calibration, evaluate)

@@ -22,7 +22,7 @@ from rankopt._study.samplers import DEFAULT_SAMPLER, make_sampler
 from rankopt._study.storage import HEARTBEAT_SECONDS, open_storage, shown, storage_errors
 from rankopt._study.study import Study
 from rankopt._study.trial import Runner
-from rankopt._study.warm import WARM_STARTS, queue_dense, queue_warm_starts
+from rankopt._study.warm import WARM_STARTS, queue_dense, queue_warm_starts, warm_names
 from rankopt._version import __version__
 from rankopt.errors import BudgetError, ModelError, StudyError
 from rankopt.latency import Measured
@@ -46,7 +46,7 @@ def open_study(
     asymmetric: bool | str = False,
     sampler: Any = None,
     confidence: float | None = 0.99,
-    warm_starts: Sequence[str] = WARM_STARTS,
+    warm_starts: str | Sequence[str] = WARM_STARTS,
     batches: int | None = None,
     heartbeat: int = HEARTBEAT_SECONDS,
     seed: int | None = 0,
@@ -64,6 +64,7 @@ def open_study(
 
     if problem.evaluate is None:
         raise ModelError("a study needs evaluate=")
+    begins = warm_names(warm_starts)
     opened = open_storage(storage, heartbeat=heartbeat)
     in_memory = isinstance(opened, optuna.storages.InMemoryStorage)
     with contextlib.nullcontext() if in_memory else opening_lock(where, name):
@@ -120,7 +121,7 @@ def open_study(
                 inner.set_user_attr(ATTRIBUTE, request)
             queue_dense(inner, problem, made)
             if not inner.user_attrs.get("queued"):
-                queue_warm_starts(inner, problem, made, warm_starts)
+                queue_warm_starts(inner, problem, made, begins)
                 inner.set_user_attr("queued", True)
     runner = Runner(
         problem,

@@ -151,6 +151,13 @@ def test_another_model_or_version_is_refused(tmp_path, monkeypatch):
         ({"sampler": "magic"}, StudyError, "sampler='magic': expected one of tpe"),
         ({"space": "magic"}, StudyError, "space='magic'"),
         ({"confidence": 2}, StudyError, "confidence=2"),
+        ({"round_to": 0}, ValueError, "round_to=0: expected an integer of at least 1"),
+        ({"rounding": "sideways"}, ValueError, "rounding='sideways': expected 'down'"),
+        (
+            {"warm_starts": "knapsak"},
+            StudyError,
+            "warm_starts='knapsak': .*expected .*vbmf",
+        ),
         ({"example_inputs": None, "budget": "macs<=50%"}, BudgetError, "need example_inputs"),
         ({"budget": "latency<=1%"}, BudgetInfeasible, "smallest reachable is latency"),
         ({"budget": "macs<=1%"}, BudgetInfeasible, "smallest reachable is macs"),

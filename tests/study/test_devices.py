@@ -123,7 +123,4 @@ def test_no_folder_for_claims(monkeypatch, tmp_path):
 def test_errors_of_rankopt_are_not_the_storages():
     """Though the system's error is behind them, as where the cache cannot be written."""
     with pytest.raises(RankoptError, match="^no folder for the cache$"), storage_errors("s.db"):
-        try:
-            raise PermissionError("no")
-        except OSError as error:
-            raise RankoptError("no folder for the cache") from error
+        raise RankoptError("no folder for the cache") from PermissionError("no")
