@@ -18,7 +18,7 @@ from rankopt._study.records import (
     read_request,
     template,
 )
-from rankopt._study.samplers import DEFAULT_SAMPLER, make_sampler
+from rankopt._study.samplers import DEFAULT_SAMPLER, SAMPLERS, make_sampler
 from rankopt._study.storage import HEARTBEAT_SECONDS, open_storage, shown, storage_errors
 from rankopt._study.study import Study
 from rankopt._study.trial import Runner
@@ -90,7 +90,11 @@ def open_study(
             "asymmetric": asymmetric,
         }
         if known is not None:
-            asked = {"space": space, "sizes": sorted({float(size) for size in sizes or ()})}
+            asked = {
+                "space": space,
+                "sizes": sorted({float(size) for size in sizes or ()}),
+                "methods": (extra or {}).get("methods"),
+            }
             given = {key: value for key, value in asked.items() if value}
             check_request(known, {**request, **given, "totals": problem.totals}, name)
         spec = None if known is None else known["space"]
@@ -98,7 +102,7 @@ def open_study(
         made = make_space(
             kind, problem, axis, spec, switched=switched, asymmetric=asymmetric, sizes=sizes
         )
-        chosen = sampler or (known or {}).get("sampler") or DEFAULT_SAMPLER
+        chosen = sampler or _known_sampler(known)
         with storage_errors(where), quiet():
             inner = optuna.create_study(
                 storage=opened,
@@ -147,6 +151,17 @@ def _axis(problem: Problem, objective: str | None, known: Mapping[str, Any] | No
             + ("" if "macs" in problem.totals else "; macs and latency need example_inputs")
         )
     return str(axis)
+
+
+def _known_sampler(known: Mapping[str, Any] | None) -> str:
+    """The name of the study's sampler, which a new study has by default."""
+    found = (known or {}).get("sampler", DEFAULT_SAMPLER)
+    if found not in SAMPLERS:
+        raise StudyError(
+            f"the study was begun with a sampler of the caller's own ({found}): give sampler= "
+            f"again, or a name such as {DEFAULT_SAMPLER!r} (in the shell --sampler)"
+        )
+    return str(found)
 
 
 def _sense(direction: str | None, known: Mapping[str, Any] | None) -> str:

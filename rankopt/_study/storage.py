@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import platform
 import re
 import threading
 import time
@@ -49,7 +50,7 @@ WORKER: Final = "worker"
 
 def worker_name() -> str:
     """Host, process and a random part, so that no two workers ever share it."""
-    return f"{os.uname().nodename}:{os.getpid()}:{uuid.uuid4().hex[:6]}"
+    return f"{platform.node()}:{os.getpid()}:{uuid.uuid4().hex[:6]}"
 
 
 def open_storage(spec: Any, *, heartbeat: int = HEARTBEAT_SECONDS, create: bool = True) -> Any:
@@ -68,6 +69,8 @@ def open_storage(spec: Any, *, heartbeat: int = HEARTBEAT_SECONDS, create: bool 
     """
     import optuna
 
+    if isinstance(heartbeat, bool) or not isinstance(heartbeat, int) or heartbeat < 1:
+        raise StudyError(f"heartbeat={heartbeat!r}: expected whole seconds, at least 1")
     if spec is None:
         return optuna.storages.InMemoryStorage()
     if isinstance(spec, optuna.storages.BaseStorage):

@@ -92,6 +92,7 @@ def test_a_changed_model_does_not_spoil_the_next_trial():
         ({"space": "layer"}, "searches the space 'warp', the request 'layer'"),
         ({"round_to": 4}, "has round_to 1, the request 4"),
         ({"ignore": ["hidden"]}, "searches other layers"),
+        ({"methods": "svd"}, "has methods svd, tucker2, spatial_svd, the request svd: give"),
         ({"calibration": [torch.zeros(8, 3, 12, 12)]}, "has calibration None"),
         (
             {"example_inputs": planted_inputs()[:1]},
@@ -150,6 +151,7 @@ def test_another_model_or_version_is_refused(tmp_path, monkeypatch):
         ({"direction": "up"}, StudyError, "direction='up'"),
         ({"sampler": "magic"}, StudyError, "sampler='magic': expected one of tpe"),
         ({"space": "magic"}, StudyError, "space='magic'"),
+        ({"heartbeat": 0}, StudyError, "heartbeat=0: expected whole seconds, at least 1"),
         ({"confidence": 2}, StudyError, "confidence=2"),
         ({"round_to": 0}, ValueError, "round_to=0: expected an integer of at least 1"),
         ({"rounding": "sideways"}, ValueError, "rounding='sideways': expected 'down'"),

@@ -324,6 +324,7 @@ def test_commands(task, tmp_path, capsys):
         (worker[:-2], "give at least one of them"),
         (["study", "create", *arguments(task, storage, "--device", "cuda:9")], "device 'cuda:9'"),
         (["study", "create", *arguments(task, storage, "--threads", "0")], "threads=0"),
+        (["study", "create", *arguments(task, storage, "--heartbeat", "0")], "heartbeat=0"),
     ):
         assert main(bad) == 1
         assert message in capsys.readouterr().err
