@@ -24,7 +24,7 @@ from rankopt.plan import RankPlan
 from rankopt.profile_table import ProfileTable
 from rankopt.rank_choices import check_round_to, check_rounding
 from rankopt.registry import strategies
-from rankopt.strategy import Problem, Strategy
+from rankopt.strategy import Problem, Strategy, check_timeout
 
 __all__ = ["DEFAULT_STRATEGY", "search"]
 
@@ -114,7 +114,7 @@ def search(
         DeadlineExceeded: `timeout` passed before there was a plan.
         NotYetSupported: `evaluate` without a budget on ``metric_drop`` or a strategy that
             uses it.
-        ValueError: `round_to` or `rounding` out of range.
+        ValueError: `round_to`, `rounding` or `timeout` out of range.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU())
@@ -125,6 +125,7 @@ def search(
     started = time.perf_counter()
     check_round_to(round_to)
     check_rounding(rounding)
+    check_timeout(timeout)
     deadline = None if timeout is None else time.monotonic() + timeout
     chosen = strategies.create(strategy)
     allowed = check_request(Budget.parse(budget), chosen, example_inputs, calibration, evaluate)
