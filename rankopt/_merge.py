@@ -22,6 +22,7 @@ from rankopt.layers import Layer, Patterns, check_materialised, find_layers, sel
 from rankopt.merging import BETWEEN
 from rankopt.plan import KEEP, MERGE, Decision, RankPlan
 from rankopt.probe import Probe, probe
+from rankopt.rank_choices import check_round_to
 
 __all__ = ["merge", "merge_plan"]
 
@@ -191,8 +192,7 @@ def merge_plan(
 def _checked(
     budget: str | Budget | None, ratio: float | None, round_to: int, inputs: Any
 ) -> Budget | None:
-    if isinstance(round_to, bool) or not isinstance(round_to, int) or round_to < 1:
-        raise ValueError(f"round_to={round_to!r}: expected an integer of at least 1")
+    check_round_to(round_to)
     allowed = Budget.parse(budget)
     if ratio is not None:
         if allowed is not None:

@@ -22,8 +22,9 @@ from rankopt.inputs import MAX_SAMPLES
 from rankopt.layers import Patterns
 from rankopt.plan import RankPlan
 from rankopt.profile_table import ProfileTable
+from rankopt.rank_choices import check_round_to, check_rounding
 from rankopt.registry import strategies
-from rankopt.strategy import Problem, Strategy
+from rankopt.strategy import Problem, Strategy, check_timeout
 
 __all__ = ["DEFAULT_STRATEGY", "search"]
 
@@ -113,7 +114,7 @@ def search(
         DeadlineExceeded: `timeout` passed before there was a plan.
         NotYetSupported: `evaluate` without a budget on ``metric_drop`` or a strategy that
             uses it.
-        ValueError: `round_to` or `rounding` out of range.
+        ValueError: `round_to`, `rounding` or `timeout` out of range.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU())
@@ -122,10 +123,9 @@ def search(
         ('svd', (15,))
     """
     started = time.perf_counter()
-    if isinstance(round_to, bool) or not isinstance(round_to, int) or round_to < 1:
-        raise ValueError(f"round_to={round_to!r}: expected an integer of at least 1")
-    if rounding not in ("down", "nearest", "up"):
-        raise ValueError(f"rounding={rounding!r}: expected 'down', 'nearest' or 'up'")
+    check_round_to(round_to)
+    check_rounding(rounding)
+    check_timeout(timeout)
     deadline = None if timeout is None else time.monotonic() + timeout
     chosen = strategies.create(strategy)
     allowed = check_request(Budget.parse(budget), chosen, example_inputs, calibration, evaluate)

@@ -12,12 +12,32 @@ import numpy.typing as npt
 from rankopt.decompositions.base import RankAxis
 from rankopt.sites import Frontier
 
-__all__ = ["allowed_ranks", "rank_step", "rounded_rank", "thinned", "undominated"]
+__all__ = [
+    "allowed_ranks",
+    "check_round_to",
+    "check_rounding",
+    "rank_step",
+    "rounded_rank",
+    "thinned",
+    "undominated",
+]
 
 # Rank tuples looked at per site and method: every pair of up to 512 x 512.
 GRID_POINTS: Final = 2**18
 
 Ranks = npt.NDArray[np.int64]
+
+
+def check_round_to(round_to: int) -> None:
+    """Raise ValueError unless ranks can be multiples of `round_to`."""
+    if isinstance(round_to, bool) or not isinstance(round_to, int) or round_to < 1:
+        raise ValueError(f"round_to={round_to!r}: expected an integer of at least 1")
+
+
+def check_rounding(rounding: str) -> None:
+    """Raise ValueError unless `rounding` says which multiple a rank becomes."""
+    if rounding not in ("down", "nearest", "up"):
+        raise ValueError(f"rounding={rounding!r}: expected 'down', 'nearest' or 'up'")
 
 
 def rank_step(axis: RankAxis, round_to: int) -> int:

@@ -25,6 +25,7 @@ __all__ = [
     "Strategy",
     "Tags",
     "check_share",
+    "check_timeout",
     "decide",
 ]
 
@@ -83,6 +84,17 @@ class Strategy(ABC):
         """Name, settings and seed, as they stand in the plan."""
         settings: dict[str, Any] = asdict(self) if is_dataclass(self) else {}
         return {"name": self.name, "settings": settings, "seed": seed}
+
+
+def check_timeout(timeout: float | None) -> None:
+    """Raise ValueError unless `timeout` is None or a finite number of seconds."""
+    if timeout is None:
+        return
+    number = isinstance(timeout, (int, float)) and not isinstance(timeout, bool)
+    if not number or not math.isfinite(timeout) or timeout < 0:
+        raise ValueError(
+            f"timeout={timeout!r}: expected seconds, a finite number of at least 0, or None"
+        )
 
 
 def check_share(name: str, value: float, *, low: float = 0.0, high: float = 1.0) -> None:

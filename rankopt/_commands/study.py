@@ -153,7 +153,7 @@ def _open(arguments: argparse.Namespace, device: Any, *, create: bool, **more: A
         storage=arguments.storage or DEFAULT_STORAGE,
         name=arguments.name or DEFAULT_NAME,
         sampler=arguments.sampler,
-        heartbeat=arguments.heartbeat or HEARTBEAT_SECONDS,
+        heartbeat=HEARTBEAT_SECONDS if arguments.heartbeat is None else arguments.heartbeat,
         example_inputs=inputs,
         create=create,
         **more,

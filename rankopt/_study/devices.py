@@ -12,6 +12,7 @@ import os
 import platform
 import re
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ from typing import Final
 
 import torch
 
-from rankopt.errors import RankoptError
+from rankopt.errors import RankoptError, RankoptWarning
 from rankopt.profile_store import cache_folder
 
 __all__ = ["AUTO", "Device", "available_devices", "claim_device", "opening_lock", "timing_lock"]
@@ -134,7 +135,15 @@ def _threads(count: int) -> Iterator[None]:
 
 def timing_lock() -> contextlib.AbstractContextManager[None]:
     """Hold until the block ends what only one process of a machine has at a time."""
-    return _turn(_opened("timing"))
+    try:
+        return _turn(_opened("timing"))
+    except RankoptError as error:
+        warnings.warn(
+            f"{error}; models are timed without waiting for other processes that time",
+            RankoptWarning,
+            stacklevel=3,
+        )
+        return contextlib.nullcontext()
 
 
 def opening_lock(where: str, name: str) -> contextlib.AbstractContextManager[None]:

@@ -31,6 +31,7 @@ from rankopt.errors import BudgetError, ModelError, StudyError
 from rankopt.inputs import MAX_SAMPLES
 from rankopt.layers import Patterns
 from rankopt.profile_table import ProfileTable
+from rankopt.rank_choices import check_round_to, check_rounding
 from rankopt.strategy import LATENCY, Strategy
 
 __all__ = ["study"]
@@ -51,7 +52,7 @@ def study(
     sizes: Sequence[float] | None = None,
     sampler: Any = None,
     confidence: float | None = 0.99,
-    warm_starts: Sequence[str] = WARM_STARTS,
+    warm_starts: str | Sequence[str] = WARM_STARTS,
     create: bool = True,
     heartbeat: int = HEARTBEAT_SECONDS,
     example_inputs: Any = None,
@@ -102,8 +103,8 @@ def study(
         sampler: ``tpe`` (default), ``local`` (small steps from the front), ``nsgaii``,
             ``nsgaiii``, ``gp``, ``random``, … or an Optuna sampler.
         confidence: Of stopping a trial early, one-sided; None never does.
-        warm_starts: Strategies whose plans are queued first; those that are not
-            installed or cannot treat the model are left out.
+        warm_starts: Strategies whose plans are queued first; those that cannot treat the
+            model are left out.
         create: Whether to make the study if it is not there.
         heartbeat: Seconds between a worker's signs of life; after three without one its
             trial is given to another. The same for all workers.
@@ -125,6 +126,7 @@ def study(
         StudyError: The storage fails, or the study was made for something else.
         BudgetError: The budget is one a study cannot keep to.
         ModelError: As of `rankopt.search`.
+        ValueError: `round_to` or `rounding` out of range.
 
     Example:
         >>> net = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 8)).eval()
@@ -151,6 +153,10 @@ def study(
     given = {"only": only, "ignore": ignore, "methods": methods}
     chosen = {key: _given(key, value, known) for key, value in given.items()}
     axes = wanted.axes if wanted is not None else ()
+    multiple = (known or {}).get("round_to", 1) if round_to is None else round_to
+    which = (known or {}).get("rounding", "down") if rounding is None else rounding
+    check_round_to(multiple)
+    check_rounding(which)
     weighing = _choice("fisher", fisher, known, calibration)
     ordering = _choice("asymmetric", asymmetric, known, calibration)
     timed = objective == LATENCY or bounds_latency(wanted) or (known or {}).get("times") is not None
@@ -174,8 +180,7 @@ def study(
             progress=progress,
         )
         problem = opened.problem
-        problem.round_to = round_to or (known or {}).get("round_to", 1)
-        problem.rounding = rounding or (known or {}).get("rounding", "down")
+        problem.round_to, problem.rounding = multiple, which
         problem.fisher = weighing is True
         if timed:
             assert opened.seen is not None

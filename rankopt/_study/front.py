@@ -79,7 +79,7 @@ class Seen:
         if self.timing is None:
             return plan
         ratio, low, high = self.timing["ratio"]
-        entry = {**plan.totals[LATENCY], "measured": round(self.figures[LATENCY], 4)}
+        entry = {**plan.totals[LATENCY], "measured": self.figures[LATENCY]}
         facts = {"ratio": ratio, "low": low, "high": high}
         return replace(
             plan,

@@ -18,11 +18,11 @@ from rankopt._study.records import (
     read_request,
     template,
 )
-from rankopt._study.samplers import DEFAULT_SAMPLER, make_sampler
+from rankopt._study.samplers import DEFAULT_SAMPLER, SAMPLERS, make_sampler
 from rankopt._study.storage import HEARTBEAT_SECONDS, open_storage, shown, storage_errors
 from rankopt._study.study import Study
 from rankopt._study.trial import Runner
-from rankopt._study.warm import WARM_STARTS, queue_dense, queue_warm_starts
+from rankopt._study.warm import WARM_STARTS, queue_dense, queue_warm_starts, warm_names
 from rankopt._version import __version__
 from rankopt.errors import BudgetError, ModelError, StudyError
 from rankopt.latency import Measured
@@ -46,7 +46,7 @@ def open_study(
     asymmetric: bool | str = False,
     sampler: Any = None,
     confidence: float | None = 0.99,
-    warm_starts: Sequence[str] = WARM_STARTS,
+    warm_starts: str | Sequence[str] = WARM_STARTS,
     batches: int | None = None,
     heartbeat: int = HEARTBEAT_SECONDS,
     seed: int | None = 0,
@@ -64,6 +64,7 @@ def open_study(
 
     if problem.evaluate is None:
         raise ModelError("a study needs evaluate=")
+    begins = warm_names(warm_starts)
     opened = open_storage(storage, heartbeat=heartbeat)
     in_memory = isinstance(opened, optuna.storages.InMemoryStorage)
     with contextlib.nullcontext() if in_memory else opening_lock(where, name):
@@ -89,15 +90,19 @@ def open_study(
             "asymmetric": asymmetric,
         }
         if known is not None:
-            asked = {"space": space, "sizes": sorted({float(size) for size in sizes or ()})}
+            asked = {
+                "space": space,
+                "sizes": sorted({float(size) for size in sizes or ()}),
+                "methods": (extra or {}).get("methods"),
+            }
             given = {key: value for key, value in asked.items() if value}
-            check_request(known, {**request, **given}, name)
+            check_request(known, {**request, **given, "totals": problem.totals}, name)
         spec = None if known is None else known["space"]
         kind = space or (spec or {}).get("kind", "warp")
         made = make_space(
             kind, problem, axis, spec, switched=switched, asymmetric=asymmetric, sizes=sizes
         )
-        chosen = sampler or (known or {}).get("sampler") or DEFAULT_SAMPLER
+        chosen = sampler or _known_sampler(known)
         with storage_errors(where), quiet():
             inner = optuna.create_study(
                 storage=opened,
@@ -120,7 +125,7 @@ def open_study(
                 inner.set_user_attr(ATTRIBUTE, request)
             queue_dense(inner, problem, made)
             if not inner.user_attrs.get("queued"):
-                queue_warm_starts(inner, problem, made, warm_starts)
+                queue_warm_starts(inner, problem, made, begins)
                 inner.set_user_attr("queued", True)
     runner = Runner(
         problem,
@@ -146,6 +151,17 @@ def _axis(problem: Problem, objective: str | None, known: Mapping[str, Any] | No
             + ("" if "macs" in problem.totals else "; macs and latency need example_inputs")
         )
     return str(axis)
+
+
+def _known_sampler(known: Mapping[str, Any] | None) -> str:
+    """The name of the study's sampler, which a new study has by default."""
+    found = (known or {}).get("sampler", DEFAULT_SAMPLER)
+    if found not in SAMPLERS:
+        raise StudyError(
+            f"the study was begun with a sampler of the caller's own ({found}): give sampler= "
+            f"again, or a name such as {DEFAULT_SAMPLER!r} (in the shell --sampler)"
+        )
+    return str(found)
 
 
 def _sense(direction: str | None, known: Mapping[str, Any] | None) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
@@ -11,7 +12,7 @@ from typing import Any, Final
 from rankopt._version import __version__
 from rankopt.errors import StudyError
 from rankopt.plan import Factors, RankPlan
-from rankopt.strategy import Option, Problem
+from rankopt.strategy import Option, Problem, Strategy
 
 __all__ = [
     "ATTRIBUTE",
@@ -202,6 +203,7 @@ def check_request(found: Mapping[str, Any], wanted: Mapping[str, Any], name: str
                 f"study {name!r} was made for {text}: it has {found['model'].get(key)}, the model "
                 f"given has {wanted['model'].get(key)}; give the same model, or another study name"
             )
+    _check_totals(found["plan"]["totals"], wanted["totals"], name)
     for key in ("objective", "direction", "budget", "calibration", "round_to", "rounding"):
         if key in wanted and found[key] != wanted[key]:
             raise StudyError(
@@ -219,8 +221,35 @@ def check_request(found: Mapping[str, Any], wanted: Mapping[str, Any], name: str
             f"study {name!r} has sizes {found['space'].get('sizes')}, the request "
             f"{wanted['sizes']}: give the same, or another study name"
         )
+    if "methods" in wanted:
+        methods, asked = (_methods(each.get("methods")) for each in (found, wanted))
+        if methods != asked:
+            raise StudyError(
+                f"study {name!r} has methods {', '.join(methods)}, the request "
+                f"{', '.join(asked)}: give the same, or another study name"
+            )
     if "space" in wanted and found["space"]["kind"] != wanted["space"]:
         raise StudyError(
             f"study {name!r} searches the space {found['space']['kind']!r}, the request "
             f"{wanted['space']!r}: give the same, or another study name"
         )
+
+
+def _methods(names: Sequence[str] | None) -> list[str]:
+    """Decompositions as text that is the same in every process."""
+    return [re.sub(" at 0x[0-9a-f]+", "", name) for name in names or Strategy.methods]
+
+
+def _check_totals(
+    found: Mapping[str, Mapping[str, Any]], wanted: Mapping[str, float], name: str
+) -> None:
+    """Refuse other figures of the same dense model: shares of both would not compare."""
+    for axis in ("params", "memory", "macs"):
+        before, now = found.get(axis, {}).get("before"), wanted.get(axis)
+        if before != now:
+            had, got = ("none" if value is None else f"{value:,}" for value in (before, now))
+            raise StudyError(
+                f"study {name!r} was made with other example_inputs: the dense model has {axis} "
+                f"{had} there, {got} here; give the same (in the shell --input), or another "
+                "study name"
+            )

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from rankopt.allocation import choose, damage, menu, sensitivities
 from rankopt.budget import RATIO_AXES, Budget
-from rankopt.errors import StudyError
+from rankopt.errors import BudgetInfeasible, StudyError
 from rankopt.layers import Layer
 from rankopt.strategy import LATENCY, Option, Problem
 
@@ -164,6 +164,12 @@ class WarpSpace(Space):
         high = self.shares.get(axis, 1.0)
         floor = high * LOOK_BELOW if axis in self.shares else SMALLEST_SHARE
         low = max(least, floor)
+        if least >= high >= 1:
+            raise BudgetInfeasible(
+                f"no decomposition makes this model's {axis} smaller, so there is nothing to "
+                "search for: the dense model is the right answer",
+                {axis: least},
+            )
         if low >= high:
             raise problem.infeasible(self._cheapest)
         self._size = tuple(spec.get("size", (low, high)))

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import platform
 import re
+import sqlite3
 import threading
 import time
 import uuid
@@ -14,7 +16,15 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from rankopt.errors import MissingDependency, StudyError
+from rankopt._study.sqlite import (
+    file_url,
+    holds_studies,
+    path_in,
+    read_only_url,
+    serialise,
+    writable,
+)
+from rankopt.errors import MissingDependency, RankoptError, StudyError
 
 if TYPE_CHECKING:
     import optuna
@@ -49,7 +59,7 @@ WORKER: Final = "worker"
 
 def worker_name() -> str:
     """Host, process and a random part, so that no two workers ever share it."""
-    return f"{os.uname().nodename}:{os.getpid()}:{uuid.uuid4().hex[:6]}"
+    return f"{platform.node()}:{os.getpid()}:{uuid.uuid4().hex[:6]}"
 
 
 def open_storage(spec: Any, *, heartbeat: int = HEARTBEAT_SECONDS, create: bool = True) -> Any:
@@ -68,6 +78,8 @@ def open_storage(spec: Any, *, heartbeat: int = HEARTBEAT_SECONDS, create: bool 
     """
     import optuna
 
+    if isinstance(heartbeat, bool) or not isinstance(heartbeat, int) or heartbeat < 1:
+        raise StudyError(f"heartbeat={heartbeat!r}: expected whole seconds, at least 1")
     if spec is None:
         return optuna.storages.InMemoryStorage()
     if isinstance(spec, optuna.storages.BaseStorage):
@@ -84,20 +96,37 @@ def open_storage(spec: Any, *, heartbeat: int = HEARTBEAT_SECONDS, create: bool 
             return _journal(text.removeprefix("journal:///"))
         if text.startswith("grpc://"):
             return _grpc(text)
-        url = text if "://" in text else f"sqlite:///{text}"
-        if url.startswith("sqlite") and not Path(_sqlite_path(url)).absolute().parent.is_dir():
-            raise StudyError(f"storage {text}: its folder does not exist; create it first")
-        sqlite = url.startswith("sqlite")
-        storage = optuna.storages.RDBStorage(
-            url,
-            engine_kwargs={"connect_args": {"timeout": SQLITE_SECONDS}} if sqlite else {},
-            heartbeat_interval=heartbeat,
-            grace_period=GRACE_HEARTBEATS * heartbeat,
-            heartbeat_stale_trial_callback=retry,
-        )
-        if sqlite:
-            _serialise(storage.engine)
-        return storage
+        if local is not None:
+            return _sqlite(text, local, heartbeat, create=create)
+        return _database(text if "://" in text else f"sqlite:///{text}", heartbeat)
+
+
+def _sqlite(text: str, path: str, heartbeat: int, *, create: bool) -> Any:
+    """A file of SQLite; one that cannot be written is opened to be read."""
+    if not Path(path).absolute().parent.is_dir():
+        raise StudyError(f"storage {text}: its folder does not exist; create it first")
+    there = Path(path).exists()
+    if there and not create and not holds_studies(path):
+        raise StudyError(f"there is no study at {text}, whose tables are others; {MAKE_ONE}")
+    if there and not writable(path):
+        return _database(read_only_url(path), heartbeat, serial=False)
+    return _database(text if "://" in text else file_url(path), heartbeat)
+
+
+def _database(url: str, heartbeat: int, *, serial: bool = True) -> Any:
+    import optuna
+
+    sqlite = url.startswith("sqlite")
+    storage = optuna.storages.RDBStorage(
+        url,
+        engine_kwargs={"connect_args": {"timeout": SQLITE_SECONDS}} if sqlite else {},
+        heartbeat_interval=heartbeat,
+        grace_period=GRACE_HEARTBEATS * heartbeat,
+        heartbeat_stale_trial_callback=retry,
+    )
+    if sqlite and serial:
+        serialise(storage.engine)
+    return storage
 
 
 def close_storage(storage: Any) -> None:
@@ -124,14 +153,15 @@ def shown(spec: Any) -> str:
 
 def _local_path(text: str) -> str | None:
     """The file behind a storage; None for servers, and for SQLite in memory."""
-    path = text if "://" not in text else _sqlite_path(text)
-    local = "://" not in text or text.startswith(("sqlite:///", "journal:///"))
-    nameless = not path or ":memory:" in path or path.startswith("file:")
-    return path if local and not nameless else None
-
-
-def _sqlite_path(url: str) -> str:
-    return url.partition(":///")[2].partition("?")[0]
+    if "://" not in text:
+        path = text
+    elif text.startswith("journal:///"):
+        path = text.removeprefix("journal:///")
+    elif re.match(r"sqlite(\+\w+)?:///", text):
+        path = path_in(text)
+    else:
+        return None
+    return None if not path or ":memory:" in path or path.startswith("file:") else path
 
 
 def _journal(path: str) -> Any:
@@ -156,28 +186,6 @@ def _grpc(url: str) -> Any:
     return storage
 
 
-def _serialise(engine: Any) -> None:
-    """One SQLite transaction at a time.
-
-    SQLite has no ``SELECT … FOR UPDATE``: two workers could read that a trial waits, or that
-    its worker died, and both act on it. Taking the write lock at the beginning excludes it.
-    """
-    from sqlalchemy import event
-
-    def connected(connection: Any, record: Any) -> None:
-        connection.isolation_level = None  # the driver would otherwise begin by itself, too late
-        # A write-ahead log spares two disk flushes per write; a killed process loses nothing.
-        connection.execute("PRAGMA journal_mode=WAL")
-        connection.execute("PRAGMA synchronous=NORMAL")
-
-    def begun(connection: Any) -> None:
-        connection.exec_driver_sql("BEGIN IMMEDIATE")
-
-    event.listen(engine, "connect", connected)
-    event.listen(engine, "begin", begun)
-    engine.dispose()  # connections made before
-
-
 @contextlib.contextmanager
 def storage_errors(where: str) -> Iterator[None]:
     """Turn what storages raise into a sentence; nothing finished is lost by any of them."""
@@ -185,13 +193,13 @@ def storage_errors(where: str) -> Iterator[None]:
 
     try:
         yield
+    except (RankoptError, optuna.exceptions.UpdateFinishedTrialError):
+        raise
     except (ImportError, ModuleNotFoundError) as error:
         raise MissingDependency(
             f"storage {where}: {error}; install the driver, such as `rankopt[postgresql]` "
             "for postgresql+psycopg:// or `rankopt[grpc]` for grpc://"
         ) from error
-    except (StudyError, optuna.exceptions.UpdateFinishedTrialError):
-        raise
     except Exception as error:
         found = _of_storage(error)
         if found is None:
@@ -213,7 +221,7 @@ def _of_storage(error: BaseException) -> BaseException | None:
     import optuna
     from sqlalchemy.exc import SQLAlchemyError
 
-    kinds = (SQLAlchemyError, optuna.exceptions.StorageInternalError, OSError)
+    kinds = (SQLAlchemyError, optuna.exceptions.StorageInternalError, sqlite3.Error, OSError)
     known: BaseException | None = error
     while known is not None:
         if isinstance(known, kinds) or type(known).__module__.startswith("grpc"):

@@ -31,7 +31,7 @@ from rankopt.budget import Budget
 from rankopt.errors import DeadlineExceeded, RankoptWarning, StudyError
 from rankopt.latency import Interval, Measured
 from rankopt.plan import RankPlan
-from rankopt.strategy import LATENCY
+from rankopt.strategy import LATENCY, check_timeout
 
 if TYPE_CHECKING:
     import optuna
@@ -147,6 +147,7 @@ class Study:
 
         Raises:
             StudyError: It was opened to be read, or the storage fails.
+            ValueError: `timeout` is no finite number of seconds.
             KeyboardInterrupt: Ctrl-C; the trial at hand is queued again.
         """
         if self._runner is None:
@@ -155,6 +156,7 @@ class Study:
             raise StudyError("run(n_trials=…) or run(timeout=…): give at least one of them")
         if n_trials is not None and (isinstance(n_trials, bool) or n_trials < 1):
             raise StudyError(f"n_trials={n_trials!r}: expected at least 1")
+        check_timeout(timeout)
         end = None if timeout is None else time.monotonic() + timeout
         label = f"study {self.optuna.study_name}"
         with (

@@ -11,14 +11,14 @@ from rankopt._study.reading import counts
 from rankopt._study.records import options_in, rows_of
 from rankopt._study.space import Space
 from rankopt.budget import Budget
-from rankopt.errors import RankoptError, RankoptWarning
+from rankopt.errors import RankoptError, RankoptWarning, StudyError
 from rankopt.registry import strategies
 from rankopt.strategy import Option, Problem
 
 if TYPE_CHECKING:
     import optuna
 
-__all__ = ["WARM_STARTS", "queue_dense", "queue_warm_starts"]
+__all__ = ["WARM_STARTS", "queue_dense", "queue_warm_starts", "warm_names"]
 
 WARM_STARTS: Final = ("knapsack", "relaxed", "vbmf", "parameter_ratio")
 # Shares of the objective's figure at which the first strategy's plans begin the front where
@@ -26,6 +26,22 @@ WARM_STARTS: Final = ("knapsack", "relaxed", "vbmf", "parameter_ratio")
 LADDER: Final = (0.7, 0.5, 0.35)
 STEPS_BELOW: Final = (1.0, 0.8, 0.6)
 DENSE: Final = "dense"
+
+
+def warm_names(given: str | Sequence[str]) -> tuple[str, ...]:
+    """The strategies to begin with; of the usual ones those that are installed.
+
+    Raises:
+        StudyError: One that was asked for is not registered.
+    """
+    names = (given,) if isinstance(given, str) else tuple(given)
+    unknown = [name for name in names if name not in strategies]
+    if unknown and names != WARM_STARTS:
+        raise StudyError(
+            f"warm_starts={given!r}: there is no strategy {unknown[0]!r}; expected some of "
+            f"{', '.join(strategies.names())}"
+        )
+    return tuple(name for name in names if name in strategies)
 
 
 def queue_warm_starts(
@@ -40,7 +56,7 @@ def queue_warm_starts(
         study: May hold some of them, from a process that was stopped while it queued.
         problem: The model at hand.
         space: Encodes the plans.
-        names: Strategies; those that are not installed or fail here are left out.
+        names: Strategies; those that fail here are left out.
     """
     queued = {trial.user_attrs.get("warm") for trial in study.get_trials(deepcopy=False)}
     axis = space.axis
@@ -50,11 +66,10 @@ def queue_warm_starts(
     else:
         ladder = LADDER if top is None else tuple(top * step for step in STEPS_BELOW)
     others = ladder[:1] if top is not None or len(ladder) == 1 else ladder[1:2]
-    known = [name for name in names if name in strategies.names()]
     chosen = ", ".join(space.switches)
     wanted = [
         (name, share, on)
-        for position, name in enumerate(known)
+        for position, name in enumerate(names)
         for on in ([False, True] if chosen and position == 0 else [False])
         for share in (ladder if position == 0 else others)
     ]

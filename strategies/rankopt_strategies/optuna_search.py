@@ -80,7 +80,8 @@ class OptunaSearch(Strategy):
         with contextlib.suppress(DeadlineExceeded), warnings.catch_warnings():
             # Where every trial failed, there is no best one, and that is an error.
             warnings.filterwarnings("ignore", r"\d+ of \d+ trials failed", RankoptWarning)
-            left = None if problem.deadline is None else problem.deadline - time.monotonic()
+            end = problem.deadline
+            left = None if end is None else max(0.0, end - time.monotonic())
             study.run(self.n_trials, timeout=left, progress=problem.progress)
         if not study.points:
             problem.check_deadline()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
+import sqlite3
 from pathlib import Path
 
 import optuna
@@ -83,6 +85,14 @@ def test_a_changed_model_does_not_spoil_the_next_trial():
     assert [p.metric for p in study.points[1:3]] == [p.metric for p in clean.points[2:4]]
 
 
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory):
+    """The storage of a study that no test changes."""
+    path = tmp_path_factory.mktemp("begun") / "s.db"
+    open_study(path).close()
+    return path
+
+
 @pytest.mark.parametrize(
     ("more", "match"),
     [
@@ -92,16 +102,28 @@ def test_a_changed_model_does_not_spoil_the_next_trial():
         ({"space": "layer"}, "searches the space 'warp', the request 'layer'"),
         ({"round_to": 4}, "has round_to 1, the request 4"),
         ({"ignore": ["hidden"]}, "searches other layers"),
+        ({"methods": "svd"}, "has methods svd, tucker2, spatial_svd, the request svd: give"),
         ({"calibration": [torch.zeros(8, 3, 12, 12)]}, "has calibration None"),
+        (
+            {"example_inputs": planted_inputs()[:1]},
+            r"other example_inputs: .*macs [\d,]+ there",
+        ),
     ],
 )
-def test_another_request_is_refused(tmp_path, more, match):
-    path = tmp_path / "s.db"
-    open_study(path)
-    before = len(rankopt.Study.load(path).optuna.trials)
+def test_another_request_is_refused(begun, more, match):
+    before = len(rankopt.Study.load(begun).optuna.trials)
     with pytest.raises(StudyError, match=match):
-        open_study(path, **more)
-    assert len(rankopt.Study.load(path).optuna.trials) == before
+        open_study(begun, **more)
+    assert len(rankopt.Study.load(begun).optuna.trials) == before
+
+
+def test_inputs_that_come_or_go_are_refused():
+    """Trials with and without MACs in one study could not be read any more."""
+    for first, then in ((planted_inputs(), None), (None, planted_inputs())):
+        storage = optuna.storages.InMemoryStorage()
+        open_study(storage, objective="params", warm_starts=(), example_inputs=first)
+        with pytest.raises(StudyError, match="other example_inputs: the dense model has macs "):
+            open_study(storage, warm_starts=(), example_inputs=then)
 
 
 def test_another_model_or_version_is_refused(tmp_path, monkeypatch):
@@ -137,7 +159,15 @@ def test_another_model_or_version_is_refused(tmp_path, monkeypatch):
         ({"direction": "up"}, StudyError, "direction='up'"),
         ({"sampler": "magic"}, StudyError, "sampler='magic': expected one of tpe"),
         ({"space": "magic"}, StudyError, "space='magic'"),
+        ({"heartbeat": 0}, StudyError, "heartbeat=0: expected whole seconds, at least 1"),
         ({"confidence": 2}, StudyError, "confidence=2"),
+        ({"round_to": 0}, ValueError, "round_to=0: expected an integer of at least 1"),
+        ({"rounding": "sideways"}, ValueError, "rounding='sideways': expected 'down'"),
+        (
+            {"warm_starts": "knapsak"},
+            StudyError,
+            "warm_starts='knapsak': .*expected .*vbmf",
+        ),
         ({"example_inputs": None, "budget": "macs<=50%"}, BudgetError, "need example_inputs"),
         ({"budget": "latency<=1%"}, BudgetInfeasible, "smallest reachable is latency"),
         ({"budget": "macs<=1%"}, BudgetInfeasible, "smallest reachable is macs"),
@@ -175,6 +205,11 @@ def test_bad_runs(tmp_path):
         study.run()
     with pytest.raises(StudyError, match="n_trials=0"):
         study.run(0)
+    for timeout in (float("nan"), float("inf"), -1, "60"):
+        with pytest.raises(ValueError, match=f"timeout={timeout!r}: expected seconds"):
+            study.run(1, timeout=timeout)
+        with pytest.raises(ValueError, match=f"timeout={timeout!r}: expected seconds"):
+            rankopt.search(planted_model(), "params<=50%", timeout=timeout)
     with pytest.raises(StudyError, match="has no completed trial; run some"):
         study.best("macs<=50%")
     path = tmp_path / "other.db"
@@ -284,7 +319,42 @@ def test_evaluate_that_is_sometimes_no_number():
     assert len(study.front) == 1
 
 
-def test_a_study_is_found_by_a_url_with_options(tmp_path):
-    open_study(tmp_path / "s.db").run(n_trials=2).close()
-    with rankopt.Study.load(f"sqlite:///{tmp_path}/s.db?timeout=60") as study:
-        assert study.points
+def test_a_study_is_found_by_a_url_with_options(begun):
+    with rankopt.Study.load(f"sqlite:///{begun}?timeout=60") as study:
+        assert study.optuna.trials
+
+
+def test_a_file_is_called_what_it_is_called(begun, tmp_path):
+    path = tmp_path / "a%20b?{c}#d.db"
+    path.write_bytes(begun.read_bytes())
+    with rankopt.Study.load(path) as study:
+        assert study.optuna.trials
+    open_storage(tmp_path / "e?f.db")
+    assert {file.name for file in tmp_path.iterdir()} >= {path.name, "e?f.db"}
+    assert not (tmp_path / "e").exists()
+
+
+def test_other_files_are_not_changed_by_reading(tmp_path):
+    path = tmp_path / "other.db"
+    with contextlib.closing(sqlite3.connect(path)) as connection:
+        connection.execute("CREATE TABLE people (name)")
+    before = path.read_bytes()
+    with pytest.raises(StudyError, match="no study at .*whose tables are others; make one with"):
+        rankopt.Study.load(path)
+    assert path.read_bytes() == before
+    path.write_text("not a database, but long enough to look at" * 40)
+    with pytest.raises(StudyError, match="file is not a database"):
+        rankopt.Study.load(path)
+
+
+def test_a_study_that_cannot_be_written_is_read(begun, tmp_path, monkeypatch):
+    path = tmp_path / "s?.db"
+    path.write_bytes(begun.read_bytes())
+    monkeypatch.setattr("rankopt._study.storage.writable", lambda path: False)
+    before = path.read_bytes()
+    with rankopt.Study.load(path) as study:
+        assert study.status()["trials"]["waiting"] == len(study.optuna.trials)
+    with pytest.raises(StudyError, match="attempt to write a readonly database"):
+        open_study(path).run(n_trials=1)
+    assert path.read_bytes() == before
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from rankopt import claim_device
-from rankopt._study.devices import Device
-from rankopt.errors import RankoptError
+from rankopt._study.devices import Device, timing_lock
+from rankopt._study.storage import storage_errors
+from rankopt.errors import RankoptError, RankoptWarning
 
 FAKES = [Device("cuda:0", "GPU-a"), Device("cuda:1", "GPU-b")]
 
@@ -113,3 +114,13 @@ def test_no_folder_for_claims(monkeypatch, tmp_path):
     monkeypatch.setenv("RANKOPT_CACHE", str(tmp_path / "file"))
     with pytest.raises(RankoptError, match="set RANKOPT_CACHE"), claim_device(devices=FAKES):
         pass
+    with pytest.warns(RankoptWarning, match=r"set RANKOPT_CACHE .*; models are timed without"):
+        turn = timing_lock()
+    with turn:
+        pass
+
+
+def test_errors_of_rankopt_are_not_the_storages():
+    """Though the system's error is behind them, as where the cache cannot be written."""
+    with pytest.raises(RankoptError, match="^no folder for the cache$"), storage_errors("s.db"):
+        raise RankoptError("no folder for the cache") from PermissionError("no")

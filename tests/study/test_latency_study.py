@@ -11,7 +11,7 @@ from study_common import closeness, open_study
 
 import rankopt
 from rankopt._modelled_clock import Operations
-from rankopt.errors import BudgetError, StudyError
+from rankopt.errors import BudgetError, BudgetInfeasible, StudyError
 from rankopt.profile_table import ProfileTable
 from rankopt.testing import ModelledClock, planted_inputs, planted_model
 from rankopt_strategies.optuna_search import OptunaSearch
@@ -132,6 +132,16 @@ def test_budgets_on_time_hold_as_measured():
         assert all("latency" in t.user_attrs["rankopt"].get("stopped", "latency") for t in over)
 
 
+def test_the_dense_model_takes_its_own_time():
+    """Not more, as it would where its time were rounded up."""
+    clock = ModelledClock(macs_per_ms=1e5, extra_ms=0.00006)
+    study = open_study(objective="latency", profile=table(clock), warm_starts=())
+    study.run(n_trials=1)
+    dense = study._front().dense["latency"]
+    assert round(dense, 4) > dense
+    assert not study.best("latency<=100%").changes
+
+
 def test_strategy_under_a_budget_on_time(tmp_path):
     clock = ModelledClock(macs_per_ms=1e5)
     strategy = OptunaSearch(n_trials=9, storage=str(tmp_path / "s.db"))
@@ -150,6 +160,14 @@ def test_strategy_under_a_budget_on_time(tmp_path):
         evaluate=closeness, profile=table(clock),
     )  # fmt: skip
     assert again.decisions == plan.decisions
+
+
+@pytest.mark.parametrize("budget", [None, "latency<=100%"])
+def test_no_layer_gets_faster(budget):
+    """A budget nobody gave, or that the dense model meets, is not what cannot be met."""
+    slow = table(ModelledClock(macs_per_ms=1e9, overhead_ms=5))
+    with pytest.raises(BudgetInfeasible, match="^no decomposition makes .* latency smaller, "):
+        open_study(budget=budget, objective="latency", profile=slow)
 
 
 def test_time_needs_inputs():

@@ -8,6 +8,7 @@ from study_common import open_study
 
 from rankopt._study.local import LocalSampler
 from rankopt._study.samplers import SAMPLERS
+from rankopt.errors import StudyError
 
 QUICK = sorted(set(SAMPLERS) - {"gp"})
 
@@ -19,7 +20,11 @@ def test_every_sampler_runs(sampler):
 
 def test_one_of_the_users_own():
     theirs = optuna.samplers.RandomSampler(seed=1)
-    assert open_study(sampler=theirs).request["sampler"] == "RandomSampler"
+    storage = optuna.storages.InMemoryStorage()
+    assert open_study(storage, sampler=theirs).request["sampler"] == "RandomSampler"
+    with pytest.raises(StudyError, match="sampler of the caller's own .*: give sampler= again"):
+        open_study(storage)
+    assert open_study(storage, sampler=theirs).request["sampler"] == "RandomSampler"
 
 
 def begun(names, seed=0):

@@ -72,6 +72,8 @@ def test_warm_starts_come_first_and_are_the_strategies_plans():
     assert [d.args for d in ours] == [d.args for d in plan]
     assert [d.cost for d in ours] == [d.cost for d in plan]
     assert ours.totals["macs"]["predicted"] == plan.totals["macs"]["predicted"]
+    one = open_study(budget="macs<=50%", warm_starts="knapsack").optuna.trials
+    assert [trial.user_attrs["warm"] for trial in one][:2] == warm[:2]
 
 
 def test_calibration_refreshes_norms_as_apply_does():
