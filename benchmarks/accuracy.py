@@ -337,7 +337,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=BATCH, help="images per training step")
     parser.add_argument("--final-epochs", type=int, default=1, help="everything trains in them")
     parser.add_argument("--learning-rate", type=float, default=2e-3)
-    parser.add_argument("--optimizer", choices=("adamw", "sgd", "muon"), default="adamw")
+    parser.add_argument("--optimizer", choices=("adamw", "sgd"), default="adamw")
     parser.add_argument("--weight-decay", type=float, default=1e-4)
     parser.add_argument("--ema", type=float, default=None)
     parser.add_argument("--labels", type=float, default=0.5, help="weight of the labels' loss")

@@ -113,9 +113,8 @@ def finetune(
         final_epochs: Epochs at the end in which everything trains.
         epochs: How often to go through `train`.
         learning_rate: At its peak.
-        optimizer: ``adamw``, ``sgd`` (Nesterov 0.9), ``muon`` (`rankopt.training.muon`: matrices by
-            orthogonalised momentum, the rest by AdamW), or a function of the parameters.
-        weight_decay: Of ``adamw``, ``sgd`` and ``muon``.
+        optimizer: ``adamw``, ``sgd`` (Nesterov 0.9), or a function of the parameters.
+        weight_decay: Of ``adamw`` and ``sgd``.
         schedule: Of the learning rate: ``cosine``, ``one-cycle`` or ``constant``.
         warmup: Share of all steps in which the rate rises; None for 0.05 (cosine), 0.3
             (one-cycle) or 0 (constant).

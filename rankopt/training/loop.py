@@ -72,7 +72,7 @@ class Loop:
         self.steps_per_epoch = -(-self.batches // recipe.accumulate)
         # Optimisers are made before anything is frozen, so that they know every factor.
         parameters = [p for p in self.plain.parameters() if p.requires_grad]
-        self.optimizer = accelerator.prepare_optimizer(recipe.make_optimizer(self.plain))
+        self.optimizer = accelerator.prepare_optimizer(recipe.make_optimizer(parameters))
         self.peaks = [group["lr"] for group in self.optimizer.param_groups]
         self.parameters = parameters
         names = [name for name, p in self.plain.named_parameters() if p.requires_grad]

@@ -10,7 +10,6 @@ from typing import Any, Final
 import torch
 from torch import nn
 
-from rankopt.training.muon import Muon, matrices
 from rankopt.training.schedules import FREEZING, NoFreezing, Schedule
 
 __all__ = ["OPTIMIZERS", "PRECISIONS", "RATES", "Recipe", "check_integer", "rate"]
@@ -24,7 +23,7 @@ ONE_CYCLE_START: Final = 1 / 25
 ONE_CYCLE_END: Final = ONE_CYCLE_START * 1e-4
 
 MakeOptimizer = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
-OPTIMIZERS: Final = ("adamw", "sgd", "muon")
+OPTIMIZERS: Final = ("adamw", "sgd")
 
 
 @dataclass(frozen=True)
@@ -68,8 +67,8 @@ class Recipe:
                 )
         if not callable(self.optimizer) and self.optimizer not in OPTIMIZERS:
             raise ValueError(
-                f"optimizer={self.optimizer!r}: expected one of {', '.join(OPTIMIZERS)}, or a "
-                "function of the parameters that makes one"
+                f"optimizer={self.optimizer!r}: expected {' or '.join(OPTIMIZERS)}, or a function "
+                "of the parameters that makes one"
             )
         if not isinstance(self.freezing, Schedule) and self.freezing not in FREEZING:
             raise ValueError(
@@ -78,13 +77,12 @@ class Recipe:
         if self.final_epochs > self.epochs:
             raise ValueError(f"final_epochs={self.final_epochs}: there are {self.epochs} epochs")
 
-    def make_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
-        """The optimiser over what trains of a model.
+    def make_optimizer(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+        """The optimiser over `parameters`.
 
         Raises:
             ValueError: The user's function made something else.
         """
-        parameters = [p for p in model.parameters() if p.requires_grad]
         if self.optimizer == "adamw":
             return torch.optim.AdamW(
                 parameters, lr=self.learning_rate, weight_decay=self.weight_decay
@@ -95,13 +93,6 @@ class Recipe:
                 lr=self.learning_rate,
                 momentum=0.9,
                 nesterov=True,
-                weight_decay=self.weight_decay,
-            )
-        if self.optimizer == "muon":
-            return Muon(
-                parameters,
-                matrices(model),
-                lr=self.learning_rate,
                 weight_decay=self.weight_decay,
             )
         assert callable(self.optimizer)
