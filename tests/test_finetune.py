@@ -5,6 +5,7 @@ import json
 import signal
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -335,6 +336,17 @@ class Idle(nn.Module):
         return self.used(x)
 
 
+class Boxed(nn.Module):
+    """Outputs that DistributedDataParallel cannot look into."""
+
+    def __init__(self):
+        super().__init__()
+        self.used = nn.Linear(24, 4)
+
+    def forward(self, x):
+        return types.SimpleNamespace(logits=self.used(x))
+
+
 def together(folder, accumulate=1):
     import os
 
@@ -350,9 +362,18 @@ def together(folder, accumulate=1):
     rank = os.environ.get("RANK", "alone")
     normed = nn.Sequential(nn.Linear(24, 8), nn.BatchNorm1d(8), nn.Linear(8, 4))
     rankopt.finetune(normed, train, epochs=1)
-    rankopt.finetune(Idle(), train, epochs=1)
+    idle = Idle()
+    rankopt.finetune(idle, train, epochs=1)
+    rankopt.finetune(
+        Boxed(), train, epochs=1, loss=lambda out, y: nn.functional.cross_entropy(out.logits, y)
+    )
     seen = _seen_in_an_epoch(normed)
-    states = {"seen": seen, "state": small.state_dict(), "normed": normed.state_dict()}
+    states = {
+        "seen": seen,
+        "state": small.state_dict(),
+        "normed": normed.state_dict(),
+        "idle": idle.state_dict(),
+    }
     losses = [epoch["loss"] for epoch in done.history]
     torch.save({**states, "loss": losses}, f"{folder}/result-{rank}.pt")
 
@@ -388,6 +409,7 @@ def test_two_processes_do_what_one_does(tmp_path):
     one = torch.load(alone / "result-alone.pt")
     assert equal(first["state"], second["state"])
     assert equal(first["normed"], second["normed"])  # statistics of norms as well
+    assert equal(first["idle"], second["idle"])
     for key, value in one["state"].items():
         assert torch.allclose(first["state"][key], value, atol=1e-5), key
     assert first["loss"] == pytest.approx(one["loss"], rel=1e-4)

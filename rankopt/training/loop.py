@@ -8,7 +8,7 @@ import random
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Final
@@ -25,6 +25,8 @@ from rankopt.errors import RankoptWarning, TrainingError
 from rankopt.training import batches as data
 from rankopt.training import state as files
 from rankopt.training.distillation import Distillation, Distiller
+from rankopt.training.exchange import Exchange
+from rankopt.training.failures import not_finite, overflowing
 from rankopt.training.freezing import Freezer
 from rankopt.training.objective import Objective, so_far
 from rankopt.training.recipe import Recipe, check_integer
@@ -89,7 +91,7 @@ class Loop:
             labelled=distillation is None or distillation.labels > 0,
         )  # fmt: skip
         self.average = recipe.make_average(self.plain)
-        self.wrapped: nn.Module | None = None
+        self.exchange = Exchange(self.given, self.plain, accelerator)
         self.history: list[dict[str, Any]] = []
         self.best_epoch = -1  # the weights it started with
         self.best: dict[str, Any] | None = None
@@ -221,22 +223,10 @@ class Loop:
         )
 
     def _freeze(self, epoch: int) -> None:
-        """Bring the freezing, and the wrapper that exchanges gradients, up to date."""
-        changed = False
-        if self.freezer is not None:
-            by_step = self.recipe.freezing_steps is not None
-            changed = self.freezer.step(self.step if by_step else epoch)
-        if self.accelerator.num_processes == 1:
-            self.wrapped = self.given
-        elif changed or self.wrapped is None:
-            device = self.accelerator.device
-            # DDP decides at construction whose gradients it exchanges.
-            self.wrapped = nn.parallel.DistributedDataParallel(
-                self.plain,
-                device_ids=[device.index] if device.type == "cuda" else None,
-                # A pooler that the loss leaves out; as Hugging Face's Trainer decides it.
-                find_unused_parameters=not getattr(self.plain, "is_gradient_checkpointing", False),
-            )
+        """Bring the freezing, and what exchanges gradients, up to date."""
+        by_step = self.recipe.freezing_steps is not None
+        if self.freezer is not None and self.freezer.step(self.step if by_step else epoch):
+            self.exchange.renew()
 
     def _set_rate(self) -> None:
         factor = self.recipe.rate(self.step, self.recipe.epochs * self.steps_per_epoch)
@@ -251,44 +241,40 @@ class Loop:
         terms: dict[str, Tensor],
     ) -> None:
         """One optimiser step over a group of batches."""
-        accelerator, finite = self.accelerator, torch.ones((), device=self.accelerator.device)
-        self.optimizer.zero_grad(set_to_none=True)
-        for index, batch in enumerate(group):
-            last = index == len(group) - 1
-            silent = accelerator.num_processes > 1 and not last
-            with self.wrapped.no_sync() if silent else nullcontext():  # type: ignore[union-attr,operator]
-                loss, parts = self.objective.of(self.wrapped, batch, self.step, generator, totals)
-                accelerator.backward(loss / len(group))
-            finite = finite * loss.detach().isfinite()
-            for name, value in parts.items():
-                terms[name] = terms.get(name, 0.0) + value / len(group)
+        accelerator, finite = self.accelerator, self._gradients(group, generator, totals, terms)
         norm = accelerator.clip_grad_norm_(self.parameters, self.recipe.clip or float("inf"))
         if self.recipe.precision != "fp16":  # there the scaler skips steps that overflow
             finite = finite * norm.isfinite()
         if not bool(accelerator.reduce(finite, "sum") == accelerator.num_processes):
-            kept = f"those of epoch {len(self.history)}" if self.history else "what they were"
-            where = (
-                "" if self.folder is None else f", and the checkpoint in {self.folder} is intact"
-            )
-            raise TrainingError(
-                f"step {self.step} (epoch {len(self.history) + 1}): the loss or its gradient is "
-                f"not finite; the model's weights are {kept}{where}; try a lower learning_rate, or "
-                "look for NaN in the data"
-            )
+            raise not_finite(self.step, len(self.history), self.folder)
         self.optimizer.step()
-        self._check_skipped()
+        self.skipped = self.skipped + 1 if self.optimizer.step_was_skipped else 0
+        if self.skipped >= MOST_SKIPPED:
+            raise overflowing(self.step, self.skipped)
         self.step += 1
         if self.average is not None:
             self.average.update_parameters(self.plain)
 
-    def _check_skipped(self) -> None:
-        """Raise if float16 overflows at any scale."""
-        self.skipped = self.skipped + 1 if self.optimizer.step_was_skipped else 0
-        if self.skipped >= MOST_SKIPPED:
-            raise TrainingError(
-                f"step {self.step}: gradients in float16 have overflowed {self.skipped} times in a "
-                "row, so that nothing trains; use precision='bf16' or 'no'"
-            )
+    def _gradients(
+        self,
+        group: list[Any],
+        generator: torch.Generator,
+        totals: Tensor,
+        terms: dict[str, Tensor],
+    ) -> Tensor:
+        """Gradients of a group of batches; 1 if every loss was finite, else 0."""
+        self.optimizer.zero_grad(set_to_none=True)
+        finite = torch.ones((), device=self.accelerator.device)
+        for index, batch in enumerate(group):
+            with self.exchange.without(silent=index < len(group) - 1):
+                model = self.exchange.model
+                loss, parts = self.objective.of(model, batch, self.step, generator, totals)
+                self.accelerator.backward(loss / len(group))
+            finite = finite * loss.detach().isfinite()
+            for name, value in parts.items():
+                terms[name] = terms.get(name, 0.0) + value / len(group)
+        self.exchange.finish()
+        return finite
 
     def _in_order(self, epoch: int) -> Iterator[Any]:
         """An epoch's batches of this process.
