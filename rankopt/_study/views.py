@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import os
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 from rankopt._files import atomic_path, write_text
 from rankopt._json import strict_json
@@ -22,8 +21,6 @@ if TYPE_CHECKING:
     from rankopt._study.study import Study
 
 __all__ = ["export", "figures", "status", "status_view"]
-
-STATUS: Final = "status.json"
 
 
 def status(
@@ -143,14 +140,13 @@ def export(
 
     Args:
         study: With completed trials.
-        folder: Made if it is not there. Plans that an earlier export of the study left there, as
-            its ``status.json`` says, are removed where they are no longer on the front.
+        folder: Made if it is not there.
         figures: Whether to draw HTML figures.
 
     Returns:
         The files: ``plan-<trial>.json``, ``status.json`` and ``<figure>.html``.
     """
-    front, status = study.front, study.status()
+    front = study.front
     drawn = _draw(study) if figures else {}
     target = Path(folder)
     try:
@@ -161,25 +157,13 @@ def export(
     for point in front:
         written.append(target / f"plan-{point.trial}.json")
         point.plan.save(written[-1])
-    for path in _exported(target, status["study"]) - set(written):
-        path.unlink(missing_ok=True)
-    written.append(target / STATUS)
-    write_text(written[-1], strict_json(status, indent=2) + "\n")
+    written.append(target / "status.json")
+    write_text(written[-1], strict_json(study.status(), indent=2) + "\n")
     for name, figure in drawn.items():
         written.append(target / f"{name}.html")
         with atomic_path(written[-1]) as temporary:
             figure.write_html(temporary, include_plotlyjs=True)
     return tuple(written)
-
-
-def _exported(folder: Path, study: str) -> set[Path]:
-    """The plans that an earlier export of the study wrote into a folder, as its status says."""
-    try:
-        status = json.loads((folder / STATUS).read_text(encoding="utf-8"))
-        trials = [point["trial"] for point in status["front"]] if status["study"] == study else []
-    except (OSError, ValueError, LookupError, TypeError, RecursionError):
-        return set()
-    return {folder / f"plan-{trial}.json" for trial in trials if type(trial) is int}
 
 
 _draw = figures

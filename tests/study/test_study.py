@@ -235,25 +235,6 @@ def test_figures_and_export(tmp_path):
         open_study().figures()
 
 
-def test_export_again(tmp_path):
-    study = open_study().run(n_trials=6)
-    kept = {path.name for path in study.export(tmp_path)}
-    plans = [tmp_path / name for name in ("plan-90.json", "plan-91.json")]
-    for path in plans:
-        path.write_text("{}")
-    status = json.loads((tmp_path / "status.json").read_text())
-    status["front"].append({**status["front"][0], "trial": 90})
-
-    def exported(**changes):
-        (tmp_path / "status.json").write_text(json.dumps({**status, **changes}))
-        study.export(tmp_path)
-        return {path.name for path in tmp_path.iterdir()} - kept
-
-    both = {path.name for path in plans}
-    assert exported(study="another") == exported(front=3) == both
-    assert exported() == {"plan-91.json"}  # which no export accounts for
-
-
 def test_missing_plotly(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "plotly", None)
     with pytest.raises(MissingDependency, match=r"pip install 'rankopt\[report\]'"):
