@@ -87,14 +87,12 @@ class Strategy(ABC):
 
 
 def check_timeout(timeout: float | None) -> None:
-    """Raise ValueError unless `timeout` is None or a finite number of seconds."""
+    """Raise ValueError unless `timeout` is None or a number of seconds; infinity is no limit."""
     if timeout is None:
         return
     number = isinstance(timeout, (int, float)) and not isinstance(timeout, bool)
-    if not number or not math.isfinite(timeout) or timeout < 0:
-        raise ValueError(
-            f"timeout={timeout!r}: expected seconds, a finite number of at least 0, or None"
-        )
+    if not number or not timeout >= 0:  # true for NaN
+        raise ValueError(f"timeout={timeout!r}: expected seconds, at least 0, or None")
 
 
 def check_share(name: str, value: float, *, low: float = 0.0, high: float = 1.0) -> None:

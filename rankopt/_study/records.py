@@ -223,7 +223,7 @@ def check_request(found: Mapping[str, Any], wanted: Mapping[str, Any], name: str
         )
     if "methods" in wanted:
         methods, asked = (_methods(each.get("methods")) for each in (found, wanted))
-        if methods != asked:
+        if set(methods) != set(asked):
             raise StudyError(
                 f"study {name!r} has methods {', '.join(methods)}, the request "
                 f"{', '.join(asked)}: give the same, or another study name"

@@ -205,7 +205,7 @@ def test_bad_runs(tmp_path):
         study.run()
     with pytest.raises(StudyError, match="n_trials=0"):
         study.run(0)
-    for timeout in (float("nan"), float("inf"), -1, "60"):
+    for timeout in (float("nan"), -1, "60"):
         with pytest.raises(ValueError, match=f"timeout={timeout!r}: expected seconds"):
             study.run(1, timeout=timeout)
         with pytest.raises(ValueError, match=f"timeout={timeout!r}: expected seconds"):
