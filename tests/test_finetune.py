@@ -5,7 +5,6 @@ import json
 import signal
 import subprocess
 import sys
-import types
 from pathlib import Path
 
 import pytest
@@ -312,109 +311,6 @@ def test_nan_stops_at_its_step_and_keeps_the_last_good_weights(tmp_path):
     assert equal(stored["model"], snapshot(small))
     assert all(value.isfinite().all() for value in small.state_dict().values())
     assert all(p.requires_grad and p.grad is None for p in small.parameters())
-
-
-DISTRIBUTED = """
-import sys
-sys.path.insert(0, {tests!r})
-import torch
-torch.set_num_threads(1)
-from test_finetune import together
-together({folder!r})
-torch.distributed.destroy_process_group()  # its threads outlive the interpreter otherwise
-"""
-
-
-class Idle(nn.Module):
-    """A layer that the outputs do without, as language models' poolers."""
-
-    def __init__(self):
-        super().__init__()
-        self.used, self.pooler = nn.Linear(24, 4), nn.Linear(24, 4)
-
-    def forward(self, x):
-        return self.used(x)
-
-
-class Boxed(nn.Module):
-    """Outputs that DistributedDataParallel cannot look into."""
-
-    def __init__(self):
-        super().__init__()
-        self.used = nn.Linear(24, 4)
-
-    def forward(self, x):
-        return types.SimpleNamespace(logits=self.used(x))
-
-
-def together(folder, accumulate=1):
-    import os
-
-    torch.manual_seed(0)
-    teacher = nn.Sequential(nn.Linear(24, 48), nn.ReLU(), nn.Linear(48, 4))
-    plan = rankopt.search(teacher, "params<=60%")
-    small = rankopt.apply(teacher, plan)
-    train = in_batches(torch.randn(128, 24), torch.randint(0, 4, (128,)), 16)
-    done = rankopt.finetune(
-        small, train, teacher=teacher, freezing="sequential", freezing_steps=2, epochs=2,
-        accumulate=accumulate, evaluate=lambda model: 1.0, folder=folder,
-    )  # fmt: skip
-    rank = os.environ.get("RANK", "alone")
-    normed = nn.Sequential(nn.Linear(24, 8), nn.BatchNorm1d(8), nn.Linear(8, 4))
-    rankopt.finetune(normed, train, epochs=1)
-    idle = Idle()
-    rankopt.finetune(idle, train, epochs=1)
-    rankopt.finetune(
-        Boxed(), train, epochs=1, loss=lambda out, y: nn.functional.cross_entropy(out.logits, y)
-    )
-    seen = _seen_in_an_epoch(normed)
-    states = {
-        "seen": seen,
-        "state": small.state_dict(),
-        "normed": normed.state_dict(),
-        "idle": idle.state_dict(),
-    }
-    losses = [epoch["loss"] for epoch in done.history]
-    torch.save({**states, "loss": losses}, f"{folder}/result-{rank}.pt")
-
-
-def _seen_in_an_epoch(model):
-    """Which of 64 samples a process trains on; their sampler knows of no other process."""
-    x = torch.arange(64.0)[:, None].expand(64, 24)
-    sampler = torch.utils.data.WeightedRandomSampler([1.0] * 64, 64, replacement=False)
-    loader = torch.utils.data.DataLoader(
-        torch.utils.data.TensorDataset(x, torch.zeros(64, dtype=torch.long)), 8, sampler=sampler
-    )
-    seen = []
-
-    def noted(inputs, generator):
-        seen.extend(inputs[:, 0].tolist())
-        return inputs
-
-    rankopt.finetune(model, loader, epochs=1, augment=noted)
-    return seen
-
-
-@pytest.mark.slow
-def test_two_processes_do_what_one_does(tmp_path):
-    code = tmp_path / "both.py"
-    code.write_text(DISTRIBUTED.format(tests=str(Path(__file__).parent), folder=str(tmp_path)))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    ran = subprocess.run([*command, code], capture_output=True, text=True)
-    assert ran.returncode == 0, ran.stderr
-    alone = tmp_path / "alone"
-    alone.mkdir()
-    together(str(alone), accumulate=2)
-    first, second = (torch.load(tmp_path / f"result-{rank}.pt") for rank in (0, 1))
-    one = torch.load(alone / "result-alone.pt")
-    assert equal(first["state"], second["state"])
-    assert equal(first["normed"], second["normed"])  # statistics of norms as well
-    assert equal(first["idle"], second["idle"])
-    for key, value in one["state"].items():
-        assert torch.allclose(first["state"][key], value, atol=1e-5), key
-    assert first["loss"] == pytest.approx(one["loss"], rel=1e-4)
-    assert len(first["seen"]) == len(second["seen"]) == 32
-    assert sorted(first["seen"] + second["seen"]) == sorted(one["seen"]) == list(range(64))
 
 
 def test_accumulated_steps_take_no_batch_too_many():

@@ -147,7 +147,7 @@ class Study:
 
         Raises:
             StudyError: It was opened to be read, or the storage fails.
-            ValueError: `timeout` is no finite number of seconds.
+            ValueError: `timeout` is no number of seconds.
             KeyboardInterrupt: Ctrl-C; the trial at hand is queued again.
         """
         if self._runner is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from itertools import chain
 from typing import Any
 
 import torch
@@ -30,6 +31,10 @@ class Exchange:
         self._alone = accelerator.num_processes == 1
         self.model = given if self._alone else plain
         self._wrapped = self._alone
+        if not self._alone:  # as DistributedDataParallel begins, which comes a step later
+            with torch.no_grad():
+                for tensor in chain(plain.parameters(), plain.buffers()):
+                    torch.distributed.broadcast(tensor, 0)
 
     def renew(self) -> None:
         """Other parameters train from now on."""

@@ -62,7 +62,8 @@ class Relaxed(Strategy):
         data: For ``task``: an iterable of (inputs, targets); gone through once, then held.
         criterion: For ``task``: a scalar tensor from (output, targets).
         paper: Settings of the published search, such as `RelaxedSettings.imagenet`.
-        log: A file that takes one line of JSON per step, while it runs.
+        log: A file that takes one line of JSON per step, while it runs; budgets that take several
+            searches, as those on latency, leave that of the last.
         tensorboard: A folder for the same steps as TensorBoard events (extra ``tensorboard``).
         folder: Where a search keeps its state; one that was killed goes on from there to
             the same result. A search without data takes seconds and keeps none.
