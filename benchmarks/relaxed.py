@@ -100,22 +100,23 @@ def shapes(names: list[str], budgets: list[str]) -> None:
             )
 
 
-def latency(names: list[str], share: float, rounds: int) -> None:
+def latency(names: list[str], share: float, batch: int, rounds: int) -> None:
     """A budget on measured time: how full it is by the median, and the interval it is held by."""
+    inputs = IMAGE.expand(batch, -1, -1, -1).contiguous()
     for name in names:
         model, budget = make(name, "trained-like"), f"latency<={share}"
         table = rankopt.ProfileTable(rounds=rounds)
         try:
             plan = rankopt.search(
-                model, budget, strategy="relaxed", example_inputs=IMAGE, profile=table
+                model, budget, strategy="relaxed", example_inputs=inputs, profile=table
             )
         except BudgetInfeasible as error:
-            show("latency", model=name, budget=budget, infeasible=str(error))
+            show("latency", model=name, budget=budget, batch=batch, infeasible=str(error))
             continue
         facts = plan.extensions["latency"]
-        show("latency", model=name, budget=budget, seconds=plan.seconds, under=under(plan),
-             ratio=facts["ratio"], low=facts["low"], high=facts["high"],
-             corrections=len(facts["rounds"]))  # fmt: skip
+        show("latency", model=name, budget=budget, batch=batch, seconds=plan.seconds,
+             under=under(plan), ratio=facts["ratio"], low=facts["low"], high=facts["high"],
+             tried=facts["rounds"])  # fmt: skip
 
 
 def against_paper(updates: int) -> None:
@@ -227,6 +228,7 @@ def main() -> None:
     parser.add_argument("--models", default="resnet18,vgg16_bn,mobilenet_v2,resnet50")
     parser.add_argument("--budgets", default="params<=50%,macs<=50%", help="of shapes")
     parser.add_argument("--share", type=float, default=0.8, help="of the time, for latency")
+    parser.add_argument("--batch", type=int, default=1, help="of latency")
     parser.add_argument("--timing-rounds", type=int, default=15, help="of each measurement")
     parser.add_argument("--macs", default="50,30", help="percent of the MACs, for accuracy")
     parser.add_argument("--rounds", type=int, default=24, help="of the distillation")
@@ -248,7 +250,7 @@ def main() -> None:
     if "shapes" in chosen:
         shapes(models, arguments.budgets.split(","))
     if "latency" in chosen:
-        latency(models, arguments.share, arguments.timing_rounds)
+        latency(models, arguments.share, arguments.batch, arguments.timing_rounds)
     if "paper" in chosen:
         against_paper(arguments.updates)
     if "seeds" in chosen:
