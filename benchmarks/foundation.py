@@ -19,8 +19,8 @@ import torch
 from torch import nn
 
 import rankopt
+from rankopt._decompositions.cache import shared
 from rankopt._report.tables import table, to_text
-from rankopt.decompositions.cache import shared
 from rankopt.vision import import_torchvision
 from rankopt_strategies import ParameterRatio
 

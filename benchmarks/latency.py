@@ -21,8 +21,8 @@ from torch import nn
 
 import rankopt
 from benchmarks.foundation import make
+from rankopt._decompositions import BranchedTucker
 from rankopt._report.tables import table, to_text
-from rankopt.decompositions import BranchedTucker
 from rankopt.errors import BudgetInfeasible, RankoptWarning
 from rankopt.latency import Interval
 from rankopt_strategies import ParameterRatio, Profiled

@@ -125,7 +125,7 @@ def against_paper(updates: int) -> None:
 import json, sys, time, torch, rankopt
 from benchmarks.cifar import resnet20
 from benchmarks.relaxed import shares
-from rankopt.decompositions.cache import shared
+from rankopt._decompositions.cache import shared
 from rankopt_strategies import Relaxed, RelaxedSettings
 def peak():
     lines = open("/proc/self/status").read().splitlines()

@@ -3,6 +3,17 @@
 from rankopt import export, training
 from rankopt._apply import apply, apply_
 from rankopt._compare import Comparison, compare
+from rankopt._decompositions import (
+    CP,
+    SVD,
+    TT,
+    Basis,
+    BranchedTucker,
+    Decomposition,
+    RankAxis,
+    SpatialSVD,
+    Tucker2,
+)
 from rankopt._fold import fold
 from rankopt._merge import merge, merge_plan
 from rankopt._profile import profile
@@ -25,24 +36,33 @@ from rankopt.strategy import Option, Problem, Site, Strategy, Tags
 from rankopt.training.finetune import Training, finetune
 
 __all__ = [
+    "CP",
+    "SVD",
+    "TT",
     "Agreement",
+    "Basis",
+    "BranchedTucker",
     "Budget",
     "Comparison",
     "Compression",
     "Decision",
+    "Decomposition",
     "LayerProfile",
     "Option",
     "Point",
     "Problem",
     "ProfileTable",
+    "RankAxis",
     "RankPlan",
     "Recovery",
     "Site",
     "SoftModel",
+    "SpatialSVD",
     "Strategy",
     "Study",
     "Tags",
     "Training",
+    "Tucker2",
     "__version__",
     "apply",
     "apply_",

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from rankopt import measure, surgery
 from rankopt._chains import Step, chains_for
+from rankopt._decompositions.cache import BasisCache
 from rankopt._progress import progress_bar
 from rankopt.calibration import MAX_FEATURES, layer_inputs
-from rankopt.decompositions.cache import BasisCache
 from rankopt.errors import CalibrationError
 from rankopt.inputs import run
 from rankopt.layers import Layer

@@ -10,10 +10,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from rankopt import surgery
+from rankopt._decompositions.base import Decomposition
+from rankopt._decompositions.cache import shared
 from rankopt._parallel import for_each, largest_first
 from rankopt._progress import progress_bar
-from rankopt.decompositions.base import Decomposition
-from rankopt.decompositions.cache import shared
 from rankopt.errors import LayerError, PlanError, RegistryError
 from rankopt.layers import Layer, canonical_weight, check_weight, find_layers
 from rankopt.moments import Moments

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from rankopt import measure, surgery
 from rankopt._apply import unpacked_clone
+from rankopt._decompositions.base import Decomposition
 from rankopt.budget import Budget
-from rankopt.decompositions.base import Decomposition
 from rankopt.errors import ModelError
 from rankopt.inputs import shortened
 from rankopt.layers import (

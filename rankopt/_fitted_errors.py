@@ -7,9 +7,9 @@ from dataclasses import replace
 
 import torch
 
+from rankopt._decompositions.base import Basis, made_by
 from rankopt._parallel import for_each, largest_first
 from rankopt._progress import progress_bar
-from rankopt.decompositions.base import Basis, made_by
 from rankopt.sites import Option, Site
 
 __all__ = ["fitted_errors"]

@@ -12,6 +12,7 @@ from typing import Any, Final
 from torch import nn
 
 from rankopt import measure, surgery
+from rankopt._decompositions.base import Decomposition
 from rankopt._describe import describe, problem_of, selected
 from rankopt._moments_for import collect_for, weigh
 from rankopt._provenance import plan_of
@@ -20,7 +21,6 @@ from rankopt._trial import TrialModel
 from rankopt._verify import environment, verify
 from rankopt.agreement import Agreement
 from rankopt.budget import Budget
-from rankopt.decompositions.base import Decomposition
 from rankopt.errors import (
     BudgetError,
     CalibrationError,

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from rankopt import measure, surgery
+from rankopt._decompositions.base import Decomposition, RankAxis
 from rankopt._describe import describe
 from rankopt.candidates import cliffs, grid_values, line
-from rankopt.decompositions.base import Decomposition, RankAxis
 from rankopt.errors import LayerError, ModelError
 from rankopt.layer_profile import LayerProfile, ProfileRow
 from rankopt.layer_time import Chain, LayerTime

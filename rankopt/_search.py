@@ -10,13 +10,13 @@ import torch
 from torch import nn
 
 from rankopt import measure
+from rankopt._decompositions.base import Decomposition
 from rankopt._factor_choice import SEARCH, Choice, check_choices, fitted_in_order, nearest
 from rankopt._latency_budget import solve
 from rankopt._metric_drop import within_drop
 from rankopt._model_clock import ModelClock, bounds_latency, price_time
 from rankopt._open import check_request, open_problem
 from rankopt.budget import Budget
-from rankopt.decompositions.base import Decomposition
 from rankopt.errors import PlanError
 from rankopt.inputs import MAX_SAMPLES
 from rankopt.layers import Patterns

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from rankopt import measure, surgery
+from rankopt._decompositions.base import made_by
 from rankopt._latency_budget import solve
 from rankopt._model_clock import ModelClock
 from rankopt._open import Opened
@@ -21,7 +22,6 @@ from rankopt._provenance import remember_plan
 from rankopt._skeletons import build_with_factors
 from rankopt._soft_weights import SoftSite
 from rankopt.budget import Budget
-from rankopt.decompositions.base import made_by
 from rankopt.errors import ModelError
 from rankopt.plan import Factors, RankPlan
 from rankopt.relaxation import Relaxation, softmax

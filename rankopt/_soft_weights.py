@@ -12,10 +12,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from rankopt.decompositions.base import Basis, Decomposition
-from rankopt.decompositions.fitted import KEPT_FITS
-from rankopt.decompositions.projection import Projection, survival
-from rankopt.decompositions.rebuild import rebuild
+from rankopt._decompositions.base import Basis, Decomposition
+from rankopt._decompositions.fitted import KEPT_FITS
+from rankopt._decompositions.projection import Projection, survival
+from rankopt._decompositions.rebuild import rebuild
 from rankopt.layers import Layer, stored_weight
 from rankopt.relaxation import Menu, Relaxation
 

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from rankopt import measure, surgery
 from rankopt._asymmetric import fitted_in_order
 from rankopt._chains import chains_of, steps_of
+from rankopt._decompositions.base import Decomposition
 from rankopt._metric import mean, parsed
 from rankopt._settle import NormSettler
-from rankopt.decompositions.base import Decomposition
 from rankopt.errors import EvaluationError
 from rankopt.plan import FISHER, KEEP, Decision, RankPlan
 from rankopt.strategy import Problem, Site

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from rankopt._decompositions.base import Decomposition
 from rankopt._streams import stdout_to_stderr
-from rankopt.decompositions.base import Decomposition
 from rankopt.errors import CalibrationError, RankoptWarning
 from rankopt.strategy import LATENCY, Frontier, Option, Problem, Site
 

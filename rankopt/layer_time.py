@@ -8,7 +8,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from rankopt.decompositions.base import Decomposition
+from rankopt._decompositions.base import Decomposition
 from rankopt.latency import Array, Interval
 
 __all__ = ["DENSE", "Chain", "LayerTime"]

@@ -10,13 +10,13 @@ from typing import Any, Final, Protocol
 
 from torch import Tensor, nn
 
+from rankopt._decompositions.base import Basis, Decomposition, RankAxis
+from rankopt._decompositions.cache import BasisCache, shared
 from rankopt._fitted_errors import fitted_errors
 from rankopt._memory import give_back
 from rankopt._parallel import for_each, largest_first
 from rankopt._progress import progress_bar
 from rankopt.budget import Budget
-from rankopt.decompositions.base import Basis, Decomposition, RankAxis
-from rankopt.decompositions.cache import BasisCache, shared
 from rankopt.errors import BudgetInfeasible, DeadlineExceeded
 from rankopt.latency import Measured
 from rankopt.layers import Layer

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from rankopt import measure
 from rankopt._conditions import conditions
-from rankopt.decompositions import base
+from rankopt._decompositions import base
 from rankopt.errors import LayerError
 from rankopt.latency import (
     MAX_WARMUP_CALLS,

@@ -9,7 +9,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from rankopt.decompositions.base import RankAxis
+from rankopt._decompositions.base import RankAxis
 from rankopt.sites import Frontier
 
 __all__ = [

@@ -8,7 +8,7 @@ from functools import cached_property
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Final, Generic, TypeVar
 
-from rankopt.decompositions.base import Decomposition
+from rankopt._decompositions.base import Decomposition
 from rankopt.errors import RegistryError
 from rankopt.strategy import Strategy
 

@@ -19,8 +19,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from rankopt._decompositions.base import Decomposition
 from rankopt.allocation import NEGLIGIBLE_ERROR, allocate
-from rankopt.decompositions.base import Decomposition
 from rankopt.errors import ModelError, RankoptWarning
 from rankopt.strategy import Option, Problem, Site
 

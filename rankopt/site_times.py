@@ -11,9 +11,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from rankopt._decompositions.base import Decomposition, RankAxis
 from rankopt._progress import progress_bar
 from rankopt.candidates import grid_values
-from rankopt.decompositions.base import Decomposition, RankAxis
 from rankopt.layer_time import Chain, LayerTime
 from rankopt.probe import Call
 from rankopt.profile_table import ProfileTable

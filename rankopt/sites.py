@@ -10,8 +10,8 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
+from rankopt._decompositions.base import Decomposition
 from rankopt.budget import Budget
-from rankopt.decompositions.base import Decomposition
 from rankopt.errors import BudgetInfeasible
 from rankopt.layers import Layer
 from rankopt.plan import KEEP, Decision, Factors

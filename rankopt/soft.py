@@ -12,11 +12,11 @@ import torch
 from torch import nn
 
 from rankopt import measure, surgery
+from rankopt._decompositions.base import Decomposition
 from rankopt._model_clock import ModelClock, bounds_latency, price_time
 from rankopt._open import Opened, check_request, open_problem
 from rankopt._soft_model import FIRST_ENTROPY, SoftModel, Trained
 from rankopt.budget import Budget
-from rankopt.decompositions.base import Decomposition
 from rankopt.errors import BudgetError, ModelError
 from rankopt.inputs import MAX_SAMPLES
 from rankopt.layers import Patterns

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import rankopt
-from rankopt.decompositions import CP, SVD, TT, BranchedTucker, SpatialSVD, Tucker2
+from rankopt._decompositions import CP, SVD, TT, BranchedTucker, SpatialSVD, Tucker2
 from rankopt.layers import canonical_weight, find_layers
 from rankopt.measure import count_macs
 from rankopt.moments import Moments

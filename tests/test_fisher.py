@@ -9,8 +9,7 @@ from weighing import Blind
 
 import rankopt
 from rankopt import calibration, fisher
-from rankopt._open import open_problem
-from rankopt.decompositions import (
+from rankopt._decompositions import (
     CP,
     SVD,
     TT,
@@ -18,8 +17,9 @@ from rankopt.decompositions import (
     SpatialSVD,
     Tucker2,
 )
-from rankopt.decompositions.cache import BasisCache
-from rankopt.decompositions.rebuild import rebuild
+from rankopt._decompositions.cache import BasisCache
+from rankopt._decompositions.rebuild import rebuild
+from rankopt._open import open_problem
 from rankopt.errors import (
     CalibrationError,
     DeadlineExceeded,

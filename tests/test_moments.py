@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from rankopt import moments
-from rankopt.decompositions import SpatialSVD, Tucker2
+from rankopt._decompositions import SpatialSVD, Tucker2
 from rankopt.moments import Moments
 
 

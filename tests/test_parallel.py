@@ -3,9 +3,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from rankopt._decompositions import CP, SVD, TT, BranchedTucker, SpatialSVD, Tucker2
+from rankopt._decompositions.cache import BasisCache
 from rankopt._parallel import for_each, largest_first
-from rankopt.decompositions import CP, SVD, TT, BranchedTucker, SpatialSVD, Tucker2
-from rankopt.decompositions.cache import BasisCache
 from rankopt.layers import find_layers
 from rankopt.moments import Moments
 

@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch import nn
 
+from rankopt._decompositions import SVD, SpatialSVD, Tucker2
+from rankopt._decompositions.projection import survival
+from rankopt._decompositions.rebuild import rebuild
 from rankopt.calibration import layer_inputs
-from rankopt.decompositions import SVD, SpatialSVD, Tucker2
-from rankopt.decompositions.projection import survival
-from rankopt.decompositions.rebuild import rebuild
 from rankopt.layers import canonical_weight, find_layers
 from rankopt.moments import Moments
 

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from importlib.metadata import EntryPoint
+from pathlib import Path
 
 import pytest
 
@@ -78,3 +80,13 @@ def test_broken_plug_ins_do_not_break_others():
     assert made.get("energy").name == "energy"
     with pytest.raises(RegistryError, match="unknown strategy 'engery'; known: bad, energy"):
         made.get("engery")
+
+
+def test_no_public_name_hides_a_module():
+    """`import rankopt.NAME` and `rankopt.NAME` are the same thing."""
+    folder = Path(rankopt.__file__).parent
+    modules = {path.stem for path in folder.glob("*.py")} | {
+        path.parent.name for path in folder.glob("*/__init__.py")
+    }
+    for name in set(rankopt.__all__) & modules:
+        assert inspect.ismodule(getattr(rankopt, name)), name

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from rankopt import measure, surgery
+from rankopt._decompositions.base import Decomposition
 from rankopt._model_clock import ModelClock, bounds_latency, price_time
 from rankopt._open import SHELL, open_problem
 from rankopt._study.opening import existing, open_study
@@ -26,7 +27,6 @@ from rankopt._study.study import Study
 from rankopt._study.warm import WARM_STARTS
 from rankopt._verify import environment
 from rankopt.budget import Budget
-from rankopt.decompositions.base import Decomposition
 from rankopt.errors import BudgetError, ModelError, StudyError
 from rankopt.inputs import MAX_SAMPLES
 from rankopt.layers import Patterns

@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from rankopt.decompositions.base import Decomposition
-from rankopt.decompositions.projection import survival
-from rankopt.decompositions.rebuild import rebuild
+from rankopt._decompositions.base import Decomposition
+from rankopt._decompositions.projection import survival
+from rankopt._decompositions.rebuild import rebuild
 from rankopt.errors import RankoptError
 from rankopt.layers import Layer, canonical_weight, find_layers
 from rankopt.testing.check import Check

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any, ClassVar
 
-from rankopt.decompositions.base import Decomposition, kernel_size
+from rankopt._decompositions.base import Decomposition, kernel_size
 from rankopt.errors import ModelError
 from rankopt.plan import RankPlan
 from rankopt.strategy import Option, Problem, Site, Strategy, Tags

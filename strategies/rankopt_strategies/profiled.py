@@ -9,9 +9,9 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 
+from rankopt._decompositions.base import Decomposition
 from rankopt.allocation import allocate
 from rankopt.candidates import MULTIPLES, aligned_below, cliffs, line, lowest_on_line
-from rankopt.decompositions.base import Decomposition
 from rankopt.errors import BudgetError, ModelError
 from rankopt.latency import Interval
 from rankopt.layer_time import Chain, LayerTime

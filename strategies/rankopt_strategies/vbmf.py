@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy.optimize import minimize_scalar
 
-from rankopt.decompositions.base import Decomposition
+from rankopt._decompositions.base import Decomposition
 from rankopt.plan import RankPlan
 from rankopt.strategy import Option, Problem, Site, Strategy, Tags
 

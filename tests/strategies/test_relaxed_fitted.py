@@ -7,10 +7,10 @@ import pytest
 import torch
 
 import rankopt
+from rankopt._decompositions import BranchedTucker
+from rankopt._decompositions.rebuild import rebuild
 from rankopt._open import open_problem
 from rankopt.budget import Budget
-from rankopt.decompositions import BranchedTucker
-from rankopt.decompositions.rebuild import rebuild
 from rankopt.errors import ModelError, RankoptWarning
 from rankopt.layers import canonical_weight
 from rankopt.relaxation import Relaxation

@@ -353,7 +353,7 @@ def test_vbmf_leaves_methods_without_unfoldings():
 
 
 def test_two_variants_of_a_decomposition_state_their_own_errors():
-    from rankopt.decompositions import BranchedTucker
+    from rankopt._decompositions import BranchedTucker
 
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(32, 32, 3, bias=False))

@@ -11,8 +11,8 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
-from rankopt.decompositions.base import Decomposition
-from rankopt.decompositions.rebuild import rebuild
+from rankopt._decompositions.base import Decomposition
+from rankopt._decompositions.rebuild import rebuild
 from rankopt.errors import LayerError, ModelError, RankoptWarning
 from rankopt.strategy import Option, Problem, Site
 from rankopt_strategies.relaxed.annealing import Record, finite

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from rankopt.decompositions import base
-from rankopt.decompositions.projection import Projection
+from rankopt._decompositions import base
+from rankopt._decompositions.projection import Projection
 from rankopt.layers import Layer
 from rankopt.moments import Moments
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rankopt.decompositions import base
+from rankopt._decompositions import base
 from rankopt.moments import Moments
 
 __all__ = ["FittedBasis"]

@@ -9,8 +9,8 @@ from typing import Final
 
 from torch import Tensor
 
-from rankopt.decompositions.base import Basis, Decomposition
-from rankopt.decompositions.weighed import WeighedBasis, weighed
+from rankopt._decompositions.base import Basis, Decomposition
+from rankopt._decompositions.weighed import WeighedBasis, weighed
 from rankopt.measure import tensor_digest
 from rankopt.moments import Moments
 

@@ -13,7 +13,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from rankopt.decompositions.projection import Projection
+from rankopt._decompositions.projection import Projection
 from rankopt.errors import LayerError
 from rankopt.layers import Layer
 from rankopt.moments import Moments

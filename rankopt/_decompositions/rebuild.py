@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from rankopt.decompositions.base import Decomposition
+from rankopt._decompositions.base import Decomposition
 from rankopt.layers import Layer
 
 __all__ = ["rebuild"]

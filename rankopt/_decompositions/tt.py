@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from rankopt.decompositions import base
-from rankopt.decompositions.fitted import FittedBasis
+from rankopt._decompositions import base
+from rankopt._decompositions.fitted import FittedBasis
 from rankopt.layers import Layer
 from rankopt.moments import Moments
 

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rankopt.decompositions import base
-from rankopt.decompositions.projection import Projection
+from rankopt._decompositions import base
+from rankopt._decompositions.projection import Projection
 from rankopt.moments import Moments
 
 __all__ = ["WeighedBasis", "weighed"]

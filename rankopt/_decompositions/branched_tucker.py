@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from rankopt.decompositions import base
-from rankopt.decompositions.fitted import FittedBasis
-from rankopt.decompositions.tucker2 import Tucker2
+from rankopt._decompositions import base
+from rankopt._decompositions.fitted import FittedBasis
+from rankopt._decompositions.tucker2 import Tucker2
 from rankopt.layers import Layer
 from rankopt.moments import Moments
 
