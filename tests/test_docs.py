@@ -72,6 +72,12 @@ def test_commands_parse(path):
         _parser().parse_args(shlex.split(command, comments=True))
 
 
+@pytest.mark.parametrize("path", [page(path) for path in PAGES])
+def test_benchmarks_exist(path):
+    for name in re.findall(r"python -m benchmarks\.(\w+)", path.read_text(encoding="utf-8")):
+        assert (ROOT / "benchmarks" / f"{name}.py").exists(), name
+
+
 @pytest.mark.parametrize("path", [page(path) for path in [*PAGES, ROOT / "CHANGELOG.md"]])
 def test_links(path):
     for link in re.findall(r"\]\(([^)\s]+)\)", path.read_text(encoding="utf-8")):
