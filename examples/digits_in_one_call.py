@@ -8,17 +8,17 @@ from __future__ import annotations
 from torch.utils.data import DataLoader, TensorDataset
 
 import rankopt
-from rankopt import _demo
+from rankopt._commands import demo
 
-x, y, test_x, test_y = _demo.load_digits()
-model = _demo.DigitsNet(width=8)
-_demo.train(model, x, y, epochs=4)
+x, y, test_x, test_y = demo.load_digits()
+model = demo.DigitsNet(width=8)
+demo.train(model, x, y, epochs=4)
 
 result = rankopt.compress(
     model,
     "macs<=30%",
     train=DataLoader(TensorDataset(x, y), batch_size=64, shuffle=True),
-    evaluate=lambda network: _demo.accuracy(network, test_x, test_y),
+    evaluate=lambda network: demo.accuracy(network, test_x, test_y),
     recover={"seconds": 1},
     finetune={"epochs": 3, "learning_rate": 2e-3},
     output="digits.safetensors",

@@ -7,14 +7,14 @@ import torch
 import torch.nn.functional as F
 
 import rankopt
-from rankopt import _demo
+from rankopt._commands import demo
 
 
 def main() -> None:
     """Soften, train with one more term in the loss, discretise, build."""
-    x, labels, test_x, test_labels = _demo.load_digits()
-    model = _demo.DigitsNet(width=8)
-    _demo.train(model, x, labels, epochs=4)
+    x, labels, test_x, test_labels = demo.load_digits()
+    model = demo.DigitsNet(width=8)
+    demo.train(model, x, labels, epochs=4)
     soft = rankopt.soften(model, "macs<=30%", example_inputs=x[:1]).train()
     optimiser = torch.optim.Adam(soft.weights(), lr=2e-3)
     optimiser.add_param_group({"params": soft.logits(), "lr": 0.05})
@@ -38,7 +38,7 @@ def main() -> None:
     print(
         rankopt.compare(
             model, small, example_inputs=x[:64], rounds=5,
-            evaluate=lambda network: _demo.accuracy(network, test_x, test_labels),
+            evaluate=lambda network: demo.accuracy(network, test_x, test_labels),
         )
     )  # fmt: skip
 
