@@ -33,8 +33,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import rankopt
 from benchmarks import cifar, unseen
 from benchmarks.unseen import ViT
-from rankopt._files import atomic_path, write_text
-from rankopt._report.tables import table, to_text
+from rankopt._utils.files import atomic_path, write_text
+from rankopt._utils.tables import table, to_text
 from rankopt.training import Distillation
 
 CALIBRATION = 1024

@@ -19,7 +19,7 @@ import torch
 import rankopt
 from benchmarks.cifar import correct, images, resnet20
 from benchmarks.foundation import make
-from rankopt._report.tables import table, to_text
+from rankopt._utils.tables import table, to_text
 from rankopt_strategies import Knapsack
 
 HALF, THIRD = "macs<=50%, params<=50%", "macs<=30%, params<=30%"

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rankopt import measure
+from rankopt._model import measure
 
 __all__ = ["CLASSES", "ResNet20", "accuracy", "correct", "data_folder", "images", "resnet20"]
 

@@ -20,7 +20,7 @@ from torch import nn
 
 import rankopt
 from rankopt._decompositions.cache import shared
-from rankopt._report.tables import table, to_text
+from rankopt._utils.tables import table, to_text
 from rankopt.vision import import_torchvision
 from rankopt_strategies import ParameterRatio
 

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 import rankopt
-from rankopt._report.tables import table, to_text
+from rankopt._utils.tables import table, to_text
 from rankopt.vision import import_torchvision
 
 CALIBRATION, TEST = 1024, 512

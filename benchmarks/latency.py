@@ -22,9 +22,9 @@ from torch import nn
 import rankopt
 from benchmarks.foundation import make
 from rankopt._decompositions import BranchedTucker
-from rankopt._report.tables import table, to_text
+from rankopt._timing.latency import Interval
+from rankopt._utils.tables import table, to_text
 from rankopt.errors import BudgetInfeasible, RankoptWarning
-from rankopt.latency import Interval
 from rankopt_strategies import ParameterRatio, Profiled
 
 # Network, layer, module, input: ten shapes and more.

@@ -26,14 +26,15 @@ import rankopt
 from benchmarks.calibrated import percent
 from benchmarks.cifar import correct, images
 from benchmarks.foundation import make
-from rankopt import _recover, surgery
-from rankopt._provenance import remember_plan
-from rankopt._report.tables import table, to_text
-from rankopt._settle import settle_norms
-from rankopt._skeletons import fill_skeleton
-from rankopt.bottlenecks import find_bottlenecks
-from rankopt.latency import time_interleaved
-from rankopt.merging import resize
+from rankopt._build.provenance import remember_plan
+from rankopt._build.settle import settle_norms
+from rankopt._build.skeletons import fill_skeleton
+from rankopt._merging.bottlenecks import find_bottlenecks
+from rankopt._merging.join import resize
+from rankopt._model import surgery
+from rankopt._timing.latency import time_interleaved
+from rankopt._utils.tables import table, to_text
+from rankopt.training import repair
 from rankopt.training.augmentation import shift_and_mirror
 
 BATCH, LEARNING_RATE, WEIGHT_DECAY = 128, 0.1, 5e-4
@@ -160,7 +161,7 @@ class _StepClock:
 def recovered(small: nn.Module, teacher: nn.Module, data: list[Tensor], steps: int) -> int:
     """`rankopt.recover` for a number of steps instead of a time; returns the steps taken."""
     clock = _StepClock()
-    with mock.patch.object(_recover, "time", clock):
+    with mock.patch.object(repair, "time", clock):
         done = rankopt.recover(
             small, teacher=teacher, calibration=data, seconds=steps / 0.95, augment=clock.augment
         )

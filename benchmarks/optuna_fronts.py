@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 import rankopt
 from benchmarks.cifar import correct
-from rankopt._report.tables import table, to_text
-from rankopt.inputs import divergence_loss
+from rankopt._model.inputs import divergence_loss
+from rankopt._utils.tables import table, to_text
 
 __all__ = ["METRICS", "Case", "compare", "hypervolume", "joined"]
 

@@ -33,9 +33,9 @@ import rankopt
 from benchmarks.cifar import images, resnet20
 from benchmarks.foundation import make
 from benchmarks.optuna_fronts import METRICS, Case, compare
-from rankopt import _demo
-from rankopt._report.tables import table, to_text
+from rankopt._commands import demo
 from rankopt._study.warm import WARM_STARTS
+from rankopt._utils.tables import table, to_text
 
 BATCH = 500
 # A larger part of the training images is never used: the search has 10 classes of these.
@@ -45,9 +45,9 @@ CALIBRATED = 20
 def digits(arguments: Any) -> None:
     """Spaces and samplers where a trial takes little."""
     torch.manual_seed(0)
-    x, y, test_x, test_y = _demo.load_digits()
-    model = _demo.DigitsNet()
-    _demo.train(model, x, y)
+    x, y, test_x, test_y = demo.load_digits()
+    model = demo.DigitsNet()
+    demo.train(model, x, y)
     model.eval()
     searched = _batches(arguments, model, x[128:628], y[128:628], 50)
     calibration = list(torch.split(x[:128], 128))

@@ -17,9 +17,9 @@ from torch import nn
 
 import rankopt
 from benchmarks.foundation import make
-from rankopt import measure
-from rankopt._report.tables import table, to_text
-from rankopt._skeletons import build_empty
+from rankopt._build.skeletons import build_empty
+from rankopt._model import measure
+from rankopt._utils.tables import table, to_text
 from rankopt.vision import import_torchvision
 from rankopt_strategies import ParameterRatio
 

@@ -21,12 +21,12 @@ from torch import Tensor, nn
 
 import rankopt
 from benchmarks import cifar, unseen
-from rankopt import allocation, measure, surgery
-from rankopt._open import Opened, open_problem
-from rankopt._report.tables import table, to_text
-from rankopt._skeletons import build_with_moments
-from rankopt.inputs import main_output, run
-from rankopt.strategy import Option, decide
+from rankopt._build.skeletons import build_with_moments
+from rankopt._model import measure, surgery
+from rankopt._model.inputs import main_output, run
+from rankopt._search.opening import Opened, open_problem
+from rankopt._utils.tables import table, to_text
+from rankopt.strategy import Option, allocation, decide
 from rankopt_strategies import Knapsack
 
 PROBES, ROUNDS, FLOOR = 256, 3, 1e-12

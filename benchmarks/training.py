@@ -30,8 +30,8 @@ from torch import Tensor, nn
 
 import rankopt
 from benchmarks.foundation import make
-from rankopt._report.tables import table, to_text
-from rankopt.latency import Interval, Timings, time_interleaved
+from rankopt._timing.latency import Interval, Timings, time_interleaved
+from rankopt._utils.tables import table, to_text
 from rankopt.training import Fixed, Freezer, NoFreezing, Schedule, Sequential
 from rankopt.training.freezing import Factor, factors
 from rankopt_strategies import ParameterRatio, Profiled

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import rankopt
 from benchmarks.calibrated import percent
-from rankopt._report.tables import table, to_text
+from rankopt._utils.tables import table, to_text
 
 FOLDER = Path("/usr/share/datasets/fashion-mnist")
 BUDGET = "macs<=50%, params<=50%"

@@ -1,8 +1,10 @@
 """rankopt: make a trained PyTorch model smaller and really faster, by low rank."""
 
 from rankopt import export, training
-from rankopt._apply import apply, apply_
-from rankopt._compare import Comparison, compare
+from rankopt._build.apply import apply, apply_
+from rankopt._build.compare import Comparison, compare
+from rankopt._build.fold import fold
+from rankopt._calibration.batchnorm import recalibrate
 from rankopt._decompositions import (
     CP,
     SVD,
@@ -14,26 +16,24 @@ from rankopt._decompositions import (
     SpatialSVD,
     Tucker2,
 )
-from rankopt._fold import fold
-from rankopt._merge import merge, merge_plan
-from rankopt._profile import profile
-from rankopt._recover import Recovery, recover
 from rankopt._report.report import report
-from rankopt._search import search
+from rankopt._search.merge import merge, merge_plan
+from rankopt._search.profile import profile
+from rankopt._search.search import search
 from rankopt._study import Point, Study, claim_device, study
+from rankopt._timing.layer_profile import LayerProfile
+from rankopt._timing.profile_table import ProfileTable
 from rankopt._version import __version__
 from rankopt.agreement import Agreement
 from rankopt.budget import Budget
 from rankopt.checkpoint import load, load_plan, save
-from rankopt.layer_profile import LayerProfile
-from rankopt.norms import recalibrate
 from rankopt.pipeline import Compression, compress
 from rankopt.plan import Decision, RankPlan
-from rankopt.profile_table import ProfileTable
 from rankopt.registry import decompositions, strategies
 from rankopt.soft import SoftModel, soften
 from rankopt.strategy import Option, Problem, Site, Strategy, Tags
 from rankopt.training.finetune import Training, finetune
+from rankopt.training.repair import Recovery, recover
 
 __all__ = [
     "CP",

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from rankopt import measure, surgery
-from rankopt.inputs import (
+from rankopt._model import measure, surgery
+from rankopt._model.inputs import (
     MAX_SAMPLES,
     batch_size,
     digest,

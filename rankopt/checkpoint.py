@@ -13,10 +13,10 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
-from rankopt import surgery
-from rankopt._files import atomic_path, check_writable, write_text
-from rankopt._provenance import change_since_built, plan_of
-from rankopt._skeletons import build_empty
+from rankopt._build.provenance import change_since_built, plan_of
+from rankopt._build.skeletons import build_empty
+from rankopt._model import surgery
+from rankopt._utils.files import atomic_path, check_writable, write_text
 from rankopt.errors import CheckpointError, PlanError, RankoptError
 from rankopt.plan import RankPlan
 

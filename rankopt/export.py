@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from rankopt import measure, surgery
-from rankopt._files import atomic_paths
+from rankopt._model import measure, surgery
+from rankopt._model.inputs import tensors_in
+from rankopt._utils.files import atomic_paths
 from rankopt.errors import ExportError, MissingDependency
-from rankopt.inputs import tensors_in
 
 __all__ = ["merge_norms", "to_onnx", "to_program"]
 

@@ -12,11 +12,11 @@ from typing import Any, Final
 from torch import nn
 
 from rankopt import checkpoint as files
-from rankopt._compare import Comparison
-from rankopt._files import write_text
-from rankopt._json import strict_json
-from rankopt._stage_checks import check_stages
-from rankopt._stages import RESULT, Run, Stage
+from rankopt._build.compare import Comparison
+from rankopt._pipeline.checks import check_stages
+from rankopt._pipeline.stages import RESULT, Run, Stage
+from rankopt._utils.files import write_text
+from rankopt._utils.strict_json import strict_json
 from rankopt.budget import RATIO_AXES, Budget
 from rankopt.errors import BudgetError
 from rankopt.plan import RankPlan
@@ -60,13 +60,14 @@ class Compression:
         }
 
     def __str__(self) -> str:
-        from rankopt._report.tables import to_text
+        from rankopt._utils.tables import to_text
 
         return to_text(*self.tables())
 
     def tables(self) -> tuple[Any, Any]:
         """The stages, the dense model first, and the comparison."""
-        from rankopt._report.tables import comparison_table, count, table
+        from rankopt._build.comparison_table import comparison_table
+        from rankopt._utils.tables import count, table
 
         made = table("compress", "stage", "seconds", "params", "metric", "what came of it")
         made.columns[-1].justify = "left"

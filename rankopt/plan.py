@@ -14,8 +14,8 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Final
 
-from rankopt._files import write_text
 from rankopt._plan_json import check_keys, listed, number, pretty, refuse_constant, typed
+from rankopt._utils.files import write_text
 from rankopt.budget import Budget
 from rankopt.errors import BudgetError, PlanError
 
@@ -232,7 +232,8 @@ class RankPlan:
 
     def __str__(self) -> str:
         # Imported late: what draws tables stands above plans.
-        from rankopt._report.tables import plan_table, to_text, totals_table
+        from rankopt._plan_tables import plan_table, totals_table
+        from rankopt._utils.tables import to_text
 
         return to_text(plan_table(self), totals_table(self))
 

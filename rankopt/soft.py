@@ -11,18 +11,18 @@ import numpy as np
 import torch
 from torch import nn
 
-from rankopt import measure, surgery
 from rankopt._decompositions.base import Decomposition
-from rankopt._model_clock import ModelClock, bounds_latency, price_time
-from rankopt._open import Opened, check_request, open_problem
-from rankopt._soft_model import FIRST_ENTROPY, SoftModel, Trained
+from rankopt._model import measure, surgery
+from rankopt._model.inputs import MAX_SAMPLES
+from rankopt._model.layers import Patterns
+from rankopt._search.model_clock import ModelClock, bounds_latency, price_time
+from rankopt._search.opening import Opened, check_request, open_problem
+from rankopt._soft.model import FIRST_ENTROPY, SoftModel, Trained
+from rankopt._timing.profile_table import ProfileTable
 from rankopt.budget import Budget
 from rankopt.errors import BudgetError, ModelError
-from rankopt.inputs import MAX_SAMPLES
-from rankopt.layers import Patterns
-from rankopt.profile_table import ProfileTable
-from rankopt.relaxation import Relaxation
 from rankopt.strategy import Strategy
+from rankopt.strategy.relaxation import Relaxation
 
 __all__ = ["SoftModel", "soften"]
 

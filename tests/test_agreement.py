@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 import rankopt
+from rankopt._model.inputs import divergence_loss
 from rankopt.errors import CalibrationError, ModelError
-from rankopt.inputs import divergence_loss
 from rankopt.testing import planted_inputs, planted_model
 
 

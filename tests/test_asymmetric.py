@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import rankopt
-from rankopt import calibration
+from rankopt._calibration import collect as calibration
 from rankopt.errors import ModelError, PlanError
 from rankopt.testing import planted_model
 

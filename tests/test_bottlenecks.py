@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 import rankopt
-from rankopt.bottlenecks import find_bottlenecks
+from rankopt._merging.bottlenecks import find_bottlenecks
 from rankopt.vision import import_torchvision
 
 

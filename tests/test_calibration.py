@@ -8,13 +8,13 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import rankopt
-from rankopt import calibration
-from rankopt.calibration import POSITIONS, collect, layer_inputs, patches
+from rankopt._calibration import collect as calibration
+from rankopt._calibration.batchnorm import recalibrate
+from rankopt._calibration.collect import POSITIONS, collect, layer_inputs, patches
+from rankopt._calibration.moments import Moments, damped_root
+from rankopt._model.inputs import batches, digest, divergence, hold
+from rankopt._model.layers import canonical_weight, find_layers
 from rankopt.errors import CalibrationError, PlanError, RankoptWarning
-from rankopt.inputs import batches, digest, divergence, hold
-from rankopt.layers import canonical_weight, find_layers
-from rankopt.moments import Moments, damped_root
-from rankopt.norms import recalibrate
 from rankopt.testing import planted_inputs, planted_model
 
 # Float32 products summed in float64 against float64 throughout.
@@ -62,7 +62,7 @@ def test_moments_predict_the_output_energy(module, shape):
 
 
 def test_large_kernels_keep_moments_of_channels(monkeypatch):
-    monkeypatch.setattr("rankopt.calibration.MAX_PATCH", 30)
+    monkeypatch.setattr("rankopt._calibration.collect.MAX_PATCH", 30)
     x = torch.randn(4, 4, 6, 6)
     _, found = moments_of(nn.Conv2d(4, 4, 3), x)
     assert found.pixels == 1

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rankopt.candidates import aligned_below, cliffs, grid_values, line, lowest_on_line
+from rankopt._timing.candidates import aligned_below, cliffs, grid_values, line, lowest_on_line
 
 
 @given(st.integers(1, 5000), st.integers(2, 32), st.sampled_from([1, 8, 12, 16]))

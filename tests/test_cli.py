@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import rankopt
-from rankopt import _specs
+from rankopt._commands import specs
 from rankopt.cli import main
 from rankopt.errors import ModelError, RankoptError, RankoptWarning
 from rankopt.strategy import Strategy
@@ -189,7 +189,7 @@ class Tied(torch.nn.Module):
 
 
 def test_weights_of_training_loops(tmp_path, monkeypatch):
-    monkeypatch.setattr(_specs, "load_callable", lambda spec: Tied)
+    monkeypatch.setattr(specs, "load_callable", lambda spec: Tied)
     weight = torch.randn(9, 8)
     named = {"table.weight": weight, "head.weight": weight}
     for number, content in enumerate((
@@ -199,14 +199,14 @@ def test_weights_of_training_loops(tmp_path, monkeypatch):
         {"table.weight": weight},
     )):  # fmt: skip
         torch.save(content, tmp_path / f"{number}.pt")
-        model = _specs.load_model("x", tmp_path / f"{number}.pt")
+        model = specs.load_model("x", tmp_path / f"{number}.pt")
         assert torch.equal(model.head.weight, weight)
     torch.save({"other": weight}, tmp_path / "o.pt")
     with pytest.raises(ModelError, match=r"Missing key.*table.weight.*Unexpected key.*other"):
-        _specs.load_model("x", tmp_path / "o.pt")
+        specs.load_model("x", tmp_path / "o.pt")
     torch.save([weight], tmp_path / "l.pt")
     with pytest.raises(ModelError, match="holds a list, not a state dict"):
-        _specs.load_model("x", tmp_path / "l.pt")
+        specs.load_model("x", tmp_path / "l.pt")
 
 
 def test_files_run_once_and_may_import_late(tmp_path, monkeypatch):
@@ -216,9 +216,9 @@ def test_files_run_once_and_may_import_late(tmp_path, monkeypatch):
         "runs = []\ndef late():\n    import late_sibling\n    return late_sibling.VALUE, runs\n"
     )
     monkeypatch.chdir(tmp_path)
-    value, runs = _specs.load_callable(f"{tmp_path}/once.py:late")()
+    value, runs = specs.load_callable(f"{tmp_path}/once.py:late")()
     assert value == 7
-    assert _specs.load_callable("once.py:late")()[1] is runs
+    assert specs.load_callable("once.py:late")()[1] is runs
 
 
 def test_modules_of_the_working_folder(tmp_path):

@@ -6,9 +6,12 @@ import torch
 from torch import nn
 
 import rankopt
-from rankopt._report.tables import count, plan_table, to_text, totals_table
+from rankopt._build.compare import Figure
+from rankopt._model import inputs
+from rankopt._plan_tables import plan_table, totals_table
+from rankopt._timing.latency import Interval, Timings, time_interleaved
+from rankopt._utils.tables import count, to_text
 from rankopt.errors import EvaluationError, ModelError
-from rankopt.latency import Interval, Timings, time_interleaved
 from rankopt.testing import planted_inputs, planted_model
 
 
@@ -67,7 +70,7 @@ def test_outputs_are_summed_in_pieces(monkeypatch):
     model, x = planted_model(), planted_inputs()
     small = rankopt.apply(model, rankopt.search(model, "params<=30%"))
     whole = rankopt.compare(model, small, example_inputs=x, rounds=3)
-    monkeypatch.setattr(rankopt.inputs, "PIECE", 7)
+    monkeypatch.setattr(inputs, "PIECE", 7)
     parts = rankopt.compare(model, small, example_inputs=x, rounds=3)
     assert parts.output_error == pytest.approx(whole.output_error, rel=1e-12)
 
@@ -132,7 +135,7 @@ def test_a_metric_in_batches():
 
 
 def comparison(low, median, high):
-    figure = rankopt._compare.Figure(100, 50)
+    figure = Figure(100, 50)
     return rankopt.Comparison(figure, figure, latency_ratio=Interval(median, low, high))
 
 

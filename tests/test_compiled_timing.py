@@ -11,12 +11,12 @@ import torch
 from torch import nn
 
 import rankopt
+from rankopt._model.layers import find_layers
+from rankopt._model.probe import Call
+from rankopt._timing.latency import runner
+from rankopt._timing.layer_time import Chain
 from rankopt.cli import main
 from rankopt.errors import ModelError
-from rankopt.latency import runner
-from rankopt.layer_time import Chain
-from rankopt.layers import find_layers
-from rankopt.probe import Call
 from rankopt.testing import planted_inputs, planted_model
 
 CPU = torch.device("cpu")

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 import rankopt
+from rankopt._calibration.moments import Moments
 from rankopt._decompositions import CP, SVD, TT, BranchedTucker, SpatialSVD, Tucker2
-from rankopt.layers import canonical_weight, find_layers
-from rankopt.measure import count_macs
-from rankopt.moments import Moments
+from rankopt._model.layers import canonical_weight, find_layers
+from rankopt._model.measure import count_macs
 from rankopt.testing import decomposition_checks, dense_weight
 
 # Float32 forward passes of a chain against its layer, relative to the output.

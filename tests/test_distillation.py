@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import rankopt
+from rankopt._model.inputs import divergence
 from rankopt.errors import ModelError
-from rankopt.inputs import divergence
 from rankopt.testing import planted_inputs, planted_model
 from rankopt.training import Distillation, Distiller
 

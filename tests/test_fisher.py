@@ -8,7 +8,9 @@ from torch import nn
 from weighing import Blind
 
 import rankopt
-from rankopt import calibration, fisher
+from rankopt._calibration import collect as calibration
+from rankopt._calibration import fisher
+from rankopt._calibration.moments import Moments
 from rankopt._decompositions import (
     CP,
     SVD,
@@ -19,16 +21,15 @@ from rankopt._decompositions import (
 )
 from rankopt._decompositions.cache import BasisCache
 from rankopt._decompositions.rebuild import rebuild
-from rankopt._open import open_problem
+from rankopt._model.inputs import divergence
+from rankopt._model.layers import find_layers
+from rankopt._search.opening import open_problem
 from rankopt.errors import (
     CalibrationError,
     DeadlineExceeded,
     ModelError,
     PlanError,
 )
-from rankopt.inputs import divergence
-from rankopt.layers import find_layers
-from rankopt.moments import Moments
 from rankopt.testing import planted_model
 from rankopt_strategies import Relaxed
 
@@ -186,7 +187,7 @@ def test_half_precision_is_not_rounded_in_the_weighed_basis():
 
 def test_time_runs_out_while_differentiating(monkeypatch):
     monkeypatch.setattr(
-        "rankopt.problem.Problem.check_deadline",
+        "rankopt.strategy.problem.Problem.check_deadline",
         lambda self: (_ for _ in ()).throw(DeadlineExceeded("over")),
     )
     model, data = Blind().eval(), [torch.randn(64, 32)]

@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 import rankopt
-from rankopt._fold import check_foldable, effective_weight, fold
+from rankopt._build.fold import check_foldable, effective_weight, fold
+from rankopt._model.layers import canonical_weight
 from rankopt.errors import ModelError, RankoptWarning
-from rankopt.layers import canonical_weight
 from rankopt.testing import planted_inputs, planted_model
 
 # Rounding of float64 sums of a few hundred terms.

@@ -10,7 +10,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import rankopt
 from rankopt import Decision
-from rankopt._provenance import remember_plan
+from rankopt._build.provenance import remember_plan
 from rankopt.errors import ModelError
 from rankopt.testing import planted_inputs, planted_model
 from rankopt.training import (

@@ -11,10 +11,11 @@ from torch import nn
 from torch.nn.utils import prune
 
 import rankopt
-from rankopt import _open, inputs, surgery
+from rankopt._calibration.batchnorm import recalibrate
+from rankopt._model import inputs, surgery
+from rankopt._model.inputs import hold
+from rankopt._search import opening
 from rankopt.errors import CalibrationError, CheckpointError, RankoptWarning
-from rankopt.inputs import hold
-from rankopt.norms import recalibrate
 from rankopt.testing import planted_inputs, planted_model
 
 
@@ -404,9 +405,9 @@ def test_inside_inference_mode():
 def test_outputs_that_take_much_memory_are_not_kept(monkeypatch):
     """A language model gives a whole vocabulary for every token of every sample."""
     kept = []
-    real = _open.main_output
+    real = opening.main_output
     monkeypatch.setattr(
-        _open, "main_output", lambda output: kept.append(len(output)) or real(output)
+        opening, "main_output", lambda output: kept.append(len(output)) or real(output)
     )
     monkeypatch.setattr(inputs, "OUTPUT_BYTES", 12 * 40 * 4)
     model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 40))

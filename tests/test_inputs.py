@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 import rankopt
-from rankopt import inputs, measure
+from rankopt._model import inputs, measure
+from rankopt._model.inputs import divergence, divergence_loss
 from rankopt.errors import CalibrationError
-from rankopt.inputs import divergence, divergence_loss
 
 
 class Normalising(nn.Module):

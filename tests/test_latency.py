@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from rankopt._conditions import tf32
-from rankopt.latency import Interval, Timings, process_ms, runner, time_interleaved
+from rankopt._timing.conditions import tf32
+from rankopt._timing.latency import Interval, Timings, process_ms, runner, time_interleaved
 from rankopt.testing import ModelledClock, planted_inputs, planted_model
 
 

@@ -10,9 +10,9 @@ from timing import SHARED, searched, table
 from torch import nn
 
 import rankopt
-from rankopt._latency_budget import _corrected, _Round, solve
+from rankopt._search.latency_budget import _corrected, _Round, solve
+from rankopt._timing.latency import Interval, Measured
 from rankopt.errors import BudgetError, BudgetInfeasible, DeadlineExceeded
-from rankopt.latency import Interval, Measured
 from rankopt.strategy import Strategy
 from rankopt.testing import ModelledClock, Operations, planted_inputs, planted_model
 

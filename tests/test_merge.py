@@ -12,8 +12,8 @@ from merging import FLOAT32, Block, Net, distance, images, planned, settled
 from torch import nn
 
 import rankopt
-from rankopt import measure
-from rankopt.channels import _order
+from rankopt._merging.channels import _order
+from rankopt._model import measure
 from rankopt.errors import (
     ModelError,
     PlanError,

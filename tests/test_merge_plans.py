@@ -11,9 +11,9 @@ from merging import Net, distance, images, planned, settled
 from torch import nn
 
 import rankopt
-from rankopt import measure
-from rankopt.bottlenecks import find_bottlenecks
-from rankopt.channels import prepare
+from rankopt._merging.bottlenecks import find_bottlenecks
+from rankopt._merging.channels import prepare
+from rankopt._model import measure
 from rankopt.errors import (
     BudgetError,
     BudgetInfeasible,

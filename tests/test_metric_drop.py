@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import rankopt
-from rankopt import measure
+from rankopt._model import measure
 from rankopt.errors import BudgetInfeasible, EvaluationError, RankoptWarning
 from rankopt.testing import ModelledClock, planted_inputs, planted_model
 

@@ -10,7 +10,7 @@ import torch
 from timing import SHARED, searched
 
 import rankopt
-from rankopt._model_clock import ModelClock
+from rankopt._search.model_clock import ModelClock
 from rankopt.errors import BudgetInfeasible
 from rankopt.testing import ModelledClock, Operations, planted_inputs, planted_model
 

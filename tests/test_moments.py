@@ -3,9 +3,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rankopt import moments
+from rankopt._calibration import moments
+from rankopt._calibration.moments import Moments
 from rankopt._decompositions import SpatialSVD, Tucker2
-from rankopt.moments import Moments
 
 
 def test_large_moments_lie_on_disk_and_say_the_same(monkeypatch):

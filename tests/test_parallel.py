@@ -3,11 +3,11 @@ from __future__ import annotations
 import pytest
 import torch
 
+from rankopt._calibration.moments import Moments
 from rankopt._decompositions import CP, SVD, TT, BranchedTucker, SpatialSVD, Tucker2
 from rankopt._decompositions.cache import BasisCache
-from rankopt._parallel import for_each, largest_first
-from rankopt.layers import find_layers
-from rankopt.moments import Moments
+from rankopt._model.layers import find_layers
+from rankopt._utils.parallel import for_each, largest_first
 
 
 @pytest.fixture(params=[1, 2])

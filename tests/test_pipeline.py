@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import rankopt
-from rankopt import _stages
+from rankopt._pipeline import stages
 from rankopt.errors import BudgetError, CheckpointError, ModelError, RankoptError
 from rankopt.testing import planted_inputs, planted_model
 
@@ -93,14 +93,14 @@ def test_goes_on_where_it_was_interrupted(task, tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(_stages, "train_on", interrupted)
+        patched.setattr(stages, "train_on", interrupted)
         with pytest.raises(KeyboardInterrupt):
             rankopt.compress(dense, "params<=30%", **arguments)
     kept = {p.name for p in (tmp_path / "work").iterdir()}
     assert kept == {"plan.json", "apply.safetensors", "recover.safetensors", "work.json"}
     with monkeypatch.context() as patched:  # what was done is not done again
-        patched.setattr(_stages._search, "search", interrupted)
-        patched.setattr(_stages._recover, "recover", interrupted)
+        patched.setattr(stages, "search", interrupted)
+        patched.setattr(stages, "recover", interrupted)
         done = rankopt.compress(dense, "params<=30%", **arguments)
     assert [s.name for s in done.stages] == ["search", "apply", "recover", "finetune", "verify"]
     assert done.path == tmp_path / "work" / "compressed.safetensors"
@@ -194,7 +194,7 @@ def test_a_refused_result_leaves_an_earlier_output_alone(tmp_path, monkeypatch, 
     path = tmp_path / "out.safetensors"
     rankopt.compress(planted_model(), "params<=50%", output=path)
     before = path.read_bytes()
-    monkeypatch.setattr(_stages, "compare", refuse)
+    monkeypatch.setattr(stages, "compare", refuse)
     with pytest.raises(raised):
         rankopt.compress(planted_model(), "params<=30%", output=path, folder=tmp_path / "work")
     assert path.read_bytes() == before
@@ -209,7 +209,7 @@ def test_a_compiled_original_is_timed_as_the_result_is(monkeypatch):
         compared.append(original)
         return rankopt.compare(original, compressed, rounds=3, **settings)
 
-    monkeypatch.setattr(_stages, "compare", seen)
+    monkeypatch.setattr(stages, "compare", seen)
     dense = planted_model()
     compiled = torch.compile(dense, backend="eager")
     rankopt.compress(compiled, "params<=50%", example_inputs=planted_inputs())

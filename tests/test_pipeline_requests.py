@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 import rankopt
-from rankopt import _stages
-from rankopt._spelled import spelled
+from rankopt._model.spelled import spelled
+from rankopt._pipeline import stages
 from rankopt.errors import (
     CheckpointError,
     EvaluationError,
@@ -52,14 +52,14 @@ def data(count=32):
     ],
 )
 def test_bad_requests_stop_it_before_the_search(monkeypatch, settings, error, message):
-    monkeypatch.setattr(_stages._search, "search", None)
+    monkeypatch.setattr(stages, "search", None)
     settings = {"model": dense(), "train": data(), **settings}
     with pytest.raises(error, match=message):
         rankopt.compress(settings.pop("model"), BUDGET, **settings)
 
 
 def test_without_accelerate_there_is_no_search(monkeypatch):
-    monkeypatch.setattr(_stages._search, "search", None)
+    monkeypatch.setattr(stages, "search", None)
     monkeypatch.setitem(sys.modules, "accelerate", None)
     with pytest.raises(MissingDependency, match="finetune needs accelerate"):
         rankopt.compress(dense(), BUDGET, train=data())

@@ -10,8 +10,8 @@ import warnings
 
 import pytest
 
+from rankopt._timing.profile_store import CONDITIONS, SCHEMA_VERSION, ProfileStore, cache_folder
 from rankopt.errors import RankoptWarning
-from rankopt.profile_store import CONDITIONS, SCHEMA_VERSION, ProfileStore, cache_folder
 
 HERE = dict.fromkeys(CONDITIONS, "x")
 
@@ -128,7 +128,7 @@ def test_a_read_only_folder(path, monkeypatch):
     def refuse(*_, **__):
         raise sqlite3.OperationalError("attempt to write a readonly database")
 
-    monkeypatch.setattr("rankopt.profile_store._write_ahead", refuse)
+    monkeypatch.setattr("rankopt._timing.profile_store._write_ahead", refuse)
     with pytest.warns(RankoptWarning, match="readonly"):
         store = ProfileStore(path)
     store.put(HERE, "layer", {"dense": {"ms": [1.0]}})
@@ -140,7 +140,7 @@ def test_a_read_only_folder(path, monkeypatch):
 WRITER = """
 import sys, warnings
 warnings.simplefilter("error")
-from rankopt.profile_store import CONDITIONS, ProfileStore
+from rankopt._timing.profile_store import CONDITIONS, ProfileStore
 store = ProfileStore(sys.argv[1])
 here = dict.fromkeys(CONDITIONS, "x")
 print("ready", flush=True)

@@ -6,11 +6,11 @@ import torch
 from torch import nn
 
 import rankopt
+from rankopt._model.layers import find_layers
+from rankopt._model.probe import Call
+from rankopt._timing.layer_time import Chain, LayerTime
+from rankopt._timing.profile_table import LOOK_WARMUP, ProfileTable
 from rankopt.errors import LayerError
-from rankopt.layer_time import Chain, LayerTime
-from rankopt.layers import find_layers
-from rankopt.probe import Call
-from rankopt.profile_table import LOOK_WARMUP, ProfileTable
 from rankopt.testing import ModelledClock
 
 CPU = torch.device("cpu")
@@ -134,7 +134,7 @@ def test_a_look_is_extended_to_a_measurement():
 
 
 def test_a_chain_that_runs_out_of_memory_is_skipped(monkeypatch):
-    from rankopt import profile_table
+    from rankopt._timing import profile_table
 
     build = profile_table._build
 
@@ -157,7 +157,7 @@ def test_a_layer_that_does_not_fit_its_input():
 
 
 def test_large_chains_run_in_several_sessions(monkeypatch):
-    monkeypatch.setattr("rankopt.profile_table.SESSION_BYTES", 10_000)
+    monkeypatch.setattr("rankopt._timing.profile_table.SESSION_BYTES", 10_000)
     table = ProfileTable(clock=ModelledClock(), rounds=3)
     found = table.time(layer(), CALL, CHAINS, device=CPU)
     assert found[CHAINS[1]].session != found[CHAINS[2]].session

@@ -4,12 +4,12 @@ import pytest
 import torch
 from torch import nn
 
+from rankopt._calibration.collect import layer_inputs
+from rankopt._calibration.moments import Moments
 from rankopt._decompositions import SVD, SpatialSVD, Tucker2
 from rankopt._decompositions.projection import survival
 from rankopt._decompositions.rebuild import rebuild
-from rankopt.calibration import layer_inputs
-from rankopt.layers import canonical_weight, find_layers
-from rankopt.moments import Moments
+from rankopt._model.layers import canonical_weight, find_layers
 
 MODULES = [
     nn.Linear(12, 20),

@@ -7,10 +7,10 @@ import torch
 from torch import nn
 
 import rankopt
-from rankopt import _recover
+from rankopt._model.inputs import LEAST_SAMPLES, divergence
 from rankopt.errors import CalibrationError, ModelError
-from rankopt.inputs import LEAST_SAMPLES, divergence
 from rankopt.testing import planted_model
+from rankopt.training import repair
 from rankopt.training.augmentation import shift_and_mirror
 
 
@@ -148,7 +148,7 @@ def test_a_failure_after_the_training_leaves_the_model_as_it_was(pair, monkeypat
     def interrupted(*arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(_recover, "settle_norms", interrupted)
+    monkeypatch.setattr(repair, "settle_norms", interrupted)
     with pytest.raises(KeyboardInterrupt):
         rankopt.recover(small, teacher=dense, calibration=held, seconds=0.3)
     assert all(torch.equal(before[name], value) for name, value in small.state_dict().items())
@@ -164,8 +164,8 @@ def test_half_precision_is_refused(pair):
 def test_outputs_of_held_out_samples_are_kept_while_they_take_little_memory(pair, monkeypatch):
     teacher, small, held = pair
     kept = []
-    monkeypatch.setattr("rankopt.inputs.OUTPUT_BYTES", 1)
-    monkeypatch.setattr(_recover, "main_output", lambda x: kept.append(len(x)) or x)
+    monkeypatch.setattr("rankopt._model.inputs.OUTPUT_BYTES", 1)
+    monkeypatch.setattr(repair, "main_output", lambda x: kept.append(len(x)) or x)
     rankopt.recover(small, teacher=teacher, calibration=held, seconds=0.3)
     assert sum(kept) == LEAST_SAMPLES
 

@@ -11,11 +11,11 @@ import torch
 from torch import nn
 
 import rankopt
-from rankopt import _stages
-from rankopt._compare import Figure
-from rankopt._json import strict_json
+from rankopt._build.compare import Figure
+from rankopt._pipeline import stages
 from rankopt._report.charts import Line, line_chart, nice_ticks
-from rankopt._report.tables import table, to_text
+from rankopt._utils.strict_json import strict_json
+from rankopt._utils.tables import table, to_text
 from rankopt.cli import main
 from rankopt.errors import PlanError, RankoptError
 from rankopt.testing import planted_inputs, planted_model
@@ -212,7 +212,7 @@ def test_a_compression_finished_or_not(tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(_stages.Run, "verify", interrupted)
+        patched.setattr(stages.Run, "verify", interrupted)
         with pytest.raises(KeyboardInterrupt):
             rankopt.compress(dense, "params<=40%", **settings)
     page = drawn(tmp_path / "work", tmp_path)

@@ -10,7 +10,7 @@ from torch import nn
 
 import rankopt
 from rankopt.errors import BudgetError, BudgetInfeasible, ModelError, NotYetSupported
-from rankopt.relaxation import Relaxation
+from rankopt.strategy.relaxation import Relaxation
 from rankopt.testing import ModelledClock, planted_inputs, planted_model
 
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 import os
 import sys
 
-from rankopt._streams import stdout_to_stderr
+from rankopt._utils.streams import stdout_to_stderr
 
 
 def test_c_output_goes_to_standard_error(capfd):

@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 import rankopt
-from rankopt import surgery
-from rankopt._apply import unpacked_clone
-from rankopt.layers import find_layers
-from rankopt.unpack import UnpackedAttention, register
+from rankopt._build.apply import unpacked_clone
+from rankopt._model import surgery
+from rankopt._model.layers import find_layers
+from rankopt._model.unpack import UnpackedAttention, register
 from rankopt.vision import import_torchvision
 
 # Another order of the same float32 sums.

@@ -6,7 +6,7 @@ import argparse
 from dataclasses import is_dataclass
 from typing import Any
 
-from rankopt._json import strict_json
+from rankopt._utils.strict_json import strict_json
 from rankopt.errors import RankoptError
 
 __all__ = ["add_listing"]
@@ -47,7 +47,7 @@ def _strategies(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(strict_json(rows, default=str))
         return 0
-    from rankopt._report.tables import show, table
+    from rankopt._utils.tables import show, table
 
     made = table("strategies", "name", "what it does", "needs", "settings")
     for column in made.columns:
@@ -61,7 +61,7 @@ def _strategies(arguments: argparse.Namespace) -> int:
 
 
 def _demo(arguments: argparse.Namespace) -> int:
-    from rankopt._demo import run
+    from rankopt._commands.demo import run
 
     result = run(arguments.output, quiet=arguments.json)
     if arguments.json:

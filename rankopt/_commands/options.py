@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any, Final
 
-from rankopt._files import check_writable
+from rankopt._utils.files import check_writable
 from rankopt.errors import RankoptError
 
 __all__ = [
@@ -80,7 +80,7 @@ def model_and_inputs(arguments: argparse.Namespace, *, only_times: bool = False)
         arguments: With those of `model_options`.
         only_times: Whether weights do not matter to the command.
     """
-    from rankopt._specs import default_input, load_model, parse_input
+    from rankopt._commands.specs import default_input, load_model, parse_input
 
     if not (only_times or arguments.weights) and arguments.model.startswith("torchvision:"):
         print(
@@ -101,7 +101,7 @@ def model_and_inputs(arguments: argparse.Namespace, *, only_times: bool = False)
 
 def made(spec: str | None) -> Any:
     """What the function that a command line names returns: data; None without a name."""
-    from rankopt._specs import load_callable
+    from rankopt._commands.specs import load_callable
 
     if spec is None:
         return None
@@ -115,7 +115,7 @@ def made(spec: str | None) -> Any:
 
 def function(spec: str | None) -> Any:
     """The function that a command line names; None without a name."""
-    from rankopt._specs import load_callable
+    from rankopt._commands.specs import load_callable
 
     return None if spec is None else load_callable(spec)
 
@@ -144,7 +144,8 @@ def show_plan(plan: Any, arguments: argparse.Namespace) -> None:
     if arguments.json:
         print(plan.to_json(), end="")
         return
-    from rankopt._report.tables import plan_table, show, totals_table
+    from rankopt._plan_tables import plan_table, totals_table
+    from rankopt._utils.tables import show
 
     show(plan_table(plan), totals_table(plan))
 

@@ -15,7 +15,7 @@ from rankopt._commands.options import (
     show_plan,
 )
 from rankopt._commands.searching import search_options, search_settings
-from rankopt._json import strict_json
+from rankopt._utils.strict_json import strict_json
 from rankopt.errors import RankoptError
 
 __all__ = ["add_pipeline"]
@@ -66,7 +66,7 @@ def add_pipeline(
 
 def _compress(arguments: argparse.Namespace) -> int:
     import rankopt
-    from rankopt._report.tables import show
+    from rankopt._utils.tables import show
 
     search = search_settings(arguments)
     tuning = {
@@ -116,7 +116,7 @@ def _report(arguments: argparse.Namespace) -> int:
     if arguments.plot or not arguments.output:
         plan = rankopt.RankPlan.load(_only_plan(arguments.sources))
     if arguments.plot:
-        from rankopt._report.figures import write_ranks
+        from rankopt._report.ranks import write_ranks
 
         write_ranks(plan, arguments.plot)
     if not arguments.output:

@@ -17,7 +17,7 @@ from rankopt._commands.options import (
     timing_options,
 )
 from rankopt._commands.searching import search_options, search_settings
-from rankopt._json import strict_json
+from rankopt._utils.strict_json import strict_json
 from rankopt.errors import RankoptError, RankoptWarning
 
 __all__ = ["add_plans"]
@@ -99,7 +99,7 @@ def _apply(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(strict_json({"output": arguments.output, **result.to_dict()}))
         return 0
-    from rankopt._report.tables import count, counted
+    from rankopt._utils.tables import count, counted
 
     params = result.params
     print(
@@ -135,8 +135,8 @@ def _compare(arguments: argparse.Namespace) -> int:
 
 def _check_weights(model: Any, small: Any, path: str) -> None:
     """Warn where a result is held against a model that it was not made from."""
-    from rankopt import measure
-    from rankopt._provenance import plan_of
+    from rankopt._build.provenance import plan_of
+    from rankopt._model import measure
 
     plan = plan_of(small)
     made_from = None if plan is None else plan.model.get("weights")
@@ -151,8 +151,8 @@ def _check_weights(model: Any, small: Any, path: str) -> None:
 
 def _profile(arguments: argparse.Namespace) -> int:
     import rankopt
-    from rankopt._report.figures import check_name
-    from rankopt.profile_table import ROUNDS
+    from rankopt._timing.profile_table import ROUNDS
+    from rankopt._utils.plots import check_name
 
     if arguments.plot:
         check_name(arguments.plot)

@@ -34,8 +34,8 @@ def search_options(command: argparse.ArgumentParser) -> None:
 
 def search_settings(arguments: argparse.Namespace) -> dict[str, Any]:
     """What `search_options` say, for `rankopt.search`."""
-    from rankopt._factor_choice import SEARCH
-    from rankopt._search import DEFAULT_STRATEGY
+    from rankopt._search.factor_choice import SEARCH
+    from rankopt._search.search import DEFAULT_STRATEGY
     from rankopt.registry import strategies
 
     name = arguments.strategy or DEFAULT_STRATEGY

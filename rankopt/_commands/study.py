@@ -19,7 +19,7 @@ from rankopt._commands.options import (
     timing,
     timing_options,
 )
-from rankopt._json import strict_json
+from rankopt._utils.strict_json import strict_json
 from rankopt.errors import RankoptError
 
 __all__ = ["add_study"]
@@ -256,8 +256,8 @@ def _show(status: dict[str, Any], arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(strict_json(status))
         return 0
-    from rankopt._report.tables import show
     from rankopt._study.views import status_view
+    from rankopt._utils.tables import show
 
     show(*status_view(status))
     return 0

@@ -13,10 +13,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from rankopt._calibration.moments import Moments
 from rankopt._decompositions.projection import Projection
+from rankopt._model.layers import Layer
 from rankopt.errors import LayerError
-from rankopt.layers import Layer
-from rankopt.moments import Moments
 
 __all__ = ["Basis", "Decomposition", "IntArray", "RankAxis", "chain", "conv", "made_by"]
 

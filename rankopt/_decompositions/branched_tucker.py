@@ -11,11 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from rankopt._calibration.moments import Moments
 from rankopt._decompositions import base
 from rankopt._decompositions.fitted import FittedBasis
 from rankopt._decompositions.tucker2 import Tucker2
-from rankopt.layers import Layer
-from rankopt.moments import Moments
+from rankopt._model.layers import Layer
 
 __all__ = ["BranchedTucker"]
 

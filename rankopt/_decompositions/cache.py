@@ -9,10 +9,10 @@ from typing import Final
 
 from torch import Tensor
 
+from rankopt._calibration.moments import Moments
 from rankopt._decompositions.base import Basis, Decomposition
 from rankopt._decompositions.weighed import WeighedBasis, weighed
-from rankopt.measure import tensor_digest
-from rankopt.moments import Moments
+from rankopt._model.measure import tensor_digest
 
 __all__ = ["BasisCache", "shared"]
 

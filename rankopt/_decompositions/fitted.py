@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rankopt._calibration.moments import Moments
 from rankopt._decompositions import base
-from rankopt.moments import Moments
 
 __all__ = ["FittedBasis"]
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rankopt._decompositions.base import Decomposition
-from rankopt.layers import Layer
+from rankopt._model.layers import Layer
 
 __all__ = ["rebuild"]
 

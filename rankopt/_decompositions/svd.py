@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from rankopt._calibration.moments import Moments
 from rankopt._decompositions import base
 from rankopt._decompositions.projection import Projection
-from rankopt.layers import Layer
-from rankopt.moments import Moments
+from rankopt._model.layers import Layer
 
 __all__ = ["SVD"]
 

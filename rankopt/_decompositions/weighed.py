@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rankopt._calibration.moments import Moments
 from rankopt._decompositions import base
 from rankopt._decompositions.projection import Projection
-from rankopt.moments import Moments
 
 __all__ = ["WeighedBasis", "weighed"]
 
@@ -18,7 +18,7 @@ __all__ = ["WeighedBasis", "weighed"]
 class WeighedBasis(base.Basis):
     """The basis of R·W for a layer with weight W: R is taken back in the last factor.
 
-    Errors are ‖R(W − Ŵ)S‖/‖RWS‖, see `rankopt.fisher`.
+    Errors are ‖R(W − Ŵ)S‖/‖RWS‖, see `rankopt._calibration.fisher`.
 
     Args:
         inner: Basis of the weighed weight.

@@ -10,7 +10,7 @@ from typing import Any, Final, TypeGuard
 from rankopt._report.charts import Line, line_chart
 from rankopt._report.sources import Contents, TrainingRun
 from rankopt._report.style import STYLE
-from rankopt._report.tables import count, milliseconds
+from rankopt._utils.tables import count, milliseconds
 from rankopt.plan import Decision, RankPlan
 
 __all__ = ["page"]

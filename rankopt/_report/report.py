@@ -6,9 +6,9 @@ import os
 from pathlib import Path
 from typing import Any
 
-from rankopt._files import write_text
 from rankopt._report.page import page
 from rankopt._report.sources import collect
+from rankopt._utils.files import write_text
 from rankopt.errors import RankoptError
 
 __all__ = ["report"]

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from rankopt import checkpoint
-from rankopt._compare import Comparison
-from rankopt._stages import RESULT, WORK
+from rankopt._build.compare import Comparison
+from rankopt._pipeline.stages import RESULT, WORK
 from rankopt.errors import RankoptError
 from rankopt.pipeline import Compression
 from rankopt.plan import RankPlan

@@ -20,8 +20,8 @@ from typing import Final
 
 import torch
 
+from rankopt._timing.profile_store import cache_folder
 from rankopt.errors import RankoptError, RankoptWarning
-from rankopt.profile_store import cache_folder
 
 __all__ = ["AUTO", "Device", "available_devices", "claim_device", "opening_lock", "timing_lock"]
 

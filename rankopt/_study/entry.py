@@ -8,10 +8,13 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from rankopt import measure, surgery
 from rankopt._decompositions.base import Decomposition
-from rankopt._model_clock import ModelClock, bounds_latency, price_time
-from rankopt._open import SHELL, open_problem
+from rankopt._model import measure, surgery
+from rankopt._model.inputs import MAX_SAMPLES
+from rankopt._model.layers import Patterns
+from rankopt._search.model_clock import ModelClock, bounds_latency, price_time
+from rankopt._search.opening import SHELL, open_problem
+from rankopt._search.verify import environment
 from rankopt._study.opening import existing, open_study
 from rankopt._study.reading import DEFAULT_NAME, load_optuna
 from rankopt._study.records import (
@@ -25,14 +28,11 @@ from rankopt._study.storage import (
 )
 from rankopt._study.study import Study
 from rankopt._study.warm import WARM_STARTS
-from rankopt._verify import environment
+from rankopt._timing.profile_table import ProfileTable
 from rankopt.budget import Budget
 from rankopt.errors import BudgetError, ModelError, StudyError
-from rankopt.inputs import MAX_SAMPLES
-from rankopt.layers import Patterns
-from rankopt.profile_table import ProfileTable
-from rankopt.rank_choices import check_round_to, check_rounding
 from rankopt.strategy import LATENCY, Strategy
+from rankopt.strategy.rank_choices import check_round_to, check_rounding
 
 __all__ = ["study"]
 

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from rankopt._metric_drop import lost
+from rankopt._search.metric_drop import lost
 from rankopt._study.reading import record_of
 from rankopt._study.records import Point, to_plan
+from rankopt._timing.latency import Measured
 from rankopt.budget import RATIO_AXES, Budget
 from rankopt.errors import BudgetInfeasible, StudyError
-from rankopt.latency import Measured
 from rankopt.plan import RankPlan
 from rankopt.strategy import LATENCY
 

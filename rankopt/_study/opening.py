@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from rankopt._model_clock import adopt_times, bounds_latency
+from rankopt._search.model_clock import adopt_times, bounds_latency
 from rankopt._study.choices import make_space
 from rankopt._study.devices import opening_lock
 from rankopt._study.reading import DEFAULT_NAME, quiet
@@ -23,9 +23,9 @@ from rankopt._study.storage import HEARTBEAT_SECONDS, open_storage, shown, stora
 from rankopt._study.study import Study
 from rankopt._study.trial import Runner
 from rankopt._study.warm import WARM_STARTS, queue_dense, queue_warm_starts, warm_names
+from rankopt._timing.latency import Measured
 from rankopt._version import __version__
 from rankopt.errors import BudgetError, ModelError, StudyError
-from rankopt.latency import Measured
 from rankopt.plan import RankPlan
 from rankopt.strategy import LATENCY, Problem
 

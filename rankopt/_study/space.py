@@ -11,11 +11,11 @@ from typing import Any, ClassVar, Final
 import numpy as np
 import numpy.typing as npt
 
-from rankopt.allocation import choose, damage, menu, sensitivities
+from rankopt._model.layers import Layer
 from rankopt.budget import RATIO_AXES, Budget
 from rankopt.errors import BudgetInfeasible, StudyError
-from rankopt.layers import Layer
 from rankopt.strategy import LATENCY, Option, Problem
+from rankopt.strategy.allocation import choose, damage, menu, sensitivities
 
 __all__ = ["SIZE", "SIZE_INDEX", "SPACES", "LayerSpace", "Space", "StageSpace", "WarpSpace"]
 

@@ -12,7 +12,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from rankopt._progress import progress_bar
 from rankopt._study.devices import timing_lock
 from rankopt._study.front import Front, Seen, timed, timed_key, timing_of
 from rankopt._study.reading import counts, load_optuna, nothing_yet, quiet, record_of
@@ -27,9 +26,10 @@ from rankopt._study.storage import (
     storage_errors,
 )
 from rankopt._study.trial import RECORDED
+from rankopt._timing.latency import Interval, Measured
+from rankopt._utils.progress import progress_bar
 from rankopt.budget import Budget
 from rankopt.errors import DeadlineExceeded, RankoptWarning, StudyError
-from rankopt.latency import Interval, Measured
 from rankopt.plan import RankPlan
 from rankopt.strategy import LATENCY, check_timeout
 

@@ -7,15 +7,15 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
-from rankopt._metric import mean
+from rankopt._model.metric import mean
 from rankopt._study.racing import Rival, Values, hopeless
 from rankopt._study.reading import record_of
 from rankopt._study.records import ATTRIBUTE, key_of, options_of, rows_of
 from rankopt._study.space import Space
 from rankopt._study.storage import worker_name
+from rankopt._timing.latency import Measured
 from rankopt.budget import Budget
 from rankopt.errors import CalibrationError, EvaluationError
-from rankopt.latency import Measured
 from rankopt.strategy import Option, Problem
 
 if TYPE_CHECKING:

@@ -8,11 +8,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rankopt._files import atomic_path, write_text
-from rankopt._json import strict_json
-from rankopt._report.tables import counted, table
 from rankopt._study.front import Front
 from rankopt._study.reading import counts, quiet, record_of
+from rankopt._utils.files import atomic_path, write_text
+from rankopt._utils.strict_json import strict_json
+from rankopt._utils.tables import counted, table
 from rankopt.errors import MissingDependency, RankoptError, StudyError
 
 if TYPE_CHECKING:

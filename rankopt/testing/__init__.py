@@ -14,7 +14,7 @@ def test_each(check):
 
 from __future__ import annotations
 
-from rankopt._modelled_clock import ModelledClock, Operations
+from rankopt._timing.modelled_clock import ModelledClock, Operations
 from rankopt.testing.check import Check
 from rankopt.testing.decomposition import check_decomposition, decomposition_checks, dense_weight
 from rankopt.testing.planted import planted_inputs, planted_model

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from rankopt._decompositions.base import Decomposition
 from rankopt._decompositions.projection import survival
 from rankopt._decompositions.rebuild import rebuild
+from rankopt._model.layers import Layer, canonical_weight, find_layers
 from rankopt.errors import RankoptError
-from rankopt.layers import Layer, canonical_weight, find_layers
 from rankopt.testing.check import Check
 
 __all__ = ["check_decomposition", "decomposition_checks", "dense_weight"]

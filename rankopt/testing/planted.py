@@ -8,8 +8,8 @@ from typing import Final
 import torch
 from torch import Tensor, nn
 
-from rankopt import measure
-from rankopt.layers import canonical_weight, find_layers
+from rankopt._model import measure
+from rankopt._model.layers import canonical_weight, find_layers
 
 __all__ = ["planted_inputs", "planted_model"]
 

@@ -12,12 +12,12 @@ import torch
 from torch import nn
 
 import rankopt
-from rankopt import measure
-from rankopt._modelled_clock import ModelledClock
+from rankopt._model import measure
+from rankopt._model.layers import canonical_weight, find_layers
+from rankopt._timing.modelled_clock import ModelledClock
+from rankopt._timing.profile_table import ProfileTable
 from rankopt.errors import BudgetInfeasible, DeadlineExceeded
-from rankopt.layers import canonical_weight, find_layers
 from rankopt.plan import Decision, RankPlan
-from rankopt.profile_table import ProfileTable
 from rankopt.registry import strategies
 from rankopt.strategy import Strategy, Tags
 from rankopt.testing.check import Check

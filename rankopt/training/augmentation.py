@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rankopt import measure
-from rankopt.inputs import tensors_in
+from rankopt._model import measure
+from rankopt._model.inputs import tensors_in
 
 __all__ = ["Augment", "augmentation", "shift_and_mirror"]
 

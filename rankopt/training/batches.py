@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from rankopt import inputs as calibration
-from rankopt import measure
+from rankopt._model import inputs as calibration
+from rankopt._model import measure
 from rankopt.errors import CalibrationError, ModelError, TrainingError
 
 __all__ = [

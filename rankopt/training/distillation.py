@@ -16,13 +16,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rankopt import surgery
-from rankopt._apply import unpacked_clone
-from rankopt._fold import effective_weight
-from rankopt._provenance import plan_of
+from rankopt._build.apply import unpacked_clone
+from rankopt._build.fold import effective_weight
+from rankopt._build.provenance import plan_of
+from rankopt._model import surgery
+from rankopt._model.inputs import class_dim, compared, main_output, run
+from rankopt._model.layers import canonical_weight
 from rankopt.errors import CalibrationError, ModelError
-from rankopt.inputs import class_dim, compared, main_output, run
-from rankopt.layers import canonical_weight
 from rankopt.plan import MERGE
 from rankopt.training.freezing import factorised, factors
 

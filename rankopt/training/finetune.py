@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from rankopt import measure, surgery
+from rankopt._model import measure, surgery
 from rankopt.errors import ModelError
 from rankopt.training.augmentation import augmentation
 from rankopt.training.batches import check_iterable, kept_sampler

@@ -16,8 +16,8 @@ from typing import Any, Final, Literal
 import torch
 from torch import Tensor, nn
 
-from rankopt import measure, surgery
-from rankopt._provenance import plan_of
+from rankopt._build.provenance import plan_of
+from rankopt._model import measure, surgery
 from rankopt.errors import ModelError
 from rankopt.plan import Decision, RankPlan
 from rankopt.registry import decompositions

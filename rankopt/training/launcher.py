@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from rankopt import measure, surgery
+from rankopt._model import measure, surgery
 from rankopt.errors import MissingDependency
 from rankopt.training.recipe import Recipe
 

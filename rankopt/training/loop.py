@@ -17,10 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from rankopt import measure, surgery
-from rankopt._metric import number
-from rankopt._progress import progress_bar
-from rankopt._spelled import spelled
+from rankopt._model import measure, surgery
+from rankopt._model.metric import number
+from rankopt._model.spelled import spelled
+from rankopt._utils.progress import progress_bar
 from rankopt.errors import RankoptWarning, TrainingError
 from rankopt.training import batches as data
 from rankopt.training import state as files

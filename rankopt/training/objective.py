@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rankopt import measure
-from rankopt._spelled import spelled
+from rankopt._model import measure
+from rankopt._model.inputs import tensors_in
+from rankopt._model.spelled import spelled
 from rankopt.errors import CalibrationError, TrainingError
-from rankopt.inputs import tensors_in
 from rankopt.training import batches as data
 from rankopt.training.augmentation import augmentation
 from rankopt.training.distillation import Distiller

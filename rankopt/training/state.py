@@ -16,10 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from rankopt import measure
-from rankopt._files import atomic_path, write_text
-from rankopt._json import strict_json
-from rankopt._provenance import plan_of
+from rankopt._build.provenance import plan_of
+from rankopt._model import measure
+from rankopt._utils.files import atomic_path, write_text
+from rankopt._utils.strict_json import strict_json
 from rankopt.errors import CheckpointError, RankoptError
 
 __all__ = [

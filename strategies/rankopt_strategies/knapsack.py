@@ -8,10 +8,10 @@ from typing import ClassVar, Literal
 
 import numpy as np
 
-from rankopt.allocation import choose, damage, menu, sensitivities
 from rankopt.errors import ModelError
 from rankopt.plan import RankPlan
 from rankopt.strategy import Option, Problem, Strategy, Tags, check_share
+from rankopt.strategy.allocation import choose, damage, menu, sensitivities
 
 __all__ = ["Knapsack"]
 

@@ -10,15 +10,15 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 
 from rankopt._decompositions.base import Decomposition
-from rankopt.allocation import allocate
-from rankopt.candidates import MULTIPLES, aligned_below, cliffs, line, lowest_on_line
+from rankopt._timing.candidates import MULTIPLES, aligned_below, cliffs, line, lowest_on_line
+from rankopt._timing.latency import Interval
+from rankopt._timing.layer_time import Chain, LayerTime
 from rankopt.errors import BudgetError, ModelError
-from rankopt.latency import Interval
-from rankopt.layer_time import Chain, LayerTime
 from rankopt.plan import Decision, RankPlan
 from rankopt.registry import decompositions, strategies
-from rankopt.site_times import SiteTimes
 from rankopt.strategy import LATENCY, Option, Problem, Site, Strategy, Tags
+from rankopt.strategy.allocation import allocate
+from rankopt.strategy.site_times import SiteTimes
 
 __all__ = ["Profiled"]
 

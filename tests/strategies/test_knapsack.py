@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import rankopt
-from rankopt.allocation import GOOD_GAP, allocate
 from rankopt.errors import BudgetInfeasible, ModelError
+from rankopt.strategy.allocation import GOOD_GAP, allocate
 from rankopt.testing import planted_inputs, planted_model, squared_error
 from rankopt_strategies.knapsack import Knapsack
 

@@ -17,7 +17,7 @@ from rankopt.errors import (
     ModelError,
     RankoptWarning,
 )
-from rankopt.relaxation import Relaxation
+from rankopt.strategy.relaxation import Relaxation
 from rankopt.testing import check_strategy, planted_inputs, planted_model
 from rankopt_strategies import Knapsack, Relaxed, RelaxedSettings
 from rankopt_strategies.relaxed import paper

@@ -7,7 +7,8 @@ from relaxed_common import plan_for
 from torch import nn
 
 import rankopt
-from rankopt._open import open_problem
+from rankopt._model.inputs import divergence
+from rankopt._search.opening import open_problem
 from rankopt.errors import (
     BudgetError,
     BudgetInfeasible,
@@ -16,7 +17,6 @@ from rankopt.errors import (
     ModelError,
     RankoptWarning,
 )
-from rankopt.inputs import divergence
 from rankopt.testing import ModelledClock, check_strategy, planted_inputs, planted_model
 from rankopt_strategies import Relaxed, RelaxedSettings
 

@@ -9,12 +9,12 @@ import torch
 import rankopt
 from rankopt._decompositions import BranchedTucker
 from rankopt._decompositions.rebuild import rebuild
-from rankopt._open import open_problem
+from rankopt._model.layers import canonical_weight
+from rankopt._search.opening import open_problem
 from rankopt.budget import Budget
 from rankopt.errors import ModelError, RankoptWarning
-from rankopt.layers import canonical_weight
-from rankopt.relaxation import Relaxation
 from rankopt.soft import SoftModel
+from rankopt.strategy.relaxation import Relaxation
 from rankopt.testing import planted_inputs, planted_model
 from rankopt_strategies import Relaxed
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import rankopt
-from rankopt._report.figures import write_ranks
+from rankopt._report.ranks import write_ranks
 from rankopt.cli import main
 from rankopt.errors import CheckpointError, MissingDependency, PlanError, RankoptError
 from rankopt.testing import planted_inputs, planted_model

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 import rankopt
+from rankopt._timing.profile_table import ProfileTable
 from rankopt.errors import BudgetInfeasible, ModelError, PlanError, RankoptError
-from rankopt.profile_table import ProfileTable
 from rankopt.testing import (
     ModelledClock,
     check_strategy,

@@ -6,9 +6,9 @@ from torch import nn
 from weighing import Blind
 
 import rankopt
-from rankopt._open import open_problem
+from rankopt._model.inputs import divergence
+from rankopt._search.opening import open_problem
 from rankopt.errors import ModelError, StudyError
-from rankopt.inputs import divergence
 
 
 def study_of(model, data, storage, **settings):

@@ -10,9 +10,9 @@ import torch
 from study_common import closeness, open_study
 
 import rankopt
-from rankopt._modelled_clock import Operations
+from rankopt._timing.modelled_clock import Operations
+from rankopt._timing.profile_table import ProfileTable
 from rankopt.errors import BudgetError, BudgetInfeasible, StudyError
-from rankopt.profile_table import ProfileTable
 from rankopt.testing import ModelledClock, planted_inputs, planted_model
 from rankopt_strategies.optuna_search import OptunaSearch
 

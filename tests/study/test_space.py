@@ -6,14 +6,14 @@ import torch
 from study_common import open_study
 
 import rankopt
-from rankopt._open import open_problem
+from rankopt._search.opening import open_problem
 from rankopt._study.choices import make_space
 from rankopt._study.records import key_of, options_in, options_of, rows_of
 from rankopt._study.space import SPACES, stages
-from rankopt.allocation import GOOD_GAP, damage
 from rankopt.budget import Budget
 from rankopt.errors import StudyError
 from rankopt.strategy import Strategy
+from rankopt.strategy.allocation import GOOD_GAP, damage
 from rankopt.testing import planted_inputs, planted_model
 
 

@@ -10,7 +10,7 @@ import torch
 from study_common import INPUTS, WANT, closeness, open_study
 
 import rankopt
-from rankopt import measure
+from rankopt._model import measure
 from rankopt.errors import (
     BudgetInfeasible,
     MissingDependency,

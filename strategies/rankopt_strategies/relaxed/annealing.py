@@ -9,7 +9,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from rankopt.relaxation import Relaxation
+from rankopt.strategy.relaxation import Relaxation
 
 __all__ = ["COOLING", "LEVELS", "Record", "anneal", "at_entropy", "finite"]
 

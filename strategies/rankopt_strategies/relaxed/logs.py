@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rankopt._json import strict_json
+from rankopt._utils.strict_json import strict_json
 from rankopt.errors import MissingDependency, RankoptError
 
 __all__ = ["StepLog"]

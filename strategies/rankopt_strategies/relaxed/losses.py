@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from rankopt import measure
+from rankopt._model import measure
 from rankopt.soft import SoftModel
 from rankopt_strategies.relaxed.objective import Objective
 from rankopt_strategies.relaxed.resuming import Checkpoint

@@ -9,9 +9,9 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from rankopt._progress import progress_bar
+from rankopt._utils.progress import progress_bar
 from rankopt.errors import DeadlineExceeded
-from rankopt.relaxation import Relaxation
+from rankopt.strategy.relaxation import Relaxation
 from rankopt_strategies.relaxed.annealing import Record
 from rankopt_strategies.relaxed.losses import Losses
 from rankopt_strategies.relaxed.refining import (

@@ -8,9 +8,8 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
-from rankopt import measure
-from rankopt.errors import CalibrationError, ModelError
-from rankopt.inputs import (
+from rankopt._model import measure
+from rankopt._model.inputs import (
     OUTPUT_BYTES,
     batch_size,
     divergence_loss,
@@ -20,7 +19,8 @@ from rankopt.inputs import (
     shortened,
     tensors_in,
 )
-from rankopt.layers import stored_weight
+from rankopt._model.layers import stored_weight
+from rankopt.errors import CalibrationError, ModelError
 from rankopt.strategy import Problem
 
 __all__ = ["Criterion", "Objective", "distillation", "task"]

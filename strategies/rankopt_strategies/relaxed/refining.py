@@ -10,9 +10,9 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from rankopt._progress import progress_bar
+from rankopt._utils.progress import progress_bar
 from rankopt.errors import DeadlineExceeded, ModelError, RankoptWarning
-from rankopt.relaxation import Relaxation
+from rankopt.strategy.relaxation import Relaxation
 from rankopt_strategies.relaxed.annealing import COOLING, LEVELS, Record, anneal, at_entropy
 from rankopt_strategies.relaxed.losses import Losses
 

@@ -10,8 +10,8 @@ from typing import Any, Final
 
 import numpy as np
 
+from rankopt._model.inputs import digest
 from rankopt.errors import CheckpointError
-from rankopt.inputs import digest
 from rankopt.plan import FISHER
 from rankopt.strategy import Problem
 from rankopt.training.state import load_state, make_folder, save_state

@@ -10,12 +10,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from rankopt.allocation import TIE_BREAK, damage_of, menu, sensitivities
 from rankopt.errors import DeadlineExceeded, ModelError
 from rankopt.plan import RankPlan
-from rankopt.relaxation import Relaxation
 from rankopt.soft import SoftModel
 from rankopt.strategy import Problem, Strategy, Tags, check_share
+from rankopt.strategy.allocation import TIE_BREAK, damage_of, menu, sensitivities
+from rankopt.strategy.relaxation import Relaxation
 from rankopt_strategies.relaxed.annealing import Record, anneal, finite
 from rankopt_strategies.relaxed.logs import StepLog
 from rankopt_strategies.relaxed.losses import Losses
@@ -216,7 +216,7 @@ class Relaxed(Strategy):
 
 
 def reconstruction(relaxation: Relaxation) -> Array:
-    """[options] what each loses of its own layer, `rankopt.allocation.damage_of`."""
+    """[options] what each loses of its own layer, `rankopt.strategy.allocation.damage_of`."""
     scores = [
         damage_of(menu.error, aware=menu.site.name in relaxation.problem.moments)
         + TIE_BREAK * menu.shares.mean(axis=1)

@@ -1,0 +1,1 @@
+"""Plan to model and back: chains put in place, compared with the original, folded."""

@@ -1,0 +1,1 @@
+"""What calibration inputs tell: moments, Fisher information, BatchNorm statistics."""

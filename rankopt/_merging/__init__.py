@@ -1,0 +1,1 @@
+"""Bottlenecks made narrower: which channels stay, and the weights that follow."""

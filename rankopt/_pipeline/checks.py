@@ -1,0 +1,53 @@
+"""What `rankopt.compress` refuses before it does any work."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, Final
+
+from torch import nn
+
+from rankopt._build.apply import apply
+from rankopt._search.search import search
+from rankopt.training.finetune import check_request, finetune
+from rankopt.training.launcher import require_accelerate
+from rankopt.training.repair import check_settings, recover
+
+__all__ = ["TUNING", "check_stages"]
+
+# The function of each stage, and how many of its arguments `compress` gives by position.
+FUNCTIONS: Final[Mapping[str, tuple[Callable[..., Any], int]]] = {
+    "search": (search, 2),
+    "apply": (apply, 2),
+    "recover": (recover, 1),
+    "finetune": (finetune, 2),
+}
+TUNING: Final[Mapping[str, Any]] = {"freezing": "sequential", "final_epochs": 1}
+
+
+def check_stages(model: nn.Module, stages: Mapping[str, Any], train: Any) -> None:
+    """Raise what a stage would, once those before it had run.
+
+    Raises:
+        TypeError: Settings that a stage does not know, or is given anyway.
+        ValueError: A setting out of range.
+        ModelError: `train` cannot be trained on, or nothing in the model trains.
+        MissingDependency: Fine-tuning without accelerate.
+    """
+    for name, how in stages.items():
+        if isinstance(how, Mapping):
+            function, given = FUNCTIONS[name]
+            try:
+                inspect.signature(function).bind_partial(*[None] * given, **how)
+            except TypeError as error:
+                raise TypeError(f"{name}={dict(how)!r}: {error}") from error
+    repair, tuning = stages["recover"], stages["finetune"]
+    if isinstance(repair, Mapping):
+        names = inspect.signature(check_settings).parameters
+        check_settings(**{name: repair[name] for name in names if name in repair})
+    if train is not None and tuning is not False and not callable(tuning):
+        settings = {"teacher": model, **TUNING, **(tuning or {})}
+        # What a function in place of `apply` returns is not known yet.
+        check_request(None if callable(stages["apply"]) else model, train, **settings)
+        require_accelerate()

@@ -1,0 +1,1 @@
+"""Models whose layers compute with a mixture of ranks."""

@@ -1,0 +1,1 @@
+"""Files, JSON, memory, threads, progress and tables: nothing here knows of models."""
