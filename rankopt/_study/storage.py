@@ -262,8 +262,9 @@ class Leases:
 
     A worker writes its name and the time into the trial it runs; any worker gives up
     trials whose lease has run out: by the clock if the lease was written on the same host,
-    else if it was not seen to change for as long, as clocks of hosts differ. Trials that were claimed but whose worker died
-    before its first sign of life are given up likewise, in databases too.
+    else if it was not seen to change for as long, as clocks of hosts differ. Trials that
+    were claimed but whose worker died before its first sign of life are given up likewise,
+    in databases too.
 
     Args:
         study: The Optuna study.
