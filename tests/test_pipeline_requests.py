@@ -227,3 +227,12 @@ def test_modules_are_told_by_what_they_hold():
     inside = [nn.Sequential(nn.CrossEntropyLoss(label_smoothing=by)) for by in (0, 0.1)]
     assert spelled(inside[0]) == spelled(copy.deepcopy(inside[0])) != spelled(inside[1])
     assert spelled(nn.LazyLinear(3)) == spelled(nn.LazyLinear(3))  # without values as yet
+
+
+def test_other_training_data_are_another_run(tmp_path):
+    arguments = {"recover": False, "finetune": {"epochs": 1}, "folder": tmp_path}
+    inputs = [x for x, _ in data()]
+    rankopt.compress(dense(), BUDGET, train=data(), calibration=inputs, **arguments)
+    other = [(x, (y + 1) % 3) for x, y in data()]
+    with pytest.raises(CheckpointError, match="made with train"):
+        rankopt.compress(dense(), BUDGET, train=other, calibration=inputs, **arguments)

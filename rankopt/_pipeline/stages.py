@@ -38,6 +38,7 @@ from rankopt.errors import (
 )
 from rankopt.plan import RankPlan
 from rankopt.registry import strategies
+from rankopt.training.batches import fingerprint
 from rankopt.training.finetune import finetune as train_on
 from rankopt.training.repair import recover
 
@@ -129,6 +130,7 @@ class Run:
                 "calibration": None if self.calibration is None else digest(self.calibration),
                 "example_inputs": spelled(self.inputs),
                 "evaluate": None if self.evaluate is None else spelled(self.evaluate),
+                "train": None if train is None else fingerprint(train),
             }
         )
         self.dense_metric = self._metric(surgery.unwrap(self.model))
@@ -148,6 +150,8 @@ class Run:
             before = made.get(key, value)
             if key == "settings":  # those of stages that are yet to come may change
                 before, value = ({n: each.get(n) for n in begun} for each in (before, value))
+            if key == "train" and "finetune" not in begun:
+                continue
             if before != value:
                 raise CheckpointError(
                     f"{path} was made with {key} {before}, this call has {value}; use the "

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
+import random
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import islice
 from typing import Any, Final
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -14,12 +17,15 @@ from torch.utils.data import DataLoader
 
 from rankopt._model import inputs as calibration
 from rankopt._model import measure
+from rankopt._model.spelled import spelled
 from rankopt.errors import CalibrationError, ModelError, TrainingError
 
 __all__ = [
     "Batch",
     "call",
     "check_labels",
+    "fingerprint",
+    "generators",
     "groups",
     "kept_sampler",
     "logits_of",
@@ -209,6 +215,41 @@ def share(loader: Any, accelerator: Any) -> Iterator[Any]:
     iterator, processes = iter(loader), accelerator.num_processes
     while len(turn := list(islice(iterator, processes))) == processes:
         yield turn[accelerator.process_index]
+
+
+def generators(train: Any) -> list[torch.Generator]:
+    """The generators of its own that a loader draws its order from; those to seed each epoch."""
+    batch_sampler = getattr(train, "batch_sampler", None)
+    inner = getattr(batch_sampler, "sampler", None)
+    holders = (train, getattr(train, "sampler", None), batch_sampler, inner)
+    found = [getattr(holder, "generator", None) for holder in holders]
+    return list({id(one): one for one in found if isinstance(one, torch.Generator)}.values())
+
+
+def fingerprint(train: Any) -> str | None:
+    """Number of samples and a digest of the first, as far as they are known without drawing.
+
+    Of a loader that is the data set's; None of an iterable without items.
+    """
+    source = getattr(train, "dataset", train)
+    if not (hasattr(source, "__getitem__") and hasattr(source, "__len__")):
+        return None
+    digest = hashlib.sha256(f"{type(source).__name__} {len(source)}".encode())
+    with measure.preserve_rng():  # the sample may be augmented
+        torch.manual_seed(0)
+        random.seed(0)
+        np.random.seed(0)
+        try:
+            parts = torch.utils._pytree.tree_leaves(source[0])
+        except Exception:  # training tells what is wrong with the data
+            parts = []
+    for part in parts:
+        if isinstance(part, np.ndarray):
+            part = torch.from_numpy(np.ascontiguousarray(part))
+        if isinstance(part, Tensor):
+            digest.update(measure.tensor_digest(part.detach()))
+        digest.update(spelled(part).encode())
+    return digest.hexdigest()[:16]
 
 
 def groups(batches: Iterable[Any], size: int, limit: int) -> Iterator[list[Any]]:

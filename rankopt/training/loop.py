@@ -70,6 +70,7 @@ class Loop:
         self.plain.to(accelerator.device)
         if batches_per_epoch is not None:
             check_integer("batches_per_epoch", batches_per_epoch, 1)
+        self.data = data.fingerprint(train)
         self.loader, self.batches = data.prepared(train, accelerator, batches_per_epoch)
         self.steps_per_epoch = -(-self.batches // recipe.accumulate)
         # Optimisers are made before anything is frozen, so that they know every factor.
@@ -98,6 +99,7 @@ class Loop:
         self.before: float | None = None
         self.step = 0
         self.skipped = 0  # in a row
+        self.began_with = measure.weights_digest(self.plain)
 
     # Set-up
 
@@ -125,6 +127,7 @@ class Loop:
             "precision": recipe.precision,
             "seed": recipe.seed,
             "batches_per_epoch": self.batches,
+            "train": self.data,
             "processes": self.accelerator.num_processes,
         }
 
@@ -141,12 +144,14 @@ class Loop:
             if hasattr(self.given, "_orig_mod"):  # compiled before there were hooks
                 torch.compiler.reset()
         good: dict[str, Tensor] | None = None
+        given, finished = self.began_with, False
         try:
             with stack:
                 good = files.copied(self.plain.state_dict())
                 self._resume()
                 if not self.history:
                     self._start()
+                finished = len(self.history) >= self.recipe.epochs
                 while len(self.history) < self.recipe.epochs and not self._impatient():
                     good = files.copied(self.plain.state_dict())
                     self._epoch(len(self.history))
@@ -162,6 +167,13 @@ class Loop:
                 module.training = mode
             for parameter in self.plain.parameters():
                 parameter.grad = None
+        if finished and given not in (self.began_with, measure.weights_digest(self.plain)):
+            warnings.warn(
+                f"{self.folder} holds a finished run that began with other weights; the model has "
+                "the weights of that run now; use another folder= to train it",
+                RankoptWarning,
+                stacklevel=4,
+            )
         return "patience" if len(self.history) < self.recipe.epochs else "done"
 
     def _start(self) -> None:
@@ -203,7 +215,8 @@ class Loop:
                 stacklevel=2,
             )
         if processes > 1:  # each has seen other batches; statistics are those of the first
-            for buffer in self.plain.buffers():
+            averaged = [] if self.average is None else self.average.buffers()
+            for buffer in chain(self.plain.buffers(), averaged):
                 torch.distributed.broadcast(buffer, 0)
         seconds = time.perf_counter() - started
         totals = self.accelerator.reduce(totals, "sum")
@@ -284,6 +297,8 @@ class Loop:
         """
         batches = data.share(self.loader, self.accelerator)
         self._seed(self._stream(epoch, process=0))
+        for own in data.generators(self.loader):
+            own.manual_seed(self._stream(epoch, process=0))
         if self.accelerator.num_processes > 1:
             first = list(islice(batches, 1))
             self._seed(self._stream(epoch))
@@ -329,6 +344,7 @@ class Loop:
                 "step": self.step,
                 "history": self.history,
                 "before": self.before,
+                "began_with": self.began_with,
                 "best_epoch": self.best_epoch,
                 "best": self.best,
                 "model": self.plain.state_dict(),
@@ -371,6 +387,7 @@ class Loop:
         saved = files.load_state(self.folder, self._identity())
         if saved is None:
             return
+        self.began_with = saved["began_with"]
         self.plain.load_state_dict(saved["model"])
         self.optimizer.load_state_dict(saved["optimizer"])
         if self.average is not None:
