@@ -161,3 +161,35 @@ def test_from_the_shell(tmp_path, capsys):
     assert "profile needs --input" in capsys.readouterr().err
     assert main([*arguments, "--input", "1,8,6,6", "--ranks", "a"]) == 1
     assert "--ranks 'a'" in capsys.readouterr().err
+
+
+class Routed(nn.Module):
+    """Two experts, one of which no row is sent to; autocast of its own where asked for."""
+
+    def __init__(self, *, autocast=False):
+        super().__init__()
+        self.first, self.autocast = nn.Linear(64, 64), autocast
+        self.experts = nn.ModuleList(nn.Linear(64, 64) for _ in range(2))
+
+    def forward(self, x):
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.autocast):
+            hidden = self.first(x)
+            return self.experts[0](hidden) + self.experts[1](hidden[:0]).sum()
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_layers_without_work_and_autocast_inside_the_model(autocast):
+    model, inputs = Routed(autocast=autocast).eval(), torch.zeros(32, 64)
+    plan = rankopt.search(
+        model, None, strategy="profiled", example_inputs=inputs, profile=table(overhead_ms=0)
+    )
+    assert plan["experts.0"].method == "svd"
+    assert "example_inputs give it nothing to compute" in plan["experts.1"].reason
+    plan = rankopt.search(
+        model, "latency<=90%", example_inputs=inputs, profile=table(overhead_ms=0)
+    )
+    assert "experts.1" not in {decision.targets[0] for decision in plan.changes}
+    with pytest.raises(LayerError, match=r"layer experts.1: .* give it nothing to compute"):
+        rankopt.profile(model, "experts.1", example_inputs=inputs, table=table())
+    with pytest.raises(LayerError, match="give it nothing to compute"):
+        rankopt.profile(model, "first", example_inputs=inputs[:0], table=table())

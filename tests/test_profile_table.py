@@ -71,7 +71,8 @@ def test_stored_times_that_vary_too_much_are_taken_anew(tmp_path):
     frozen.path = path
     kept = frozen.time(layer(), CALL, CHAINS, device=CPU)
     assert frozen.calls == 0
-    assert kept[CHAINS[1]].ratio == first[CHAINS[1]].ratio
+    stored = first[CHAINS[1]].to_json()["ms"]
+    assert kept[CHAINS[1]].chain_ms.tolist() == stored
     calm = counting_table(path=path)
     assert not calm.time(layer(), CALL, CHAINS, device=CPU)[CHAINS[1]].ratio.noisy
     assert calm.calls > 0
@@ -141,6 +142,23 @@ def test_conditions_tell_modes_threads_and_clocks_apart():
     assert ProfileTable(":memory:", mode="training").conditions(CPU, CALL) != base
     assert ProfileTable(":memory:", clock="process").conditions(CPU, CALL) != base
     assert ProfileTable(":memory:").conditions(CPU, Call((4, 64), "float64")) != base
+
+
+def test_a_layer_runs_under_the_autocast_of_its_call():
+    seen = []
+
+    def clock(function):
+        function()
+        seen.append(torch.is_autocast_enabled("cpu"))
+        return 1.0
+
+    table = ProfileTable(clock=clock, rounds=3)
+    cast = Call((4, 64), "bfloat16", autocast="bfloat16")
+    assert CHAINS[1] in table.time(layer(), cast, CHAINS, device=CPU)
+    assert not any(seen)  # the layers were, the caller is not
+    assert table.conditions(CPU, cast)["settings"] != table.conditions(CPU, CALL)["settings"]
+    with torch.autocast("cpu", torch.bfloat16):
+        assert Call.of(torch.zeros(4, 64, dtype=torch.bfloat16)) == cast
 
 
 def test_times_are_those_of_the_clock():

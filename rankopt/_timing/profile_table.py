@@ -273,6 +273,8 @@ class ProfileTable:
     ) -> Callable[[], Any]:
         """A function that runs the chain once; it has run once already."""
         module = _build(layer, chain, call, device)
+        if call.autocast is not None or torch.is_autocast_enabled(device.type):
+            module = _Autocast(module, call, device)
         module.train(self.mode == "training")
         run = self.runner(module, inputs)
         between()
@@ -282,6 +284,21 @@ class ProfileTable:
             torch.cuda.empty_cache()
             raise
         return run
+
+
+class _Autocast(nn.Module):
+    """A layer under the autocast of the model's call, or without any, whatever the caller's is."""
+
+    def __init__(self, module: nn.Module, call: Call, device: torch.device) -> None:
+        super().__init__()
+        self.module, self.enabled = module, call.autocast is not None
+        self.dtype = getattr(torch, call.autocast) if call.autocast is not None else None
+        self.device_type = device.type
+
+    def forward(self, entering: Tensor) -> Tensor:
+        with torch.autocast(self.device_type, self.dtype, enabled=self.enabled):
+            leaving: Tensor = self.module(entering)
+        return leaving
 
 
 def _sessions(layer: Layer, chains: Sequence[Chain]) -> Iterator[list[Chain]]:
