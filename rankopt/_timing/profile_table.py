@@ -36,7 +36,7 @@ from rankopt._timing.layer_time import DENSE, Chain, LayerTime
 from rankopt._timing.profile_store import FILE_NAME, ProfileStore, cache_folder
 from rankopt.errors import LayerError
 
-__all__ = ["ProfileTable"]
+__all__ = ["ProfileTable", "check_table"]
 
 ROUNDS: Final = 11
 # Shorter timings are repeated: below this the clock and the interpreter show.
@@ -284,6 +284,22 @@ class ProfileTable:
             torch.cuda.empty_cache()
             raise
         return run
+
+
+def check_table(table: Any, name: str) -> ProfileTable:
+    """A table that a caller gave as argument `name`; the user's own where it is None.
+
+    Raises:
+        ValueError: It is something else, such as a path.
+    """
+    if table is None:
+        return ProfileTable()
+    if not isinstance(table, ProfileTable):
+        raise ValueError(
+            f"{name}={table!r}: expected a rankopt.ProfileTable, such as "
+            "rankopt.ProfileTable('times.sqlite')"
+        )
+    return table
 
 
 class _Autocast(nn.Module):
