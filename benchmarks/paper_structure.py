@@ -23,8 +23,8 @@ from benchmarks.foundation import make
 from rankopt._build.skeletons import build_empty
 from rankopt._model import measure
 from rankopt._utils.tables import table, to_text
-from rankopt.vision import import_torchvision
 from rankopt.testing import ModelledClock
+from rankopt.vision import import_torchvision
 from rankopt_strategies import ParameterRatio, Profiled
 
 NETWORKS: Final = ("resnet50", "resnet101", "resnet152")
