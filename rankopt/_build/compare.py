@@ -82,16 +82,16 @@ class Comparison:
             return (
                 "latency was not measured: pass example_inputs (in the shell --input 1,3,224,224)"
             )
+        noise = "; the machine is noisy, measure again with more rounds" if ratio.noisy else ""
         if ratio.low <= 1 <= ratio.high:
-            noise = "; the machine is noisy, measure again with more rounds" if ratio.noisy else ""
             return f"no faster and no slower than the original, as far as measured{noise}"
         if ratio.high < 1:
-            return f"{1 / ratio.median:.2f}x as fast as the original"
+            return f"{1 / ratio.median:.2f}x as fast as the original{noise}"
         less = ", although it computes less" * (self.macs is not None and self.macs.ratio < 1)
         return (
             f"slower than the original: it takes {ratio.median:.2f} times as long{less}; keep the "
             "original where speed is what counts, or search under a budget on time, such as "
-            "'latency<=90%'"
+            f"'latency<=90%'{noise}"
         )
 
     def to_dict(self) -> dict[str, Any]:

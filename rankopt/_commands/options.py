@@ -16,14 +16,18 @@ __all__ = [
     "calibration_option",
     "check_output",
     "common_options",
+    "device_option",
     "function",
     "give_plan",
     "listed",
     "made",
     "model_and_inputs",
     "model_options",
+    "placed",
+    "refresh_option",
     "settings",
     "show_plan",
+    "table",
     "timing",
     "timing_options",
 ]
@@ -65,12 +69,42 @@ def timing_options(command: argparse.ArgumentParser) -> None:
     """Options that say what is timed."""
     command.add_argument("--training", action="store_true", help="time forward and backward")
     command.add_argument("--compile", action="store_true", help="time under torch.compile")
+    command.add_argument(
+        "--cuda-graph", action="store_true", help="time replays of CUDA graphs (inference on CUDA)"
+    )
 
 
 def timing(arguments: argparse.Namespace) -> dict[str, Any]:
     """What `timing_options` say, for `rankopt.compare` and `rankopt.ProfileTable`."""
     mode = "training" if arguments.training else "inference"
-    return {"mode": mode, "compile": arguments.compile}
+    return {"mode": mode, "compile": arguments.compile, "cuda_graph": arguments.cuda_graph}
+
+
+def refresh_option(command: argparse.ArgumentParser) -> None:
+    """Whether layer times of earlier runs count."""
+    command.add_argument(
+        "--refresh", action="store_true", help="time layers anew that were timed before"
+    )
+
+
+def table(arguments: argparse.Namespace, **more: Any) -> Any:
+    """The user's table of layer times, as `timing_options` and `refresh_option` say."""
+    import rankopt
+
+    return rankopt.ProfileTable(refresh=arguments.refresh or None, **timing(arguments), **more)
+
+
+def device_option(command: argparse.ArgumentParser) -> None:
+    """Where a command runs the model."""
+    command.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:1, mps, …")
+
+
+def placed(model: Any, device: Any) -> Any:
+    """The model on the device that a command line names."""
+    try:
+        return model.to(device)
+    except (RuntimeError, AssertionError) as error:
+        raise RankoptError(f"--device {device}: {str(error).splitlines()[0]}") from error
 
 
 def model_and_inputs(arguments: argparse.Namespace, *, only_times: bool = False) -> tuple[Any, Any]:

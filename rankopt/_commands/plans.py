@@ -9,10 +9,14 @@ from typing import Any
 from rankopt._commands.options import (
     calibration_option,
     check_output,
+    device_option,
     function,
     give_plan,
     made,
     model_and_inputs,
+    placed,
+    refresh_option,
+    table,
     timing,
     timing_options,
 )
@@ -39,6 +43,8 @@ def add_plans(commands: Any, model: argparse.ArgumentParser) -> None:
     )
     calibration_option(search, "makes unlabelled inputs, for better ranks and factors")
     timing_options(search)
+    refresh_option(search)
+    device_option(search)
     search.add_argument("-o", "--output", metavar="PLAN.json", help="where to write the plan")
     search.set_defaults(run=_search)
 
@@ -54,6 +60,7 @@ def add_plans(commands: Any, model: argparse.ArgumentParser) -> None:
     compare.add_argument("--rounds", type=int, default=30, help="timing rounds")
     calibration_option(compare, "makes the inputs that a plan was made with")
     timing_options(compare)
+    device_option(compare)
     compare.set_defaults(run=_compare)
 
     profile = commands.add_parser("profile", parents=[model], help="time a layer against rank")
@@ -62,6 +69,8 @@ def add_plans(commands: Any, model: argparse.ArgumentParser) -> None:
     profile.add_argument("--ranks", metavar="R,R,...|FIRST:LAST[:STEP]", help="which to time")
     profile.add_argument("--rounds", type=int, default=None, help="interleaved rounds")
     timing_options(profile)
+    refresh_option(profile)
+    device_option(profile)
     profile.add_argument("--plot", metavar="FILE.html", help="draw time against rank (plotly)")
     profile.set_defaults(run=_profile)
 
@@ -73,12 +82,12 @@ def _search(arguments: argparse.Namespace) -> int:
     chosen = search_settings(arguments)
     model, inputs = model_and_inputs(arguments)
     plan = rankopt.search(
-        model,
+        placed(model, arguments.device),
         arguments.budget,
         example_inputs=inputs,
         seed=arguments.seed,
         timeout=arguments.timeout,
-        profile=rankopt.ProfileTable(**timing(arguments)),
+        profile=table(arguments),
         calibration=made(arguments.calibration),
         evaluate=function(arguments.evaluate),
         **chosen,
@@ -113,6 +122,7 @@ def _compare(arguments: argparse.Namespace) -> int:
     import rankopt
 
     model, inputs = model_and_inputs(arguments)
+    model = placed(model, arguments.device)
     if arguments.artefact.endswith(".json"):
         plan = rankopt.RankPlan.load(arguments.artefact)
         small = rankopt.apply(model, plan, calibration=made(arguments.calibration))
@@ -161,14 +171,12 @@ def _profile(arguments: argparse.Namespace) -> int:
     if inputs is None:
         raise RankoptError("profile needs --input SHAPE, such as 1,3,224,224, to run the model")
     found = rankopt.profile(
-        model,
+        placed(model, arguments.device),
         arguments.layer,
         example_inputs=inputs,
         method=arguments.method,
         ranks=_ranks(arguments.ranks),
-        table=rankopt.ProfileTable(
-            rounds=ROUNDS if arguments.rounds is None else arguments.rounds, **timing(arguments)
-        ),
+        table=table(arguments, rounds=ROUNDS if arguments.rounds is None else arguments.rounds),
     )
     print(strict_json(found.to_dict()) if arguments.json else found)
     if arguments.plot:

@@ -16,11 +16,11 @@ from rankopt._commands.options import (
     listed,
     made,
     model_and_inputs,
+    placed,
     timing,
     timing_options,
 )
 from rankopt._utils.strict_json import strict_json
-from rankopt.errors import RankoptError
 
 __all__ = ["add_study"]
 
@@ -141,12 +141,8 @@ def _open(arguments: argparse.Namespace, device: Any, *, create: bool, **more: A
     from rankopt._study.storage import DEFAULT_STORAGE, HEARTBEAT_SECONDS
 
     model, inputs = model_and_inputs(arguments)
-    try:
-        model = model.to(device)
-    except (RuntimeError, AssertionError) as error:
-        raise RankoptError(f"--device {device}: {str(error).splitlines()[0]}") from error
     return rankopt.study(
-        model,
+        placed(model, device),
         evaluate=function(arguments.evaluate),
         batches=made(arguments.batches),
         calibration=made(arguments.calibration),

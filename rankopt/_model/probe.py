@@ -65,11 +65,14 @@ class Call:
         shape: Of the input.
         dtype: Such as ``float32``.
         memory_format: ``contiguous`` or ``channels_last``.
+        autocast: The dtype of the autocast it was called under, the model's own or the
+            caller's; None for none.
     """
 
     shape: tuple[int, ...]
     dtype: str = "float32"
     memory_format: str = "contiguous"
+    autocast: str | None = None
 
     @classmethod
     def of(cls, entering: Tensor) -> Call:
@@ -77,10 +80,13 @@ class Call:
         layout = _FORMATS.get(entering.dim())
         last = layout is not None and entering.is_contiguous(memory_format=layout)
         last = last and not entering.is_contiguous()
+        device = entering.device.type
+        cast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
         return cls(
             tuple(entering.shape),
             str(entering.dtype).removeprefix("torch."),
             "channels_last" if last else "contiguous",
+            str(torch.get_autocast_dtype(device)).removeprefix("torch.") if cast else None,
         )
 
     def example(self, device: torch.device) -> Tensor:
@@ -139,6 +145,8 @@ class Probe:
                 layer = layer.refused(self.reads[layer.name])
             elif layer.name not in self.positions:
                 layer = layer.refused("example_inputs never reach it")
+            elif layer.macs == 0:  # an expert that no row was sent to, or a batch of none
+                layer = layer.refused("example_inputs give it nothing to compute")
             annotated.append(layer)
         return annotated
 

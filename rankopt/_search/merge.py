@@ -125,6 +125,7 @@ def merge_plan(
         BudgetError: The budget cannot be read, or needs inputs not given.
         BudgetInfeasible: It cannot be met; says what can.
         LayerError: A weight holds NaN or infinity.
+        CalibrationError: `calibration` is empty, or the model fails on it.
 
     References:
         arXiv 2407.20266, section 2.3, for the uniform r = p/2.

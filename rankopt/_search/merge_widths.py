@@ -71,8 +71,14 @@ class Widths:
         self.bases: dict[str, MergeBasis] = {}
 
     def calibrate(self, data: Any, samples: int | None) -> None:
-        """Read the inputs; the moments of the activations follow when they are needed."""
+        """Read the inputs; the moments of the activations follow when they are needed.
+
+        Raises:
+            CalibrationError: There are none, or the model fails on them.
+        """
         self.held = hold(self.view, data, max_samples=samples)
+        with measure.evaluation(self.view):  # or their fault would show as that of the result
+            run(self.view, self.held[0])
         self.factors = Factors(_FITTED, digest(self.held))
 
     # Prices

@@ -18,7 +18,7 @@ from rankopt._search.latency_budget import solve
 from rankopt._search.metric_drop import within_drop
 from rankopt._search.model_clock import ModelClock, bounds_latency, price_time
 from rankopt._search.opening import check_request, open_problem
-from rankopt._timing.profile_table import ProfileTable
+from rankopt._timing.profile_table import ProfileTable, check_table
 from rankopt.budget import Budget
 from rankopt.errors import PlanError
 from rankopt.plan import RankPlan
@@ -114,7 +114,7 @@ def search(
         DeadlineExceeded: `timeout` passed before there was a plan.
         NotYetSupported: `evaluate` without a budget on ``metric_drop`` or a strategy that
             uses it.
-        ValueError: `round_to`, `rounding` or `timeout` out of range.
+        ValueError: `round_to`, `rounding` or `timeout` out of range, or `profile` is no table.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU())
@@ -126,6 +126,7 @@ def search(
     check_round_to(round_to)
     check_rounding(rounding)
     check_timeout(timeout)
+    table = check_table(profile, "profile")
     deadline = None if timeout is None else time.monotonic() + timeout
     chosen = strategies.create(strategy)
     allowed = check_request(Budget.parse(budget), chosen, example_inputs, calibration, evaluate)
@@ -150,7 +151,7 @@ def search(
         clock: ModelClock | None = None
         if bounds_latency(allowed) or "latency" in chosen.tags.needs:
             assert opened.seen is not None
-            clock = ModelClock(opened.source, example_inputs, profile or ProfileTable())
+            clock = ModelClock(opened.source, example_inputs, table)
             price_time(problem, clock, opened.seen)
             problem.check_deadline()
 

@@ -28,7 +28,7 @@ from rankopt._study.storage import (
 )
 from rankopt._study.study import Study
 from rankopt._study.warm import WARM_STARTS
-from rankopt._timing.profile_table import ProfileTable
+from rankopt._timing.profile_table import ProfileTable, check_table
 from rankopt.budget import Budget
 from rankopt.errors import BudgetError, ModelError, StudyError
 from rankopt.strategy import LATENCY, Strategy
@@ -126,7 +126,7 @@ def study(
         StudyError: The storage fails, or the study was made for something else.
         BudgetError: The budget is one a study cannot keep to.
         ModelError: As of `rankopt.search`.
-        ValueError: `round_to` or `rounding` out of range.
+        ValueError: `round_to` or `rounding` out of range, or `profile` is no table.
 
     Example:
         >>> net = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 8)).eval()
@@ -139,6 +139,7 @@ def study(
         True
     """
     surgery.check_model(model)
+    check_table(profile, "profile")
     if not callable(evaluate):
         raise ModelError(f"evaluate={evaluate!r}: expected a function of a model")
     known: dict[str, Any] | None = None
@@ -184,7 +185,7 @@ def study(
         problem.fisher = weighing is True
         if timed:
             assert opened.seen is not None
-            table = profile or _table(known)
+            table = _table(known) if profile is None else profile
             clock = ModelClock(opened.source, example_inputs, table)
             times = None if known is None else known.get("times")
             price_time(problem, clock, opened.seen, axis=True, known=times)

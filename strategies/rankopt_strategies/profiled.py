@@ -13,6 +13,7 @@ from rankopt._decompositions.base import Decomposition
 from rankopt._timing.candidates import MULTIPLES, aligned_below, cliffs, line, lowest_on_line
 from rankopt._timing.latency import Interval
 from rankopt._timing.layer_time import Chain, LayerTime
+from rankopt._timing.noise import warn_of_noise
 from rankopt.errors import BudgetError, ModelError
 from rankopt.plan import Decision, RankPlan
 from rankopt.registry import decompositions, strategies
@@ -51,6 +52,11 @@ class _Timed:
     ranks: tuple[tuple[int, ...], ...] = ()
     times: tuple[LayerTime, ...] = ()
     work: tuple[float, ...] = field(default=())
+
+    @property
+    def fastest(self) -> int:
+        """The rank of least time against the dense layer."""
+        return min(range(len(self.times)), key=lambda i: self.times[i].ratio.median)
 
     def faster(self) -> list[int]:
         """Ranks that beat the dense layer for sure: the upper bound of the ratio is below 1."""
@@ -151,6 +157,7 @@ class Profiled(Strategy):
             dense = all(option.keeps for option in options)
             ratio = Interval(1.0, 1.0, 1.0) if dense else measure(options).ratio
             facts |= {"ratio": ratio.median, "low": ratio.low, "high": ratio.high}
+            _warn_of_noise(timed, options, ratio)
         return problem.annotate(problem.plan(self, options), {"profiled": facts})
 
     def _timed(self, problem: Problem, times: SiteTimes, site: Site, decision: Decision) -> _Timed:
@@ -254,7 +261,7 @@ def _chain_option(problem: Problem, entry: _Timed, index: int, note: str = "") -
 
 
 def _why_dense(entry: _Timed) -> str:
-    fastest = min(range(len(entry.times)), key=lambda i: entry.times[i].ratio.median)
+    fastest = entry.fastest
     named = " x ".join(map(str, entry.ranks[fastest]))
     ratio = entry.times[fastest].ratio
     if ratio.median < 1:
@@ -328,10 +335,26 @@ def _paying(problem: Problem, timed: Sequence[_Timed], options: list[Option]) ->
 
 def _saved(entry: _Timed, option: Option) -> float:
     """Milliseconds that a layer's chain saves by itself."""
-    wanted = tuple(option.args["ranks"])
-    index = entry.ranks.index(wanted) if wanted in entry.ranks else 0
-    time = entry.times[index]
+    time = entry.times[_index(entry, option)]
     return float(np.median(time.dense_ms) * (1 - time.ratio.median))
+
+
+def _warn_of_noise(timed: Sequence[_Timed], options: Sequence[Option], whole: Interval) -> None:
+    """Say so where the times that layers or the model were decided by vary too much."""
+    pairs = zip(timed, options, strict=True)
+    ratios = [entry.times[_index(entry, option)].ratio for entry, option in pairs if entry.method]
+    noisy = sum(ratio.noisy for ratio in ratios)
+    layers = f"the times that {noisy} of {len(ratios)} layers were decided by vary"
+    warn_of_noise(ratios, what=layers, stacklevel=3)
+    warn_of_noise([whole], what="the time of the whole model varies", stacklevel=3)
+
+
+def _index(entry: _Timed, option: Option) -> int:
+    """Of the ranks that an option has, of the fastest where it keeps the layer."""
+    if option.keeps:
+        return entry.fastest
+    wanted = tuple(option.args["ranks"])
+    return entry.ranks.index(wanted) if wanted in entry.ranks else 0
 
 
 def _within_budget(
