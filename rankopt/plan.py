@@ -34,16 +34,16 @@ FACTOR_KINDS: Final = ("weights", *_AWARE, *(kind + FISHER for kind in _AWARE), 
 class Factors:
     """How a decision's factors are made.
 
+    With calibration inputs, linear layers and convolutions without padding that have a bias of
+    their own are approximated less the mean μ of their inputs, and the chain's bias is
+    b + (W − Ŵ)μ: the mean of the layer's outputs stays as it is. Layers without a bias, and
+    convolutions that pad, are approximated mean included.
+
     Args:
         kind: ``weights`` (from the weights alone), ``whitened``,
             ``whitened+output``, ``asymmetric`` (from calibration moments), one of these
             with ``+fisher`` (and gradients at the outputs) or ``learned`` (stored factors).
         digest: SHA-256 of the calibration inputs or stored factors; None for ``weights``.
-
-    With calibration inputs, linear layers and convolutions without padding that have a bias of
-    their own are approximated less the mean μ of their inputs, and the chain's bias is
-    b + (W − Ŵ)μ: the mean of the layer's outputs stays as it is. Layers without a bias, and
-    convolutions that pad, are approximated mean included.
     """
 
     kind: str = "weights"
