@@ -156,7 +156,8 @@ class Decomposition(ABC):
         """Compute the basis of a canonical weight [groups, out, in, *kernel].
 
         With `moments` errors are relative output errors, ‖(W − Ŵ)S‖/‖WS‖, and
-        factors minimise them.
+        factors minimise them. Of moments that have a mean, outputs are those less
+        their mean, which the bias of the chain then gives.
         """
 
     @abstractmethod

@@ -112,9 +112,14 @@ def channel_moments(
 
 
 def _pixelwise(layer: Layer) -> Layer:
-    """The layer as one that meets every input pixel on its own, all groups together."""
+    """The layer as one that meets every input pixel on its own, all groups together.
+
+    Without a bias: the moments wanted are those about zero.
+    """
     ones, zeros = (1,) * len(layer.kernel), (0,) * len(layer.kernel)
-    return replace(layer, kernel=ones, stride=ones, dilation=ones, padding=zeros, groups=1)
+    return replace(
+        layer, kernel=ones, stride=ones, dilation=ones, padding=zeros, groups=1, own_bias=False
+    )
 
 
 def started(modules: Modules, basis: MergeBasis, ranks: Sequence[int]) -> dict[str, nn.Module]:

@@ -70,7 +70,8 @@ def search(
             how each layer is used instead of reading the model's source.
         calibration: An iterable of inputs (tensors, tuples, mappings, a
             DataLoader); labels are left out. Factors and errors are then those
-            of the layers' outputs, and `apply` needs the same inputs.
+            of the layers' outputs, whose mean a bias keeps where there is one (see
+            `rankopt.plan.Factors`), and `apply` needs the same inputs.
         calibration_samples: Where to stop reading; None reads to the end.
         asymmetric: Whether `apply` fits each layer to what the layers before it, compressed
             already, pass on, rather than to the inputs of the dense model

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from rankopt._build.asymmetric import fitted_in_order
-from rankopt._build.chains import chains_of, steps_of
+from rankopt._build.chains import Filling, chains_of, steps_of
 from rankopt._build.settle import NormSettler
 from rankopt._decompositions.base import Decomposition
 from rankopt._model import measure, surgery
@@ -139,7 +139,7 @@ class TrialModel:
             decision,
             site.layers,
             [self._modules[layer.name] for layer in site.layers],
-            partial(self._factors, site, decision.factors.fisher),
+            partial(self._filling, site, decision.factors.fisher),
         )
         self._chains[place] = made
         self._bytes += _size(made)
@@ -150,10 +150,11 @@ class TrialModel:
             self._bytes -= _size(self._chains.pop(old))
         return made
 
-    def _factors(
+    def _filling(
         self, site: Site, fisher: bool, method: Decomposition, ranks: Sequence[int]
-    ) -> dict[str, Tensor]:
-        return self._problem.basis(site, method, fisher=fisher).factors(ranks)
+    ) -> Filling:
+        factors = self._problem.basis(site, method, fisher=fisher).factors(ranks)
+        return Filling.of(factors, self._problem.known(site, fisher))
 
     def metric(self, decisions: Iterable[Decision]) -> float:
         """The metric of the candidate, the weighted mean over its batches; see `values`."""
