@@ -8,7 +8,6 @@ not, layer by layer the choices of the one give way to those of the other.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import takewhile
@@ -17,7 +16,7 @@ from typing import Any, Final
 from rankopt._search.model_clock import SLACK, WIDTH
 from rankopt._timing.latency import Measured
 from rankopt.budget import Budget
-from rankopt.errors import BudgetInfeasible, DeadlineExceeded, RankoptWarning
+from rankopt.errors import BudgetInfeasible, DeadlineExceeded, warn
 from rankopt.plan import RankPlan
 from rankopt.strategy import LATENCY, Problem, Strategy
 from rankopt.strategy.sites import figure
@@ -221,11 +220,9 @@ def solve(
     # A plan that changes nothing takes the dense model's time, however that is measured.
     if best.plan.changes and any(entry.measured.ratio.noisy for entry in done):
         widest = max((e.measured.ratio for e in done), key=lambda r: (r.high - r.low) / r.median)
-        warnings.warn(
+        warn(
             f"the time of the whole model varies too much to decide: {widest} of dense; the "
-            "machine is busy, throttled or not warm; close other programs and search again",
-            RankoptWarning,
-            stacklevel=3,
+            "machine is busy, throttled or not warm; close other programs and search again"
         )
     return _annotated(best, done, rounds.budget, dense_ms)
 

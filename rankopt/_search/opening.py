@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -39,7 +38,7 @@ from rankopt.errors import (
     EvaluationError,
     ModelError,
     NotYetSupported,
-    RankoptWarning,
+    warn,
 )
 from rankopt.plan import Decision, RankPlan
 from rankopt.strategy import Option, Problem, Strategy, decide
@@ -132,12 +131,10 @@ def _warn_of_chains(model: nn.Module) -> None:
     """Say what becomes of a model that was compressed before."""
     known = plan_of(model)
     if known is not None and known.changes:
-        warnings.warn(
+        warn(
             f"this {type(model).__name__} was compressed already: its factors would be decomposed "
             "once more, and the budget is a share of the compressed model; for a further round "
-            "make it dense first, rankopt.fold(model, original), or use rankopt.compress(rounds=2)",
-            RankoptWarning,
-            stacklevel=5,
+            "make it dense first, rankopt.fold(model, original), or use rankopt.compress(rounds=2)"
         )
 
 

@@ -7,13 +7,12 @@ import os
 import sqlite3
 import sys
 import time
-import warnings
 from collections.abc import Mapping
 from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any, Final
 
-from rankopt.errors import RankoptWarning
+from rankopt.errors import warn
 
 __all__ = ["CONDITIONS", "ProfileStore", "cache_folder"]
 
@@ -115,7 +114,7 @@ class ProfileStore:
                 self._set_aside(str(error))
                 return _connect(self.path)
         except (OSError, sqlite3.Error, _UnusableError) as error:
-            self._warn(
+            warn(
                 f"{self.path} cannot be written ({error}); layer times are kept in memory and "
                 "measured again next time; set RANKOPT_CACHE to a folder that can be written"
             )
@@ -145,14 +144,10 @@ class ProfileStore:
             return
         for suffix in ("-wal", "-shm"):
             self.path.with_name(self.path.name + suffix).unlink(missing_ok=True)
-        self._warn(
+        warn(
             f"the cache of layer times {self.path} cannot be used ({why}); "
             f"it was renamed to {kept.name} and a new one is begun"
         )
-
-    @staticmethod
-    def _warn(text: str) -> None:
-        warnings.warn(text, RankoptWarning, stacklevel=5)
 
 
 def _memory() -> sqlite3.Connection:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +12,7 @@ import numpy.typing as npt
 
 from rankopt._decompositions.base import Decomposition
 from rankopt._utils.streams import stdout_to_stderr
-from rankopt.errors import CalibrationError, RankoptWarning
+from rankopt.errors import CalibrationError, warn
 from rankopt.strategy.problem import Problem
 from rankopt.strategy.sites import LATENCY, Frontier, Option, Site
 
@@ -300,11 +299,7 @@ def sensitivities(problem: Problem, menus: Sequence[Sequence[Option]]) -> list[f
         try:
             moved = problem.divergence({index: probe})
         except CalibrationError as error:  # outputs whose shape depends on their values
-            warnings.warn(
-                f"sensitivities cannot be measured ({error}); all layers weigh alike",
-                RankoptWarning,
-                stacklevel=3,
-            )
+            warn(f"sensitivities cannot be measured ({error}); all layers weigh alike")
             return None
         found.append(max(moved, 1e-12) / float(probe.error or 1.0) ** 2)
     return _finite(problem, found)
@@ -317,11 +312,9 @@ def _finite(problem: Problem, found: Sequence[float]) -> list[float]:
         return [*found]
     most = FATAL * max((figure for figure in found if math.isfinite(figure)), default=1.0)
     names = ", ".join(problem.sites[i].name for i in lost)
-    warnings.warn(
+    warn(
         f"layer {names}: decomposed alone to half its cost, the model's outputs are not finite; it "
-        f"weighs {FATAL:.0f} times as much as any other, ignore= leaves it dense",
-        RankoptWarning,
-        stacklevel=4,
+        f"weighs {FATAL:.0f} times as much as any other, ignore= leaves it dense"
     )
     return [most if i in lost else figure for i, figure in enumerate(found)]
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
@@ -20,7 +19,7 @@ import torch
 from torch import Tensor
 
 from rankopt._decompositions.base import Decomposition
-from rankopt.errors import ModelError, RankoptWarning
+from rankopt.errors import ModelError, warn
 from rankopt.strategy.allocation import NEGLIGIBLE_ERROR, allocate
 from rankopt.strategy.problem import Problem
 from rankopt.strategy.sites import Option, Site
@@ -332,11 +331,9 @@ def _check_soft(problem: Problem) -> None:
             "spatial_svd (methods=), or choose ranks by rankopt.search"
         )
     if left_out:
-        warnings.warn(
+        warn(
             f"{left_out} left out: its factors cannot follow a weight that trains; "
-            "rankopt.search, with strategy 'knapsack' or 'relaxed', chooses among them",
-            RankoptWarning,
-            stacklevel=4,
+            "rankopt.search, with strategy 'knapsack' or 'relaxed', chooses among them"
         )
 
 
