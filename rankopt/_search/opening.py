@@ -141,14 +141,14 @@ def _warn_of_chains(model: nn.Module) -> None:
 def uses_metric(budget: Budget | None, strategy: Strategy) -> bool:
     """Whether a search calls `evaluate`."""
     drops = budget is not None and budget.metric_drop is not None
-    return drops or "evaluate" in strategy.tags.needs
+    return drops or "evaluate" in strategy.promises.needs
 
 
 def check_request(
     budget: Budget | None, strategy: Strategy, inputs: Any, calibration: Any, evaluate: Any
 ) -> Budget | None:
     bounded = () if budget is None else (*budget.axes, *filter(None, [budget.minimize]))
-    if budget is None and not strategy.tags.unbudgeted:
+    if budget is None and not strategy.promises.unbudgeted:
         raise BudgetError(
             f"strategy {strategy.name!r} needs a budget: it has no natural amount of compression"
         )
@@ -162,13 +162,13 @@ def check_request(
                 f"a budget on {axis} needs example_inputs: {what} on the input's size; pass a "
                 f"tensor, a tuple or a dict to call the model with{SHELL}, or bound params instead"
             )
-    if "latency" in strategy.tags.needs and inputs is None:
+    if "latency" in strategy.promises.needs and inputs is None:
         raise ModelError(
             f"strategy {strategy.name!r} needs example_inputs= to time the layers with: a tensor, "
             f"a tuple or a dict to call the model with{SHELL}"
         )
     for name, value in (("calibration", calibration), ("evaluate", evaluate)):
-        if name in strategy.tags.needs and value is None:
+        if name in strategy.promises.needs and value is None:
             raise ModelError(f"strategy {strategy.name!r} needs {name}= (in the shell --{name})")
     drops = budget is not None and budget.metric_drop is not None
     if drops and evaluate is None:

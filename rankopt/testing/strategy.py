@@ -58,11 +58,11 @@ def strategy_checks(strategy: Strategy | str, **search_arguments: Any) -> list[C
         suite.stops_at_the_deadline,
         suite.survives_interrupts,
     ]
-    if made.tags.deterministic:
+    if made.promises.deterministic:
         checks.append(suite.is_deterministic)
-    if made.tags.monotone:
+    if made.promises.monotone:
         checks.append(suite.is_monotone)
-    if made.tags.unbudgeted:
+    if made.promises.unbudgeted:
         checks.append(suite.answers_without_a_budget)
     return [Check(made.name, check.__name__, check) for check in checks]
 
@@ -72,7 +72,7 @@ class _StrategySuite:
 
     def __init__(self, strategy: Strategy, arguments: dict[str, Any]) -> None:
         self.strategy, self.arguments = strategy, arguments
-        self.timed = "latency" in strategy.tags.needs
+        self.timed = "latency" in strategy.promises.needs
         if self.timed:  # decisions are compared, so times must not vary
             table = ProfileTable(clock=ModelledClock(), rounds=3)
             self.arguments = {"profile": table, **arguments}
@@ -87,9 +87,10 @@ class _StrategySuite:
 
     def has_name_and_tags(self) -> None:
         assert isinstance(self.strategy.name, str) and self.strategy.name, "name is no text"
-        assert isinstance(self.strategy.tags, Tags), "tags is no rankopt.Tags"
+        assert isinstance(type(self.strategy).tags, Tags), "tags is no rankopt.Tags"
+        assert isinstance(self.strategy.promises, Tags), "promises is no rankopt.Tags"
         known = {"calibration", "evaluate", "latency"}
-        assert self.strategy.tags.needs <= known, f"needs beyond {sorted(known)}"
+        assert self.strategy.promises.needs <= known, f"needs beyond {sorted(known)}"
 
     def settings_are_frozen(self) -> None:
         assert dataclasses.is_dataclass(self.strategy), "not a dataclass"

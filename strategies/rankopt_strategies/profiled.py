@@ -126,14 +126,14 @@ class Profiled(Strategy):
         """Run the base, time around its ranks, choose; see `Strategy.search`."""
         assert isinstance(self.base, (str, Strategy))
         base = strategies.create(self.base)
-        if problem.budget is None and not base.tags.unbudgeted:
+        if problem.budget is None and not base.promises.unbudgeted:
             raise BudgetError(
                 f"base={base.name!r} needs a budget: it has no natural amount of compression"
             )
-        missing = ", ".join(sorted(base.tags.needs - {"latency", "calibration"}))
+        missing = ", ".join(sorted(base.promises.needs - {"latency", "calibration"}))
         if missing:
             raise ModelError(f"base={base.name!r} needs {missing}, which profiled does not use")
-        if "calibration" in base.tags.needs and problem.calibration is None:
+        if "calibration" in base.promises.needs and problem.calibration is None:
             raise ModelError(f"base={base.name!r} needs calibration=")
         times, measure = problem.times, problem.measure
         if times is None or measure is None:
