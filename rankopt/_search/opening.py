@@ -31,7 +31,7 @@ from rankopt._search.describe import describe, problem_of, selected
 from rankopt._search.trial import TrialModel
 from rankopt._search.verify import environment, verify
 from rankopt.agreement import Agreement
-from rankopt.budget import Budget
+from rankopt.budget import SHELL, Budget, check_inputs
 from rankopt.errors import (
     BudgetError,
     CalibrationError,
@@ -51,7 +51,6 @@ DIVERGENCE_SAMPLES: Final = 256
 DISTANCE_SAMPLES: Final = 512
 # Of outputs that are not finite; a number, as plans hold no other.
 FARTHEST: Final = 1e30
-SHELL: Final = " (in the shell --input 1,3,224,224)"
 
 
 @dataclass(frozen=True)
@@ -152,16 +151,7 @@ def check_request(
         raise BudgetError(
             f"strategy {strategy.name!r} needs a budget: it has no natural amount of compression"
         )
-    for axis, what in (
-        ("macs", "MACs depend"),
-        ("latency", "time depends"),
-        ("latency_ms", "time depends"),
-    ):
-        if axis in bounded and inputs is None:
-            raise BudgetError(
-                f"a budget on {axis} needs example_inputs: {what} on the input's size; pass a "
-                f"tensor, a tuple or a dict to call the model with{SHELL}, or bound params instead"
-            )
+    check_inputs(bounded, inputs)
     if "latency" in strategy.promises.needs and inputs is None:
         raise ModelError(
             f"strategy {strategy.name!r} needs example_inputs= to time the layers with: a tensor, "

@@ -68,8 +68,7 @@ class Knapsack(Strategy):
             np.array([weight * damage(option) for option in options])
             for weight, options in zip(weights, menus, strict=True)
         ]
-        ratios = {axis: problem.budget.ratio(axis) for axis in problem.budget.axes}
-        found = choose(problem, menus, damages, ratios, exact=self.exact)
+        found = choose(problem, menus, damages, problem.budget.ratios, exact=self.exact)
         if found is None:
             load = problem.load
             raise problem.infeasible([min(o, key=lambda one: load(one.cost)) for o in menus])

@@ -17,7 +17,7 @@ from rankopt.errors import BudgetError, ModelError
 from rankopt.plan import Decision, RankPlan
 from rankopt.registry import decompositions, strategies
 from rankopt.strategy import LATENCY, Option, Problem, Site, Strategy, Tags
-from rankopt.strategy.allocation import allocate
+from rankopt.strategy.allocation import choose
 from rankopt.strategy.site_times import SiteTimes
 
 __all__ = ["Profiled"]
@@ -338,25 +338,15 @@ def _within_budget(
     problem: Problem, timed: Sequence[_Timed], picks: Sequence[int | None]
 ) -> list[Option]:
     """Least squared error within the budget, over ranks that beat dense where that can do."""
-    budget = problem.budget
-    assert budget is not None
-    axes = budget.axes
-    limits = np.array([budget.ratio(axis) * problem.totals[axis] for axis in axes])
-    fixed = np.array(
-        [
-            problem.totals[axis] - sum(float(entry.site.cost[axis]) for entry in timed)
-            for axis in axes
-        ]
-    )
+    assert problem.budget is not None
     for slow in (False, True):
         menus = [
             _menu(problem, entry, pick, slow=slow) for entry, pick in zip(timed, picks, strict=True)
         ]
         damages = [np.array([(option.error or 0.0) ** 2 for option in menu]) for menu in menus]
-        costs = [np.array([[float(o.cost[a]) for a in axes] for o in menu]) for menu in menus]
-        found = allocate(damages, costs, limits - fixed)
+        found = choose(problem, menus, damages, problem.budget.ratios)
         if found is not None:
-            return [menu[i] for menu, i in zip(menus, found.chosen, strict=True)]
+            return found[0]
     # The base met the budget with options that are all in the last menus.
     return [entry.option for entry in timed]
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import rankopt
 from rankopt.errors import BudgetInfeasible, ModelError
-from rankopt.strategy.allocation import GOOD_GAP, allocate
+from rankopt.strategy.allocation import GOOD_GAP, allocate, limits, within
 from rankopt.testing import planted_inputs, planted_model, squared_error
 from rankopt_strategies.knapsack import Knapsack
 
@@ -172,3 +172,12 @@ def test_one_unit_above_a_large_limit_is_too_much():
     x = torch.zeros(1, 64).expand(count, 64)
     plan = rankopt.search(model, rankopt.Budget(macs=limit), strategy="knapsack", example_inputs=x)
     assert sum(d.ranks[0] for d in plan) == 31
+
+
+def test_limits_of_counts_are_whole_numbers_and_those_of_times_are_not():
+    found = limits({"params": 0.5, "latency": 0.5, "macs": 1e-9}, dict.fromkeys(
+        ("params", "latency", "macs"), 9))  # fmt: skip
+    assert found.tolist() == [4, 4.5, 1]
+    assert within(np.array([1.0, 1 + 1e-14])).all()
+    assert within(np.array([[4.0, 4.5], [5.0, 4.5]]), found[:2]).tolist() == [True, False]
+    assert not within(np.array([10**12 + 1]), np.array([10**12]))
