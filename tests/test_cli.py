@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ import rankopt
 from rankopt._commands import specs
 from rankopt.cli import main
 from rankopt.errors import ModelError, RankoptError, RankoptWarning
-from rankopt.strategy import Strategy
+from rankopt.strategy import Problem, Strategy
 
 MODELS = """
 import torch
@@ -357,16 +358,20 @@ def test_strategies_of_plug_ins(capsys):
 
 
 def test_interrupt_leaves_nothing(spec, tmp_path, capsys, monkeypatch):
-    import rankopt
+    option, asked = Problem.option, []
 
-    def interrupted(*_, **__):
-        raise KeyboardInterrupt
+    def interrupted(*arguments, **named):
+        asked.append(1)
+        if len(asked) == 10:
+            signal.raise_signal(signal.SIGINT)
+        return option(*arguments, **named)
 
-    monkeypatch.setattr(rankopt, "search", interrupted)
+    monkeypatch.setattr(Problem, "option", interrupted)
     before = sorted(tmp_path.iterdir())
     assert run("search", spec, "--budget", "params<=50%", "-o", tmp_path / "p.json") == 130
     assert "no output was written" in capsys.readouterr().err
     assert sorted(tmp_path.iterdir()) == before
+    assert len(asked) == 10
 
 
 def test_usage_errors_exit_with_two():

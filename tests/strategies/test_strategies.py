@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import rankopt
+from rankopt._model.layers import canonical_weight, find_layers
 from rankopt._timing.profile_table import ProfileTable
 from rankopt.errors import ModelError, PlanError, RankoptError
 from rankopt.testing import (
@@ -17,6 +18,7 @@ from rankopt.testing import (
     check_strategy,
     planted_inputs,
     planted_model,
+    squared_error,
     strategy_checks,
 )
 from rankopt.vision import import_torchvision
@@ -88,6 +90,34 @@ def test_the_contract_catches_offenders():
 
     with pytest.raises(AssertionError, match="vandal: leaves_the_model_alone"):
         next(c for c in strategy_checks(Vandal()) if c.name == "leaves_the_model_alone")()
+
+    @dataclasses.dataclass(frozen=True)
+    class Careless(Energy):
+        name = "careless"
+
+        def search(self, problem):
+            weight = problem.weight(problem.sites[0].layer)
+            weight.mul_(2)
+            plan = super().search(problem)
+            weight.div_(2)
+            return plan
+
+    @dataclasses.dataclass(frozen=True)
+    class Deaf(Energy):
+        name = "deaf"
+
+        def search(self, problem):
+            try:
+                return super().search(problem)
+            except KeyboardInterrupt:
+                return super().search(problem)
+
+    suites = [{c.name: c for c in strategy_checks(s)} for s in (Careless(), Deaf())]
+    suites[0]["leaves_the_model_alone"]()
+    with pytest.raises(AssertionError, match="an interrupt left the model changed"):
+        suites[0]["survives_interrupts"]()
+    with pytest.raises(AssertionError, match="KeyboardInterrupt was swallowed"):
+        suites[1]["survives_interrupts"]()
 
 
 # parameter_ratio
@@ -161,15 +191,19 @@ def test_every_method_has_a_parameter_ratio(method):
 
 
 def test_energy_without_a_budget_retains_its_threshold():
-    plan = rankopt.search(planted_model(), None, strategy=Energy(0.95))
+    model = planted_model()
+    plan = rankopt.search(model, None, strategy=Energy(0.95))
     assert plan.changes
     for decision in plan.changes:
-        assert decision.error**2 <= 0.05
-        tighter = rankopt.Decision(
-            decision.targets, decision.shapes, decision.method,
-            {"ranks": [max(1, rank - 1) for rank in decision.ranks]},
-        )  # fmt: skip
-        assert tighter.ranks != decision.ranks or decision.ranks[0] == 1
+        assert squared_error(model, decision) <= 0.05
+        method = rankopt.decompositions.create(decision.method)
+        (name,) = decision.targets
+        layer = next(layer for layer in find_layers(model) if layer.name == name)
+        ranks = np.meshgrid(*(np.arange(1, a.maximum + 1) for a in method.rank_axes(layer)))
+        errors = method.prepare(canonical_weight(model.get_submodule(name))).error(ranks)
+        cheaper = method.params(layer, ranks) < decision.cost["params"][1]
+        assert cheaper.any()
+        assert (errors[cheaper] ** 2 > 0.05).all()
 
 
 def test_energy_compresses_what_decays():
@@ -178,7 +212,8 @@ def test_energy_compresses_what_decays():
     decaying = nn.Linear(32, 32)
     with torch.no_grad():
         decaying.weight.copy_(flat.weight * torch.logspace(0, -4, 32))
-    plan = rankopt.search(nn.Sequential(flat, decaying), "params<=60%")
+    plan = rankopt.search(nn.Sequential(flat, decaying), "params<=60%", strategy="energy")
+    assert not plan["1"].keeps
     assert plan["0"].keeps or plan["0"].ranks > plan["1"].ranks
 
 
