@@ -160,8 +160,7 @@ def _solve(opened: Opened, menus: Menus, weights: Sequence[float]) -> list[Optio
         np.array([weight * allocation.damage(option) for option in options])
         for weight, options in zip(weights, menus, strict=True)
     ]
-    ratios = {axis: problem.budget.ratio(axis) for axis in problem.budget.axes}
-    found = allocation.choose(problem, menus, damages, ratios)
+    found = allocation.choose(problem, menus, damages, problem.budget.ratios)
     assert found is not None
     return found[0]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -17,7 +16,7 @@ from rankopt._utils.memory import give_back
 from rankopt._calibration.moments_for import moments_for
 from rankopt._build.provenance import remember_plan
 from rankopt._build.settle import settle_norms
-from rankopt.errors import NotYetSupported, PlanError, RankoptWarning
+from rankopt.errors import NotYetSupported, PlanError, warn
 from rankopt._calibration.fisher import output_roots
 from rankopt._model.inputs import MAX_SAMPLES, hold, run
 from rankopt._model.layers import (
@@ -227,12 +226,9 @@ def _checked_steps(view: nn.Module, source: nn.Module, plan: RankPlan) -> list[S
     steps = steps_of(view, plan)
     expected = plan.model.get("weights")
     if expected is not None and expected != measure.weights_digest(source):
-        warnings.warn(
+        warn(
             "the plan was made for other weights of this architecture: its ranks are applied, "
-            "the errors it states do not hold",
-            RankoptWarning,
-            stacklevel=3,
-        )
+            "the errors it states do not hold")
     return steps
 
 

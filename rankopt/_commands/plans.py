@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import warnings
 from typing import Any
 
 from rankopt._commands.options import (
@@ -22,7 +21,7 @@ from rankopt._commands.options import (
 )
 from rankopt._commands.searching import search_options, search_settings
 from rankopt._utils.strict_json import strict_json
-from rankopt.errors import RankoptError, RankoptWarning
+from rankopt.errors import RankoptError, warn
 
 __all__ = ["add_plans"]
 
@@ -151,11 +150,9 @@ def _check_weights(model: Any, small: Any, path: str) -> None:
     plan = plan_of(small)
     made_from = None if plan is None else plan.model.get("weights")
     if made_from is not None and made_from != measure.weights_digest(model):
-        warnings.warn(
+        warn(
             f"{path} was made from other weights than MODEL has, or in several rounds; if from "
-            "others, the metrics say nothing about what compression lost: give their --weights",
-            RankoptWarning,
-            stacklevel=2,
+            "others, the metrics say nothing about what compression lost: give their --weights"
         )
 
 

@@ -221,7 +221,7 @@ def solve(
     # A plan that changes nothing takes the dense model's time, however that is measured.
     if best.plan.changes:
         ratios = [entry.measured.ratio for entry in done]
-        warn_of_noise(ratios, what="the time of the whole model varies", stacklevel=2)
+        warn_of_noise(ratios, what="the time of the whole model varies")
     return _annotated(best, done, rounds.budget, dense_ms)
 
 

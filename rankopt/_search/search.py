@@ -150,7 +150,7 @@ def search(
         problem.round_to, problem.rounding = round_to, rounding
         problem.fisher, problem.asymmetric = fisher is True, asymmetric is not False
         clock: ModelClock | None = None
-        if bounds_latency(allowed) or "latency" in chosen.tags.needs:
+        if bounds_latency(allowed) or "latency" in chosen.promises.needs:
             assert opened.seen is not None
             clock = ModelClock(opened.source, example_inputs, table)
             price_time(problem, clock, opened.seen)
@@ -159,13 +159,13 @@ def search(
         def find(one: Problem) -> RankPlan:
             limits = one.budget
             timed = limits is not None and (limits.latency or limits.latency_ms)
-            if clock is not None and timed and not chosen.tags.latency:
+            if clock is not None and timed and not chosen.promises.latency:
                 return solve(one, chosen, clock.measure, clock.dense_ms)
             return _searched(chosen, one)
 
         if SEARCH in (asymmetric, fisher):
             plan = nearest(problem, find, asymmetric=asymmetric, fisher=fisher)
-        elif "metric_drop" in (allowed.axes if allowed else ()) and not chosen.tags.metric_drop:
+        elif "metric_drop" in (allowed.axes if allowed else ()) and not chosen.promises.metric_drop:
             plan = within_drop(chosen, problem, find)
         else:
             plan = find(problem)

@@ -11,7 +11,6 @@ import hashlib
 import os
 import platform
 import re
-import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +20,7 @@ import torch
 
 from rankopt._timing.profile_store import cache_folder
 from rankopt._utils.locks import lock, turn
-from rankopt.errors import RankoptError, RankoptWarning
+from rankopt.errors import RankoptError, warn
 
 __all__ = ["AUTO", "Device", "available_devices", "claim_device", "opening_lock", "timing_lock"]
 
@@ -138,11 +137,7 @@ def timing_lock() -> contextlib.AbstractContextManager[None]:
     try:
         return turn(_opened("timing"))
     except RankoptError as error:
-        warnings.warn(
-            f"{error}; models are timed without waiting for other processes that time",
-            RankoptWarning,
-            stacklevel=3,
-        )
+        warn(f"{error}; models are timed without waiting for other processes that time")
         return contextlib.nullcontext()
 
 

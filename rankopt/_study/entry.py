@@ -13,7 +13,7 @@ from rankopt._model import measure, surgery
 from rankopt._model.inputs import MAX_SAMPLES
 from rankopt._model.layers import Patterns
 from rankopt._search.model_clock import ModelClock, bounds_latency, price_time
-from rankopt._search.opening import SHELL, open_problem
+from rankopt._search.opening import open_problem
 from rankopt._search.verify import environment
 from rankopt._study.opening import existing, open_study
 from rankopt._study.reading import DEFAULT_NAME, load_optuna
@@ -29,8 +29,8 @@ from rankopt._study.storage import (
 from rankopt._study.study import Study
 from rankopt._study.warm import WARM_STARTS
 from rankopt._timing.profile_table import ProfileTable, check_table
-from rankopt.budget import Budget
-from rankopt.errors import BudgetError, ModelError, StudyError
+from rankopt.budget import Budget, check_inputs
+from rankopt.errors import ModelError, StudyError
 from rankopt.strategy import LATENCY, Strategy
 from rankopt.strategy.rank_choices import check_round_to, check_rounding
 
@@ -124,7 +124,7 @@ def study(
 
     Raises:
         StudyError: The storage fails, or the study was made for something else.
-        BudgetError: The budget is one a study cannot keep to.
+        BudgetError: The budget is one a study cannot keep to, or needs `example_inputs`.
         ModelError: As of `rankopt.search`.
         ValueError: `round_to` or `rounding` out of range, or `profile` is no table.
 
@@ -161,11 +161,8 @@ def study(
     weighing = _choice("fisher", fisher, known, calibration)
     ordering = _choice("asymmetric", asymmetric, known, calibration)
     timed = objective == LATENCY or bounds_latency(wanted) or (known or {}).get("times") is not None
-    for axis in ("macs", LATENCY):
-        if example_inputs is None and (axis in (*axes, objective) or (timed and axis == LATENCY)):
-            raise BudgetError(
-                f"{axis}: need example_inputs, a tensor, a tuple or a dict to call with{SHELL}"
-            )
+    figures = (*axes, objective, LATENCY if timed else None)
+    check_inputs(figures, example_inputs, asked="a budget or an objective")
     with torch.no_grad(), measure.preserve_rng():
         opened = open_problem(
             model,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import os
 import time
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import cached_property
@@ -30,7 +29,7 @@ from rankopt._study.trial import RECORDED
 from rankopt._timing.noise import warn_of_noise
 from rankopt._utils.progress import progress_bar
 from rankopt.budget import Budget
-from rankopt.errors import DeadlineExceeded, RankoptWarning, StudyError
+from rankopt.errors import DeadlineExceeded, StudyError, warn
 from rankopt.plan import RankPlan
 from rankopt.strategy import check_timeout
 
@@ -192,11 +191,9 @@ class Study:
             trials = [trial for trial in self.optuna.get_trials(deepcopy=False) if counts(trial)]
         failed = [error for trial in trials if (error := record_of(trial).get("error"))]
         if failed and len(failed) == len(trials):
-            warnings.warn(
+            warn(
                 f"{len(failed)} of {len(trials)} trials failed, the last with: {failed[-1]}; put "
-                "it right and run more trials",
-                RankoptWarning,
-                stacklevel=3,
+                "it right and run more trials"
             )
 
     @property
@@ -241,7 +238,6 @@ class Study:
             found,
             what=f"the times of {noisy} of the {len(found)} models timed now vary",
             again="call Study.measure or run again, which times these anew",
-            stacklevel=3,
         )
 
     def _run_one(self) -> None:

@@ -7,14 +7,13 @@ import os
 import sqlite3
 import sys
 import time
-import warnings
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, closing, nullcontext, suppress
 from pathlib import Path
 from typing import Any, Final
 
 from rankopt._utils.locks import turn
-from rankopt.errors import RankoptWarning
+from rankopt.errors import warn
 
 __all__ = ["CONDITIONS", "ProfileStore", "cache_folder"]
 
@@ -121,7 +120,7 @@ class ProfileStore:
                 self._set_aside(str(error), found)
                 return _connect(self.path)
         except (OSError, sqlite3.Error, _UnusableError) as error:
-            self._warn(
+            warn(
                 f"{self.path} cannot be written ({error}); layer times are kept in memory and "
                 "measured again next time; set RANKOPT_CACHE to a folder that can be written"
             )
@@ -159,14 +158,10 @@ class ProfileStore:
             for suffix in ("-wal", "-shm", ""):
                 with suppress(FileNotFoundError):
                     os.replace(f"{self.path}{suffix}", f"{kept}{suffix}")
-        self._warn(
+        warn(
             f"the cache of layer times {self.path} cannot be used ({why}); "
             f"it was renamed to {kept.name} and a new one is begun"
         )
-
-    @staticmethod
-    def _warn(text: str) -> None:
-        warnings.warn(text, RankoptWarning, stacklevel=5)
 
 
 def _identity(path: Path) -> tuple[int, int] | None:

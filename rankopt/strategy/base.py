@@ -46,7 +46,7 @@ class Strategy(ABC):
 
     Class attributes:
         name: As in the registry and in plans.
-        tags: What it promises; see `Tags`.
+        tags: What it promises by default; see `Tags` and `promises`.
         methods: Decompositions it chooses from unless `search` is given others;
             a strategy that does not choose takes the first that applies.
 
@@ -56,6 +56,11 @@ class Strategy(ABC):
     name: ClassVar[str]
     tags: ClassVar[Tags] = Tags()
     methods: ClassVar[tuple[str, ...]] = ("svd", "tucker2", "spatial_svd")
+
+    @property
+    def promises(self) -> Tags:
+        """What it promises with these settings: `tags`, unless a setting changes it."""
+        return self.tags
 
     @abstractmethod
     def search(self, problem: Problem) -> RankPlan:

@@ -6,7 +6,6 @@ import hashlib
 import math
 import random
 import time
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from itertools import chain, islice
@@ -21,7 +20,7 @@ from rankopt._model import measure, surgery
 from rankopt._model.metric import number
 from rankopt._model.spelled import spelled
 from rankopt._utils.progress import progress_bar
-from rankopt.errors import RankoptWarning, TrainingError
+from rankopt.errors import TrainingError, warn
 from rankopt.training import batches as data
 from rankopt.training import state as files
 from rankopt.training.distillation import Distillation, Distiller
@@ -168,11 +167,9 @@ class Loop:
             for parameter in self.plain.parameters():
                 parameter.grad = None
         if finished and given not in (self.began_with, measure.weights_digest(self.plain)):
-            warnings.warn(
+            warn(
                 f"{self.folder} holds a finished run that began with other weights; the model has "
-                "the weights of that run now; use another folder= to train it",
-                RankoptWarning,
-                stacklevel=4,
+                "the weights of that run now; use another folder= to train it"
             )
         return "patience" if len(self.history) < self.recipe.epochs else "done"
 
@@ -207,12 +204,10 @@ class Loop:
         if not taken:
             raise TrainingError(f"train yielded no batch in epoch {epoch + 1}")
         if taken < self.steps_per_epoch:
-            warnings.warn(
+            warn(
                 f"train yielded {taken} steps in epoch {epoch + 1} where {self.steps_per_epoch} "
                 "were announced, so that the learning rate falls too late; pass the true number "
-                "as batches_per_epoch=",
-                RankoptWarning,
-                stacklevel=2,
+                "as batches_per_epoch="
             )
         if processes > 1:  # each has seen other batches; statistics are those of the first
             averaged = [] if self.average is None else self.average.buffers()

@@ -83,7 +83,6 @@ class ParameterRatio(Strategy):
     """
 
     name: ClassVar[str] = "parameter_ratio"
-    # Rounding down can make a layer's error jump while another's stands still.
     tags: ClassVar[Tags] = Tags()
     ratio: float = 2.0
     beta: float | None = None

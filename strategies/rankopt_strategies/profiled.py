@@ -18,7 +18,7 @@ from rankopt.errors import BudgetError, ModelError
 from rankopt.plan import Decision, RankPlan
 from rankopt.registry import decompositions, strategies
 from rankopt.strategy import LATENCY, Option, Problem, Site, Strategy, Tags
-from rankopt.strategy.allocation import allocate
+from rankopt.strategy.allocation import choose
 from rankopt.strategy.site_times import SiteTimes
 
 __all__ = ["Profiled"]
@@ -132,14 +132,14 @@ class Profiled(Strategy):
         """Run the base, time around its ranks, choose; see `Strategy.search`."""
         assert isinstance(self.base, (str, Strategy))
         base = strategies.create(self.base)
-        if problem.budget is None and not base.tags.unbudgeted:
+        if problem.budget is None and not base.promises.unbudgeted:
             raise BudgetError(
                 f"base={base.name!r} needs a budget: it has no natural amount of compression"
             )
-        missing = ", ".join(sorted(base.tags.needs - {"latency", "calibration"}))
+        missing = ", ".join(sorted(base.promises.needs - {"latency", "calibration"}))
         if missing:
             raise ModelError(f"base={base.name!r} needs {missing}, which profiled does not use")
-        if "calibration" in base.tags.needs and problem.calibration is None:
+        if "calibration" in base.promises.needs and problem.calibration is None:
             raise ModelError(f"base={base.name!r} needs calibration=")
         times, measure = problem.times, problem.measure
         if times is None or measure is None:
@@ -345,8 +345,8 @@ def _warn_of_noise(timed: Sequence[_Timed], options: Sequence[Option], whole: In
     ratios = [entry.times[_index(entry, option)].ratio for entry, option in pairs if entry.method]
     noisy = sum(ratio.noisy for ratio in ratios)
     layers = f"the times that {noisy} of {len(ratios)} layers were decided by vary"
-    warn_of_noise(ratios, what=layers, stacklevel=3)
-    warn_of_noise([whole], what="the time of the whole model varies", stacklevel=3)
+    warn_of_noise(ratios, what=layers)
+    warn_of_noise([whole], what="the time of the whole model varies")
 
 
 def _index(entry: _Timed, option: Option) -> int:
@@ -361,25 +361,15 @@ def _within_budget(
     problem: Problem, timed: Sequence[_Timed], picks: Sequence[int | None]
 ) -> list[Option]:
     """Least squared error within the budget, over ranks that beat dense where that can do."""
-    budget = problem.budget
-    assert budget is not None
-    axes = budget.axes
-    limits = np.array([budget.ratio(axis) * problem.totals[axis] for axis in axes])
-    fixed = np.array(
-        [
-            problem.totals[axis] - sum(float(entry.site.cost[axis]) for entry in timed)
-            for axis in axes
-        ]
-    )
+    assert problem.budget is not None
     for slow in (False, True):
         menus = [
             _menu(problem, entry, pick, slow=slow) for entry, pick in zip(timed, picks, strict=True)
         ]
         damages = [np.array([(option.error or 0.0) ** 2 for option in menu]) for menu in menus]
-        costs = [np.array([[float(o.cost[a]) for a in axes] for o in menu]) for menu in menus]
-        found = allocate(damages, costs, limits - fixed)
+        found = choose(problem, menus, damages, problem.budget.ratios)
         if found is not None:
-            return [menu[i] for menu, i in zip(menus, found.chosen, strict=True)]
+            return found[0]
     # The base met the budget with options that are all in the last menus.
     return [entry.option for entry in timed]
 

@@ -168,7 +168,11 @@ def test_another_model_or_version_is_refused(tmp_path, monkeypatch):
             StudyError,
             "warm_starts='knapsak': .*expected .*vbmf",
         ),
-        ({"example_inputs": None, "budget": "macs<=50%"}, BudgetError, "need example_inputs"),
+        (
+            {"example_inputs": None, "budget": "macs<=50%"},
+            BudgetError,
+            "objective on macs needs example_inputs: MACs",
+        ),
         ({"budget": "latency<=1%"}, BudgetInfeasible, "smallest reachable is latency"),
         ({"budget": "macs<=1%"}, BudgetInfeasible, "smallest reachable is macs"),
         ({"create": False}, StudyError, "no study 'rankopt'; it has none; make one with"),

@@ -173,7 +173,7 @@ def test_no_layer_gets_faster(budget):
 
 def test_time_needs_inputs():
     for more in ({"objective": "latency"}, {"budget": "latency<=50%"}):
-        with pytest.raises(BudgetError, match="latency: need example_inputs"):
+        with pytest.raises(BudgetError, match="objective on latency needs example_inputs: time"):
             open_study(example_inputs=None, **more)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 
 from rankopt._decompositions.base import Decomposition
 from rankopt._decompositions.rebuild import rebuild
-from rankopt.errors import LayerError, ModelError, RankoptWarning
+from rankopt.errors import LayerError, ModelError, warn
 from rankopt.strategy import Option, Problem, Site
 from rankopt_strategies.relaxed.annealing import Record, finite
 from rankopt_strategies.relaxed.objective import Objective
@@ -283,11 +282,9 @@ class _Run:
                 f"the search over candidates diverged {self.setbacks} times (loss {loss}); lower "
                 "learning_rate="
             )
-        warnings.warn(
+        warn(
             f"the search diverged at update {self.update}: stepping back, with half the "
-            "learning rate",
-            RankoptWarning,
-            stacklevel=5,
+            "learning rate"
         )
         self.rates = [rate / 2 for rate in self.rates]
         _restore(self._all, self.good)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -59,7 +59,7 @@ class Relaxed(Strategy):
         temperature: Of the class probabilities that a distillation compares. At 1 a few
             samples, surely wrong, make up most of the loss; a higher one has
             differences between choices that hold on other inputs too.
-        data: For ``task``: an iterable of (inputs, targets); gone through once, then held.
+        data: For ``task``: an iterable of (inputs, targets), gone through once, here, and held.
         criterion: For ``task``: a scalar tensor from (output, targets).
         paper: Settings of the published search, such as `RelaxedSettings.imagenet`.
         log: A file that takes one line of JSON per step, while it runs; budgets that take several
@@ -115,9 +115,14 @@ class Relaxed(Strategy):
             )
         if isinstance(self.paper, Mapping):  # as it stands in a plan
             object.__setattr__(self, "paper", RelaxedSettings(**self.paper))
-        if self.mode == "paper":
-            tags = Tags(monotone=False, unbudgeted=True)
-            object.__setattr__(self, "tags", tags)
+        if self.data is not None and not isinstance(self.data, (list, tuple)):
+            # Held: a budget may search repeatedly, and so may the user.
+            object.__setattr__(self, "data", list(self.data))
+
+    @property
+    def promises(self) -> Tags:
+        """The published search has an answer without a budget."""
+        return replace(self.tags, unbudgeted=self.mode == "paper")
 
     def describe(self, seed: int) -> dict[str, Any]:
         """Name, settings and seed; data and criterion are no settings."""
@@ -203,8 +208,6 @@ class Relaxed(Strategy):
         if self.objective == "task":
             assert self.data is not None
             assert self.criterion is not None
-            if not isinstance(self.data, (list, tuple)):  # held: a budget may search repeatedly
-                object.__setattr__(self, "data", list(self.data))
             objective = task(problem, self.data, self.criterion)
         elif self.objective == "reconstruction" or not problem.inputs:
             if self.objective == "distillation":
