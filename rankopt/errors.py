@@ -19,7 +19,6 @@ __all__ = [
     "LayerError",
     "MissingDependency",
     "ModelError",
-    "NotYetSupported",
     "PlanError",
     "RankoptError",
     "RankoptWarning",
@@ -75,10 +74,6 @@ class CalibrationError(RankoptError, ValueError):
 
 class CheckpointError(RankoptError, ValueError):
     """A checkpoint that is damaged or does not fit the model."""
-
-
-class NotYetSupported(RankoptError, NotImplementedError):
-    """A documented feature whose machinery this version does not contain."""
 
 
 class ExportError(RankoptError, RuntimeError):

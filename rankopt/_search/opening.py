@@ -38,7 +38,6 @@ from rankopt.errors import (
     CalibrationError,
     EvaluationError,
     ModelError,
-    NotYetSupported,
     RankoptWarning,
 )
 from rankopt.plan import Decision, RankPlan
@@ -179,7 +178,7 @@ def check_request(
             "a budget on metric_drop needs evaluate=: a function of a model that gives the metric"
         )
     if evaluate is not None and not uses_metric(budget, strategy):
-        raise NotYetSupported(
+        raise BudgetError(
             f"strategy {strategy.name!r} uses evaluate= only with a budget on metric_drop, such as "
             "'metric_drop<=0.01, minimize=macs'; leave it out"
         )

@@ -104,7 +104,8 @@ def search(
         reason, and that meets the budget on the built model.
 
     Raises:
-        BudgetError: The budget cannot be read, or needs inputs not given.
+        BudgetError: The budget cannot be read, or needs inputs not given; or `evaluate` is
+            given, and neither the budget (by ``metric_drop``) nor the strategy uses it.
         BudgetInfeasible: It cannot be met; says what can.
         ModelError: No layer can be decomposed, or the model fails on the inputs.
         LayerError: A weight holds NaN or infinity.
@@ -112,8 +113,6 @@ def search(
         CalibrationError: `calibration` is empty, or the model fails on it.
         RegistryError: No strategy or decomposition of that name.
         DeadlineExceeded: `timeout` passed before there was a plan.
-        NotYetSupported: `evaluate` without a budget on ``metric_drop`` or a strategy that
-            uses it.
         ValueError: `round_to`, `rounding` or `timeout` out of range.
 
     Example:
