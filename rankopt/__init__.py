@@ -16,6 +16,7 @@ from rankopt._decompositions import (
     SpatialSVD,
     Tucker2,
 )
+from rankopt._model.metric import Evaluate
 from rankopt._report.report import report
 from rankopt._search.merge import merge, merge_plan
 from rankopt._search.profile import profile
@@ -47,6 +48,7 @@ __all__ = [
     "Compression",
     "Decision",
     "Decomposition",
+    "Evaluate",
     "LayerProfile",
     "Option",
     "Point",

@@ -13,6 +13,7 @@ from torch import nn
 
 from rankopt import checkpoint as files
 from rankopt._build.compare import Comparison
+from rankopt._model.metric import Evaluate
 from rankopt._pipeline.checks import check_stages
 from rankopt._pipeline.stages import RESULT, Run, Stage
 from rankopt._utils.files import write_text
@@ -90,7 +91,7 @@ def compress(
     calibration: Any = None,
     calibration_samples: int = CALIBRATION_SAMPLES,
     train: Any = None,
-    evaluate: Callable[[nn.Module], float] | None = None,
+    evaluate: Evaluate | None = None,
     rounds: int = 1,
     search: Settings | Callable[..., RankPlan] | None = None,
     apply: Settings | Callable[..., nn.Module] | None = None,

@@ -27,6 +27,7 @@ from rankopt._model.inputs import (
     run,
 )
 from rankopt._model.layers import Patterns
+from rankopt._model.metric import Evaluate, EvaluateBatch
 from rankopt._model.probe import Probe
 from rankopt._search.describe import describe, problem_of, selected
 from rankopt._search.trial import TrialModel
@@ -95,7 +96,7 @@ def open_problem(
     example_inputs: Any = None,
     calibration: Any = None,
     calibration_samples: int | None = MAX_SAMPLES,
-    evaluate: Any = None,
+    evaluate: Evaluate | EvaluateBatch | None = None,
     batches: Sequence[Any] | None = None,
     methods: str | Decomposition | Sequence[str | Decomposition] = Strategy.methods,
     only: Patterns = (),

@@ -13,6 +13,7 @@ from rankopt._decompositions.base import Decomposition
 from rankopt._model import measure
 from rankopt._model.inputs import MAX_SAMPLES
 from rankopt._model.layers import Patterns
+from rankopt._model.metric import Evaluate
 from rankopt._search.factor_choice import SEARCH, Choice, check_choices, fitted_in_order, nearest
 from rankopt._search.latency_budget import solve
 from rankopt._search.metric_drop import within_drop
@@ -42,7 +43,7 @@ def search(
     calibration_samples: int | None = MAX_SAMPLES,
     asymmetric: Choice = False,
     fisher: Choice = False,
-    evaluate: Any = None,
+    evaluate: Evaluate | None = None,
     methods: str | Decomposition | Sequence[str | Decomposition] | None = None,
     only: Patterns = (),
     ignore: Patterns = (),
@@ -81,7 +82,7 @@ def search(
             those of the model, the Fisher information (arXiv 2505.17974). Needs
             calibration and a model that can be differentiated in eval mode. ``search``
             searches without and with it, and takes the nearer outputs likewise.
-        evaluate: The task's metric, ``evaluate(model) -> float``: for strategies that
+        evaluate: The task's metric, see `rankopt.Evaluate`: for strategies that
             measure it (`optuna`) and for budgets on ``metric_drop``. It runs in eval mode
             under saved random generators and must not change the model.
         methods: Decompositions to choose from, names or instances, one or several; None

@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from rankopt._model import measure, surgery
+from rankopt._model.metric import Evaluate
 from rankopt.errors import ModelError
 from rankopt.training.augmentation import augmentation
 from rankopt.training.batches import check_iterable, kept_sampler
@@ -84,7 +85,7 @@ def finetune(
     schedule: str = "cosine",
     warmup: float | None = None,
     loss: Callable[[Any, Any], Any] | None = None,
-    evaluate: Callable[[nn.Module], float] | None = None,
+    evaluate: Evaluate | None = None,
     patience: int | None = None,
     accumulate: int = 1,
     clip: float | None = 1.0,
@@ -121,7 +122,7 @@ def finetune(
         loss: Of (output, labels); None for the model's own loss or cross-entropy.
         evaluate: The metric of a model, higher is better, after every epoch and before the
             first; the best weights are kept, those it started with included. Without
-            it those of the last epoch.
+            it those of the last epoch. NaN is worse than any number.
         patience: Stop after this many epochs without a better metric.
         accumulate: Batches per optimiser step.
         clip: Largest gradient norm; None for no clipping.
@@ -144,7 +145,7 @@ def finetune(
         ValueError: A setting out of range.
         ModelError: Nothing to train, float16 parameters, no plan to freeze by, or a teacher
             with other outputs.
-        EvaluationError: `evaluate` gave no number.
+        EvaluationError: `evaluate` raised, or gave no number.
         TrainingError: A batch it cannot use, or a loss that is not finite; the model then
             has the weights of the last complete epoch.
         CheckpointError: The folder holds another run, or a damaged checkpoint.
