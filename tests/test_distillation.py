@@ -190,6 +190,24 @@ def test_classes_of_maps_are_their_channels():
     assert loss.item() == pytest.approx(expected, rel=1e-4)
 
 
+def test_masked_classes_are_no_reason_to_stop():
+    """Logits of -inf, as of classes that are left out, would make the loss NaN."""
+
+    class Masked(nn.Linear):
+        def forward(self, x):
+            return super().forward(x).index_fill(-1, torch.tensor([1, 4]), -torch.inf)
+
+    teacher, student, x = Masked(8, 6), Masked(8, 6), torch.randn(16, 8)
+    settings = Distillation(labels=0, weights=0, outputs=0, logits=1.0, temperature=1.0)
+    with Distiller(student, teacher, settings) as distiller:
+        distiller.teach(x)
+        loss, _ = distiller.loss(student(x))
+    loss.backward()
+    kept = [0, 2, 3, 5]
+    assert loss.item() == pytest.approx(divergence(teacher(x)[:, kept], student(x)[:, kept]))
+    assert student.weight.grad.isfinite().all()
+
+
 def test_no_term_is_left_out_silently(pair):
     teacher, small, x = pair
     distiller = Distiller(small, teacher)
