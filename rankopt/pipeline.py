@@ -125,8 +125,8 @@ def compress(
             fine-tuned (arXiv 1903.09973); later rounds decompose the model as trained so far.
         search: Settings of `rankopt.search`, or a function.
         apply: Settings of `rankopt.apply`, or a function.
-        recover: Settings of `rankopt.recover` (60 seconds), or a function. None leaves it out, with
-            the reason in the table, where it cannot be done.
+        recover: Settings of `rankopt.recover` (60 seconds, unless ``steps`` are given), or a
+            function. None leaves it out, with the reason in the table, where it cannot be done.
         finetune: Settings of `rankopt.finetune` (the dense model as teacher, sequential
             freezing, one final epoch of training everything), or a function.
         output: The ``.safetensors`` file to write; None for ``compressed.safetensors`` in `folder`.
@@ -146,7 +146,7 @@ def compress(
         >>> dense = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 4))
         >>> train = [(torch.randn(32, 16), torch.randint(4, (32,))) for _ in range(4)]
         >>> done = rankopt.compress(
-        ...     dense, "params<=60%", train=train, recover={"seconds": 0.2}, finetune={"epochs": 2}
+        ...     dense, "params<=60%", train=train, recover={"steps": 20}, finetune={"epochs": 2}
         ... )
         >>> [stage.name for stage in done.stages]
         ['search', 'apply', 'recover', 'finetune', 'verify']

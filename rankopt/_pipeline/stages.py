@@ -298,7 +298,7 @@ class Run:
             "teacher": self.model,
             "calibration": self.calibration,
             "calibration_samples": None,
-            "seconds": RECOVER_SECONDS,
+            "seconds": None if "steps" in (how or {}) else RECOVER_SECONDS,
             "seed": self.seed,
             "progress": self.progress,
             **(how or {}),
