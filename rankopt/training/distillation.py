@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ from rankopt._build.apply import unpacked_clone
 from rankopt._build.fold import effective_weight
 from rankopt._build.provenance import plan_of
 from rankopt._model import surgery
+from rankopt._model.hooks import hooked
 from rankopt._model.inputs import class_dim, compared, kl, run
 from rankopt._model.layers import canonical_weight
 from rankopt.errors import CalibrationError, ModelError
@@ -219,25 +220,24 @@ class PairedOutputs:
         self.names = [name for name in names if name in ours and name in theirs]
         self._seen: tuple[dict[str, Tensor], dict[str, Tensor]] = ({}, {})
         self._watched = [(ours, self._seen[0]), (theirs, self._seen[1])]
-        self._handles: list[Any] = []
+        self._hooks = ExitStack()
+        self.watching = False  # whether outputs are being stored
 
     def __enter__(self) -> PairedOutputs:
-        for modules, seen in self._watched:
-            for name in self.names:
-                self._handles.append(modules[name].register_forward_hook(_store(seen, name)))
+        handles = (
+            modules[name].register_forward_hook(_store(seen, name))
+            for modules, seen in self._watched
+            for name in self.names
+        )
+        self._hooks.enter_context(hooked(handles))
+        self.watching = True
         return self
 
     def __exit__(self, *_: object) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        self._hooks.close()
+        self.watching = False
         for seen in self._seen:
             seen.clear()
-
-    @property
-    def watching(self) -> bool:
-        """Whether outputs are being stored."""
-        return bool(self._handles)
 
     def forget(self) -> None:
         """Before a forward of both: layers may not run in each."""
