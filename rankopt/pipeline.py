@@ -136,11 +136,19 @@ def compress(
         progress: Whether to show progress bars.
 
     Raises:
-        RankoptError: See the stages; also a result that breaks the budget or does not
+        TypeError: Settings that a stage does not know, or is given anyway; before any work.
+        ValueError: Settings out of range, or without the data they are of; before any work, but
+            for those of ``search`` and ``apply``.
+        BudgetError: A budget that cannot be read, or in milliseconds for several rounds; its
+            `BudgetInfeasible` where no plan fits.
+        ModelError: `model` is no module; `train` cannot be read every epoch; a function in place
+            of a stage returned something else.
+        CalibrationError: Calibration inputs that cannot be used.
+        EvaluationError: `evaluate` raised, or gave no number; first of the dense model.
+        CheckpointError: The folder holds another run, or `output` cannot be written.
+        MissingDependency: Fine-tuning without accelerate.
+        RankoptError: Anything else of the stages; a result that breaks the budget or does not
             survive being saved.
-        CheckpointError: The folder holds another run.
-        TypeError: Settings that a stage does not know; before any work, as for settings out of
-            range, data to train on that cannot be used, and metrics that are no number.
 
     Example:
         >>> dense = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 4))

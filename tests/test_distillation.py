@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import rankopt
+from rankopt._model.hooks import hooked
 from rankopt._model.inputs import divergence
 from rankopt.errors import ModelError
 from rankopt.testing import planted_inputs, planted_model
@@ -102,6 +103,18 @@ def test_hooks_are_gone_afterwards(pair):
         assert any(m._forward_hooks for m in small.modules())
         distiller.teach(x)
     assert not any(m._forward_hooks for m in small.modules())
+
+
+def test_hooks_are_gone_where_one_cannot_be_registered():
+    module = nn.Linear(2, 2)
+
+    def handles():
+        yield module.register_forward_hook(lambda *_: None)
+        raise KeyError
+
+    with pytest.raises(KeyError), hooked(handles()):
+        pass
+    assert not module._forward_hooks
 
 
 def test_language_models_and_regression():

@@ -125,6 +125,8 @@ class _Stream(torch.utils.data.IterableDataset):
         ({"ema": 1.0}, "ema=1.0"),
         ({"clip": 0}, "clip=0"),
         ({"patience": 2}, "patience= needs evaluate="),
+        ({"loss": 3}, r"loss=3: expected a function of \(output, labels\)"),
+        ({"distillation": 0.5}, "distillation=0.5: expected a rankopt.training.Distillation"),
         ({"distillation": Distillation()}, "needs teacher="),
         ({"final_epochs": 11}, "there are 10 epochs"),
         ({"augment": "flip"}, "augment='flip'"),

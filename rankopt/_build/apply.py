@@ -67,10 +67,13 @@ def apply(
         The compressed model, unwrapped from torch.compile and DataParallel.
 
     Raises:
-        PlanError: The plan does not fit the model; the message names the
-            layer, what was expected and what was found.
+        PlanError: The plan does not fit the model, or needs `calibration`; the message
+            names the layer, what was expected and what was found.
         ModelError: `model` is no module.
         LayerError: A weight holds NaN or infinity.
+        CalibrationError: `calibration` is empty or no iterable of inputs, the model fails on
+            it, or what its layers take in is not finite.
+        ValueError: `calibration_samples` is below 1.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 8))

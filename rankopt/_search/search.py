@@ -108,13 +108,17 @@ def search(
         BudgetError: The budget cannot be read, or needs inputs not given; or `evaluate` is
             given, and neither the budget (by ``metric_drop``) nor the strategy uses it.
         BudgetInfeasible: It cannot be met; says what can.
-        ModelError: No layer can be decomposed, or the model fails on the inputs.
+        ModelError: `model` is no module, no layer can be decomposed, the model fails on the
+            inputs, or the strategy, `asymmetric` or `fisher` needs inputs not given.
         LayerError: A weight holds NaN or infinity.
         EvaluationError: `evaluate` raised, gave no finite number or changed the model.
-        CalibrationError: `calibration` is empty, or the model fails on it.
+        CalibrationError: `calibration` is empty or no iterable of inputs, the model fails on
+            it, or what its layers take in is not finite.
         RegistryError: No strategy or decomposition of that name.
         DeadlineExceeded: `timeout` passed before there was a plan.
-        ValueError: `round_to`, `rounding` or `timeout` out of range.
+        PlanError: The strategy returned no plan.
+        ValueError: `round_to`, `rounding`, `timeout`, `calibration_samples`, `asymmetric` or
+            `fisher` out of range.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU())

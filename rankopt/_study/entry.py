@@ -123,10 +123,15 @@ def study(
         progress: Whether to show progress bars while preparing.
 
     Raises:
-        StudyError: The storage fails, or the study was made for something else.
-        BudgetError: The budget is one a study cannot keep to.
-        ModelError: As of `rankopt.search`.
-        ValueError: `round_to` or `rounding` out of range.
+        StudyError: The storage fails, the study was made for something else, or a setting of
+            the study itself, such as `space` or `sampler`, is none it knows.
+        BudgetError: The budget is one a study cannot keep to, or needs inputs not given; its
+            `BudgetInfeasible` where no plan fits.
+        ModelError: As of `rankopt.search`; also `evaluate` is no function.
+        LayerError: As of `rankopt.search`.
+        CalibrationError: As of `rankopt.search`.
+        RegistryError: No decomposition of that name.
+        ValueError: `round_to`, `rounding`, `calibration_samples` or `seed` out of range.
 
     Example:
         >>> net = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 8)).eval()

@@ -142,13 +142,15 @@ def finetune(
         The history, and which epoch's weights the model has.
 
     Raises:
-        ValueError: A setting out of range.
-        ModelError: Nothing to train, float16 parameters, no plan to freeze by, or a teacher
-            with other outputs.
+        ValueError: A setting out of range, or without another that it needs.
+        ModelError: `model` or `teacher` is no module, `train` cannot be read every epoch, nothing
+            in the model trains, or float16 parameters do; no plan to freeze by, or a teacher
+            without the layers or with other outputs.
         EvaluationError: `evaluate` raised, or gave no number.
         TrainingError: A batch it cannot use, or a loss that is not finite; the model then
             has the weights of the last complete epoch.
         CheckpointError: The folder holds another run, or a damaged checkpoint.
+        RankoptError: The folder cannot be made.
         MissingDependency: accelerate is not installed.
 
     Example:
@@ -231,12 +233,15 @@ def check_request(model: nn.Module | None, train: Any, **settings: Any) -> Recip
     augmentation(given["augment"])
     if given["batches_per_epoch"] is not None:
         check_integer("batches_per_epoch", given["batches_per_epoch"], 1)
-    if given["teacher"] is None and given["distillation"] is not None:
+    terms, loss = given["distillation"], given["loss"]
+    if not (terms is None or isinstance(terms, Distillation)):
+        raise ValueError(f"distillation={terms!r}: expected a rankopt.training.Distillation")
+    if not (loss is None or callable(loss)):
+        raise ValueError(f"loss={loss!r}: expected a function of (output, labels)")
+    if given["teacher"] is None and terms is not None:
         raise ValueError("distillation= needs teacher=, the dense model to learn from")
-    unlabelled = (
-        isinstance(given["distillation"], Distillation) and not given["distillation"].labels
-    )
-    if given["loss"] is not None and unlabelled:
+    unlabelled = terms is not None and not terms.labels
+    if loss is not None and unlabelled:
         raise ValueError("loss= is of labels, which Distillation(labels=0) does not use; drop one")
     if given["patience"] is not None and given["evaluate"] is None:
         raise ValueError("patience= needs evaluate=, the metric that is to improve")

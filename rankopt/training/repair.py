@@ -142,9 +142,10 @@ def recover(
 
     Raises:
         ValueError: A setting out of range.
-        CalibrationError: Too few inputs, inputs a model fails on, or inputs for which the
-            teacher's outputs are not finite.
-        ModelError: Nothing to train, float16 parameters, or outputs of another shape.
+        CalibrationError: Too few inputs, inputs a model fails on or for which the teacher's
+            outputs are not finite, or outputs of another shape than the teacher's.
+        ModelError: `model` or `teacher` is no module, nothing in the model trains, or float16
+            parameters do.
 
     Warns:
         RankoptWarning: The time was up before the first step.
@@ -159,7 +160,15 @@ def recover(
     """
     surgery.check_model(model)
     surgery.check_model(teacher, "teacher")
-    check_settings(seconds, steps, precision, augment, batch_size, learning_rate)
+    check_settings(
+        seconds=seconds,
+        steps=steps,
+        precision=precision,
+        augment=augment,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        seed=seed,
+    )
     release(model)
     limit = Limit(seconds, steps)
     with measure.preserve_rng():
@@ -202,12 +211,14 @@ def recover(
 
 
 def check_settings(
+    *,
     seconds: Any = None,
     steps: Any = None,
     precision: Any = "no",
     augment: Any = "auto",
     batch_size: Any = 1,
     learning_rate: Any = None,
+    seed: Any = 0,
 ) -> None:
     """Raise `ValueError` for settings of `recover` that it cannot heed."""
     for name, value in (("seconds", seconds), ("learning_rate", learning_rate)):
@@ -216,6 +227,7 @@ def check_settings(
             raise ValueError(f"{name}={value!r}: expected a positive number")
     if steps is not None:
         check_integer("steps", steps, 1)
+    check_integer("seed", seed, 0)
     if precision not in ("no", "bf16"):
         raise ValueError(f"precision={precision!r}: expected 'no' or 'bf16'")
     if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
@@ -379,5 +391,6 @@ def _output_loss(wanted: Any, found: Any) -> Tensor:
     if not pairs:
         raise CalibrationError("the model's output holds no floating-point tensor to compare")
     if any(a.shape != b.shape for a, b in pairs):
-        raise ModelError("teacher and model return outputs of different shapes")
+        shapes = [[list(tensor.shape) for tensor in tensors] for tensors in (old, new)]
+        raise CalibrationError(f"the teacher's outputs are {shapes[0]}, the model's {shapes[1]}")
     return torch.stack([relative_error(*pair, exact=False) for pair in pairs]).mean()
