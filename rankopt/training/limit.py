@@ -34,7 +34,8 @@ class Limit:
         self.steps = steps
         self._started = time.perf_counter()
         self._reserved = 0.0
-        self._training = (0.0, math.inf)  # when it began, and how long it may take
+        # Of training: when it began, how long it may take, and its first step.
+        self._training = (0.0, math.inf, 0.0)
 
     @property
     def elapsed(self) -> float:
@@ -52,19 +53,26 @@ class Limit:
         """Keep some of what is left for what comes after training."""
         self._reserved += seconds
 
-    def begin_training(self) -> None:
-        """From now on, training spends what is left."""
-        self._training = (self.elapsed, self.left)
+    def begin_training(self, step: float) -> None:
+        """From now on, training spends what is left; a step takes about so many seconds."""
+        self._training = (self.elapsed, self.left, step)
+
+    def allows(self, steps: int) -> bool:
+        """Whether one more fits, after so many steps."""
+        if self.steps is not None and steps >= self.steps:
+            return False
+        if self.seconds is None:
+            return True
+        begun, limit, step = self._training
+        spent = self.elapsed - begun
+        return spent + (spent / steps if steps else step) <= limit
 
     def spent(self, steps: int) -> float:
-        """Share of what training may take, from 0; 1 or more at the end."""
-        shares = [0.0]
-        if self.steps is not None:
-            shares.append(steps / self.steps)
-        if self.seconds is not None:
-            begun, limit = self._training
-            shares.append((self.elapsed - begun) / limit if limit > 0 else 1.0)
-        return max(shares)
+        """Share of what training may take, from 0 to 1."""
+        begun, limit, _ = self._training
+        by_steps = 0.0 if self.steps is None else steps / self.steps
+        by_time = 0.0 if self.seconds is None else (self.elapsed - begun) / limit
+        return min(max(by_steps, by_time), 1.0)
 
     def note(self) -> str | None:
         """For the progress bar, which counts steps by itself."""

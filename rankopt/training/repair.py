@@ -19,19 +19,16 @@ from rankopt._model import measure, surgery
 from rankopt._model.inputs import (
     MAX_SAMPLES,
     affordable_samples,
-    compared,
     divergence,
     hold,
     main_output,
-    relative_error,
     run,
-    tensors_in,
 )
 from rankopt._model.inputs import (
     batch_size as size_of,
 )
 from rankopt._utils.progress import progress_bar
-from rankopt.errors import CalibrationError, ModelError, RankoptWarning
+from rankopt.errors import ModelError, RankoptWarning
 from rankopt.training.augmentation import Augment, augmentation
 from rankopt.training.distillation import (
     PairedOutputs,
@@ -43,6 +40,7 @@ from rankopt.training.distillation import (
 from rankopt.training.freezing import release
 from rankopt.training.limit import REASONS, Limit, Stopped
 from rankopt.training.recipe import check_integer
+from rankopt.training.repair_loss import repair_loss
 from rankopt.training.samples import Samples
 
 __all__ = ["Recovery", "check_settings", "recover"]
@@ -52,8 +50,8 @@ HELD_OUT: Final = 1 / 16
 GRADIENT_NORM: Final = 1.0
 # Without BatchNorm, and with it.
 LEARNING_RATES: Final = (3e-4, 1e-3)
-# Weight of the layers' outputs beside the model's.
-FEATURES: Final = 3.0
+# What a step costs, in runs of the model: the teacher's, its own, and twice for the gradient.
+STEP_PASSES: Final = 4
 # Share of the time left that BatchNorm statistics may take.
 SETTLING: Final = 0.25
 
@@ -173,16 +171,13 @@ def recover(
     limit = Limit(seconds, steps)
     with measure.preserve_rng():
         samples = Samples(hold(model, calibration, max_samples=calibration_samples))
-    repair = _Repair(model, teacher, samples, batch_size)
-    started = limit.elapsed
+    repair = _Repair(model, teacher, samples, batch_size, limit)
     before = repair.distance()
-    limit.reserve(limit.elapsed - started)  # for `after`
     if before == 0:
         return Recovery(before, before, 0, limit.elapsed, False, "converged")
-    settling = repair.train_index if limit.seconds is None else repair.settled_within(limit)
+    settling = repair.settled_in_time()
     try:
         taken, stopped = repair.train(
-            limit,
             LEARNING_RATES[has_norms(model)] if learning_rate is None else learning_rate,
             augmentation(augment),
             bf16=precision == "bf16",
@@ -195,9 +190,9 @@ def recover(
             after = repair.distance()
         elif stopped == "seconds":
             warnings.warn(
-                f"recover took no step: of {limit.seconds:g} s none are left for training after "
-                f"{limit.elapsed:.1f} s with {samples.count} inputs, and what comes after it; the "
-                "model is as it was: give more seconds, or fewer calibration_samples",
+                f"recover took no step: after {limit.elapsed:.1f} s with {samples.count} inputs "
+                f"none fits into {limit.seconds:g} s beside what comes after it; the model is as "
+                "it was: give more seconds, fewer calibration_samples or a smaller batch_size",
                 RankoptWarning,
                 stacklevel=4,
             )
@@ -243,14 +238,17 @@ class _Repair:
         teacher: Copied.
         samples: Held; some are held out.
         size: Samples per batch.
+        limit: How long all of it may last.
 
     Raises:
         ModelError: Nothing to train.
         CalibrationError: Too few samples, or those a model fails on.
     """
 
-    def __init__(self, model: nn.Module, teacher: nn.Module, samples: Samples, size: int) -> None:
-        self.model, self.samples, self.size = model, samples, size
+    def __init__(
+        self, model: nn.Module, teacher: nn.Module, samples: Samples, size: int, limit: Limit
+    ) -> None:
+        self.model, self.samples, self.size, self.limit = model, samples, size, limit
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.train_index, test = samples.split(HELD_OUT)
         if not self.parameters:
@@ -265,25 +263,33 @@ class _Repair:
             tested = list(samples.batches(test[:: math.ceil(len(test) / most)], size))
         with torch.no_grad():
             self._tested = [(inputs, main_output(run(self.guide, inputs))) for inputs in tested]
+        with torch.no_grad(), measure.evaluation(model):
+            run(model, tested[0])  # a first run may take far longer than those that are timed
         self._saved = copy.deepcopy(model.state_dict())  # extra state may be anything
 
     def distance(self) -> float:
         """Mean divergence from the teacher on the held-out samples."""
+        started = self.limit.elapsed
         with torch.no_grad(), measure.evaluation(self.model):
             found = [divergence(old, run(self.model, x)) for x, old in self._tested]
+        self._judging = self.limit.elapsed - started
         return sum(found) / len(found)
 
     def undo(self) -> None:
         """The model as it was."""
         self.model.load_state_dict(self._saved)
 
-    def settled_within(self, limit: Limit) -> Tensor:
+    def settled_in_time(self) -> Tensor:
         """The samples to settle BatchNorm on in a part of the time left, which is reserved.
+
+        Time to judge the outcome is reserved too, as much as `distance` took.
 
         Settling runs the teacher once and the model twice to collect statistics, and on a
         part of the samples the teacher once and the model three times to compare these.
         """
-        if not has_norms(self.model):
+        limit = self.limit
+        limit.reserve(self._judging)
+        if limit.seconds is None or not has_norms(self.model):
             return self.train_index
         batch = next(self.samples.batches(self.train_index, self.size))
 
@@ -302,7 +308,7 @@ class _Repair:
         count = len(self.train_index)
         while count > self.size and cost(count) > SETTLING * limit.left:
             count //= 2
-        limit.reserve(min(cost(count), limit.left / 2))  # of a single batch it may be much
+        limit.reserve(cost(count))
         return self.train_index[:: math.ceil(len(self.train_index) / count)]
 
     def settle(self, index: Tensor) -> None:
@@ -311,7 +317,6 @@ class _Repair:
 
     def train(
         self,
-        limit: Limit,
         learning_rate: float,
         change: Augment,
         *,
@@ -328,32 +333,35 @@ class _Repair:
         least = 2 if has_norms(self.model) else 1  # a single value has no variance
         modes = [(module, module.training) for module in self.model.modules()]
         device, taken = surgery.device_of(self.model).type, 0
+        tested = sum(size_of(inputs) for inputs, _ in self._tested)
+        first = STEP_PASSES * self._judging * min(self.size, len(self.train_index)) / tested
         try:
             with measure.preserve_rng(), torch.enable_grad(), self.layers:
                 torch.manual_seed(seed)
                 train_as_evaluated(self.model)
                 optimiser = torch.optim.Adam(self.parameters, lr=learning_rate)
-                limit.begin_training()
+                self.limit.begin_training(first)
                 batches = self.samples.endless(self.train_index, self.size, generator, least)
-                with progress_bar("recovering", limit.steps, enabled=progress) as advance:
-                    while (spent := limit.spent(taken)) < 1:
+                with progress_bar("recovering", self.limit.steps, enabled=progress) as advance:
+                    while self.limit.allows(taken):
+                        decay = 0.5 * (1 + math.cos(math.pi * self.limit.spent(taken)))
                         for group in optimiser.param_groups:
-                            group["lr"] = learning_rate * 0.5 * (1 + math.cos(math.pi * spent))
+                            group["lr"] = learning_rate * decay
                         inputs = change(next(batches), generator)
                         with torch.autocast(device, torch.bfloat16, enabled=bf16):
-                            loss = _loss(self.layers, inputs)
+                            loss = repair_loss(self.layers, inputs)
                         if not bool(loss.isfinite()):
                             self._check_teacher(inputs)
                             return taken, "not finite"
                         self._step(optimiser, loss)
                         taken += 1
-                        advance(limit.note())
+                        advance(self.limit.note())
         finally:
             for module, mode in modes:
                 module.training = mode
             for parameter in self.parameters:
                 parameter.grad = None
-        return taken, "steps" if taken == limit.steps else "seconds"
+        return taken, "steps" if taken == self.limit.steps else "seconds"
 
     def _step(self, optimiser: torch.optim.Optimizer, loss: Tensor) -> None:
         optimiser.zero_grad(set_to_none=True)
@@ -366,31 +374,3 @@ class _Repair:
         with torch.no_grad():
             wanted = run(self.guide, inputs)
             divergence(wanted, wanted)
-
-
-def _loss(layers: PairedOutputs, inputs: Any) -> Tensor:
-    """Relative error² of the outputs, and of those of the layers the plan decomposed."""
-    layers.forget()
-    with torch.no_grad():
-        wanted = run(layers.teacher, inputs)
-    found = run(layers.model, inputs)
-    total = _output_loss(wanted, found)
-    errors = [relative_error(*pair, exact=False) for pair in layers.pairs()]
-    return total + FEATURES * torch.stack(errors).mean() if errors else total
-
-
-def _output_loss(wanted: Any, found: Any) -> Tensor:
-    """Relative error² of every floating-point tensor the models return."""
-    old, new = (
-        [tensor for tensor in tensors_in(output) if tensor.is_floating_point()]
-        for output in (wanted, found)
-    )
-    if len(old) != len(new):  # such as more in train mode
-        old, new = [compared(wanted)], [compared(found)]
-    pairs = list(zip(old, new, strict=True))
-    if not pairs:
-        raise CalibrationError("the model's output holds no floating-point tensor to compare")
-    if any(a.shape != b.shape for a, b in pairs):
-        shapes = [[list(tensor.shape) for tensor in tensors] for tensors in (old, new)]
-        raise CalibrationError(f"the teacher's outputs are {shapes[0]}, the model's {shapes[1]}")
-    return torch.stack([relative_error(*pair, exact=False) for pair in pairs]).mean()
