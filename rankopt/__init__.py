@@ -17,6 +17,7 @@ from rankopt._decompositions import (
     Tucker2,
 )
 from rankopt._decompositions.cache import clear_cache
+from rankopt._model.metric import Evaluate
 from rankopt._report.report import report
 from rankopt._search.merge import merge, merge_plan
 from rankopt._search.profile import profile
@@ -48,6 +49,7 @@ __all__ = [
     "Compression",
     "Decision",
     "Decomposition",
+    "Evaluate",
     "LayerProfile",
     "Option",
     "Point",

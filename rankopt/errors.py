@@ -22,7 +22,6 @@ __all__ = [
     "LayerError",
     "MissingDependency",
     "ModelError",
-    "NotYetSupported",
     "PlanError",
     "RankoptError",
     "RankoptWarning",
@@ -82,10 +81,6 @@ class CalibrationError(RankoptError, ValueError):
 
 class CheckpointError(RankoptError, ValueError):
     """A checkpoint that is damaged or does not fit the model."""
-
-
-class NotYetSupported(RankoptError, NotImplementedError):
-    """A documented feature whose machinery this version does not contain."""
 
 
 class ExportError(RankoptError, RuntimeError):

@@ -115,7 +115,7 @@ def test_compress(spec, tmp_path, capsys):
     there = spec.replace(":build", "")
     arguments = (
         "compress", spec, "--budget", "params<=60%", "--train", f"{there}:train", "--evaluate",
-        f"{there}:accuracy", "--recover", 0.2, "--epochs", 2, "--freezing", "fixed", "-o", out,
+        f"{there}:accuracy", "--recover", 2, "--epochs", 2, "--freezing", "fixed", "-o", out,
     )  # fmt: skip
     assert run(*arguments) == 0
     text = capsys.readouterr().out

@@ -14,7 +14,6 @@ from rankopt.errors import (
     CalibrationError,
     LayerError,
     ModelError,
-    NotYetSupported,
     RegistryError,
 )
 from rankopt.testing import planted_inputs, planted_model
@@ -63,7 +62,7 @@ def test_globs():
         ),
         ("params<=50%", {"strategy": 3}, RegistryError, "a name or an instance of Strategy"),
         ("params<=50%", {"methods": ["magic"]}, RegistryError, "unknown decomposition 'magic'"),
-        ("params<=50%", {"evaluate": len}, NotYetSupported, "uses evaluate= only with"),
+        ("params<=50%", {"evaluate": len}, BudgetError, "uses evaluate= only with"),
         ("params<=50%", {"calibration": []}, CalibrationError, "calibration is empty"),
         ("params<=50%", {"example_inputs": "x"}, ModelError, "example_inputs is a str"),
         ("params<=50%", {"example_inputs": torch.zeros(1, 4)}, ModelError, "fails on example_inp"),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from rankopt._model import measure, surgery
 from rankopt._build.chains import Fill, Filling, Step, chains_for
+from rankopt._model.hooks import hooked
 from rankopt._decompositions.cache import BasisCache
 from rankopt._utils.progress import progress_bar
 from rankopt._calibration.collect import MAX_FEATURES, centres, layer_inputs
@@ -101,13 +103,9 @@ def _calls(view: nn.Module, names: Sequence[str], batch: Any) -> list[str]:
     def note(name: str) -> Callable[..., None]:
         return lambda *_: called.append(name)
 
-    handles = [modules[name].register_forward_pre_hook(note(name)) for name in names]
-    try:
-        with torch.no_grad(), measure.preserve_rng(), measure.evaluation(view):
-            run(view, batch)
-    finally:
-        for handle in handles:
-            handle.remove()
+    handles = (modules[name].register_forward_pre_hook(note(name)) for name in names)
+    with hooked(handles), torch.no_grad(), measure.preserve_rng(), measure.evaluation(view):
+        run(view, batch)
     return called
 
 
@@ -181,16 +179,11 @@ def _inputs(
 
         return hook
 
-    handles = [
+    handles = (
         modules[x.name].register_forward_pre_hook(watch(x), with_kwargs=True) for x in layers
-    ]
-    try:
+    )
+    with hooked(handles), suppress(_Reached):
         run(model, batch)
-    except _Reached:
-        pass
-    finally:
-        for handle in handles:
-            handle.remove()
     return seen
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import nn
 from rankopt._model import measure, surgery
 from rankopt._build.apply import unpacked_clone
 from rankopt._timing.conditions import conditions
-from rankopt._model.metric import metric_of
+from rankopt._model.metric import Evaluate, metric_of
 from rankopt.errors import CalibrationError, ModelError
 from rankopt._model.inputs import (
     class_dim,
@@ -110,7 +110,7 @@ def compare(
     compressed: nn.Module,
     *,
     example_inputs: Any = None,
-    evaluate: Callable[[nn.Module], float] | None = None,
+    evaluate: Evaluate | None = None,
     rounds: int = 30,
     mode: Mode = "inference",
     cuda_graph: bool = False,

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from rankopt._calibration.moments import Centre, Moments
 from rankopt._model import measure, surgery
+from rankopt._model.hooks import hooked
 from rankopt._model.inputs import MAX_SAMPLES, batches, hold, run
 from rankopt._model.layers import Layer
 from rankopt._utils.memory import give_back
@@ -172,17 +173,13 @@ def _collected(
 
         return hook
 
-    handles = [
+    handles = (
         modules[x.name].register_forward_pre_hook(watch(x), with_kwargs=True) for x in layers
-    ]
-    try:
-        with torch.no_grad(), measure.preserve_rng(), measure.evaluation(model):
-            for inputs, _ in batches(model, data, max_samples=max_samples):
-                run(model, inputs)
-                advance()
-    finally:
-        for handle in handles:
-            handle.remove()
+    )
+    with hooked(handles), torch.no_grad(), measure.preserve_rng(), measure.evaluation(model):
+        for inputs, _ in batches(model, data, max_samples=max_samples):
+            run(model, inputs)
+            advance()
     found = {}
     for layer in layers:
         if not counts.get(layer.name):  # never called, or with nothing: an idle expert

@@ -8,6 +8,7 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from rankopt._calibration.collect import collect
 from rankopt._calibration.normal_equations import Sums, batched, paired_rows, put, run_watched
@@ -190,7 +191,7 @@ def _regress(
     """Fit the middle (stage 1) or last (stage 2) weight of every merge in one pass."""
     sums = {merge.bottleneck.name: Sums() for merge in merges}
     entering: dict[str, Tensor] = {}
-    handles: list[Any] = []
+    handles: list[RemovableHandle] = []
     for merge in merges:
         _, middle, last = merge.bottleneck.targets
         if stage == 1 and _too_large(merge):

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from rankopt._model import measure, surgery
+from rankopt._model.hooks import hooked
 from rankopt._model.layers import Layer
 from rankopt._model.stand_ins import irreplaceable
 from rankopt._model.unpack import UnpackedAttention, is_registered
@@ -183,7 +184,7 @@ def probe(view: nn.Module, layers: Iterable[Layer], example_inputs: Any) -> Prob
 
         return hook
 
-    handles: list[Any] = [
+    handles = [
         module.register_forward_hook(count(name), with_kwargs=True)
         for name, module in watched.items()
     ]
@@ -195,7 +196,7 @@ def probe(view: nn.Module, layers: Iterable[Layer], example_inputs: Any) -> Prob
     classes: dict[nn.Module, Any] = {module: type(module) for module in watched.values()}
     names = {id(module): name for name, module in watched.items()}
     try:
-        with _Recorder(result, names):
+        with hooked(handles), _Recorder(result, names):
             for module, cls in classes.items():
                 module.__class__ = _watching(cls)
             with measure.preserve_rng(), measure.evaluation(view):
@@ -220,8 +221,6 @@ def probe(view: nn.Module, layers: Iterable[Layer], example_inputs: Any) -> Prob
     finally:
         for module, cls in classes.items():
             module.__class__ = cls
-        for handle in handles:
-            handle.remove()
     if not result.crossed:  # packed projections of these are split, and all is probed again
         called = [name for name in result.calls if name not in result.reads]
         result.reads |= irreplaceable(view, called, inputs)

@@ -22,7 +22,7 @@ from rankopt._build.fold import check_foldable, fold
 from rankopt._build.provenance import plan_of, remember_plan
 from rankopt._model import measure, surgery
 from rankopt._model.inputs import digest, hold, tensors_in
-from rankopt._model.metric import metric_of
+from rankopt._model.metric import Evaluate, metric_of
 from rankopt._model.spelled import spelled
 from rankopt._pipeline.checks import TUNING
 from rankopt._search.opening import uses_metric
@@ -72,7 +72,12 @@ class Run:
     """The stages, what they made, and where that is kept."""
 
     def __init__(
-        self, model: nn.Module, work: Path, evaluate: Any, seed: int, progress: bool | None
+        self,
+        model: nn.Module,
+        work: Path,
+        evaluate: Evaluate | None,
+        seed: int,
+        progress: bool | None,
     ) -> None:
         self.model, self.work, self.evaluate = model, work, evaluate
         self.seed, self.progress = seed, progress
@@ -297,7 +302,7 @@ class Run:
             "teacher": self.model,
             "calibration": self.calibration,
             "calibration_samples": None,
-            "seconds": RECOVER_SECONDS,
+            "seconds": None if "steps" in (how or {}) else RECOVER_SECONDS,
             "seed": self.seed,
             "progress": self.progress,
             **(how or {}),

@@ -26,6 +26,7 @@ from rankopt._model.inputs import (
     run,
 )
 from rankopt._model.layers import Patterns
+from rankopt._model.metric import Evaluate, EvaluateBatch
 from rankopt._model.probe import Probe
 from rankopt._search.describe import describe, problem_of, selected
 from rankopt._search.trial import TrialModel
@@ -37,7 +38,6 @@ from rankopt.errors import (
     CalibrationError,
     EvaluationError,
     ModelError,
-    NotYetSupported,
     warn,
 )
 from rankopt.plan import Decision, RankPlan
@@ -94,7 +94,7 @@ def open_problem(
     example_inputs: Any = None,
     calibration: Any = None,
     calibration_samples: int | None = MAX_SAMPLES,
-    evaluate: Any = None,
+    evaluate: Evaluate | EvaluateBatch | None = None,
     batches: Sequence[Any] | None = None,
     methods: str | Decomposition | Sequence[str | Decomposition] = Strategy.methods,
     only: Patterns = (),
@@ -166,7 +166,7 @@ def check_request(
             "a budget on metric_drop needs evaluate=: a function of a model that gives the metric"
         )
     if evaluate is not None and not uses_metric(budget, strategy):
-        raise NotYetSupported(
+        raise BudgetError(
             f"strategy {strategy.name!r} uses evaluate= only with a budget on metric_drop, such as "
             "'metric_drop<=0.01, minimize=macs'; leave it out"
         )

@@ -13,6 +13,7 @@ from rankopt._decompositions.base import Decomposition
 from rankopt._model import measure
 from rankopt._model.inputs import MAX_SAMPLES
 from rankopt._model.layers import Patterns
+from rankopt._model.metric import Evaluate
 from rankopt._search.factor_choice import SEARCH, Choice, check_choices, fitted_in_order, nearest
 from rankopt._search.latency_budget import solve
 from rankopt._search.metric_drop import within_drop
@@ -42,7 +43,7 @@ def search(
     calibration_samples: int | None = MAX_SAMPLES,
     asymmetric: Choice = False,
     fisher: Choice = False,
-    evaluate: Any = None,
+    evaluate: Evaluate | None = None,
     methods: str | Decomposition | Sequence[str | Decomposition] | None = None,
     only: Patterns = (),
     ignore: Patterns = (),
@@ -82,7 +83,7 @@ def search(
             those of the model, the Fisher information (arXiv 2505.17974). Needs
             calibration and a model that can be differentiated in eval mode. ``search``
             searches without and with it, and takes the nearer outputs likewise.
-        evaluate: The task's metric, ``evaluate(model) -> float``: for strategies that
+        evaluate: The task's metric, see `rankopt.Evaluate`: for strategies that
             measure it (`optuna`) and for budgets on ``metric_drop``. It runs in eval mode
             under saved random generators and must not change the model.
         methods: Decompositions to choose from, names or instances, one or several; None
@@ -105,17 +106,20 @@ def search(
         reason, and that meets the budget on the built model.
 
     Raises:
-        BudgetError: The budget cannot be read, or needs inputs not given.
+        BudgetError: The budget cannot be read, or needs inputs not given; or `evaluate` is
+            given, and neither the budget (by ``metric_drop``) nor the strategy uses it.
         BudgetInfeasible: It cannot be met; says what can.
-        ModelError: No layer can be decomposed, or the model fails on the inputs.
+        ModelError: `model` is no module, no layer can be decomposed, the model fails on the
+            inputs, or the strategy, `asymmetric` or `fisher` needs inputs not given.
         LayerError: A weight holds NaN or infinity.
         EvaluationError: `evaluate` raised, gave no finite number or changed the model.
-        CalibrationError: `calibration` is empty, or the model fails on it.
+        CalibrationError: `calibration` is empty or no iterable of inputs, the model fails on
+            it, or what its layers take in is not finite.
         RegistryError: No strategy or decomposition of that name.
         DeadlineExceeded: `timeout` passed before there was a plan.
-        NotYetSupported: `evaluate` without a budget on ``metric_drop`` or a strategy that
-            uses it.
-        ValueError: `round_to`, `rounding` or `timeout` out of range, or `profile` is no table.
+        PlanError: The strategy returned no plan.
+        ValueError: `round_to`, `rounding`, `timeout`, `calibration_samples`, `asymmetric` or
+            `fisher` out of range, or `profile` is no table.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -12,6 +12,7 @@ from rankopt._decompositions.base import Decomposition
 from rankopt._model import measure, surgery
 from rankopt._model.inputs import MAX_SAMPLES
 from rankopt._model.layers import Patterns
+from rankopt._model.metric import Evaluate, EvaluateBatch
 from rankopt._search.model_clock import ModelClock, bounds_latency, price_time
 from rankopt._search.opening import open_problem
 from rankopt._search.verify import environment
@@ -42,7 +43,7 @@ def study(
     model: nn.Module,
     budget: str | Budget | None = None,
     *,
-    evaluate: Callable[..., Any],
+    evaluate: Evaluate | EvaluateBatch,
     batches: Sequence[Any] | None = None,
     storage: Any = DEFAULT_STORAGE,
     name: str = DEFAULT_NAME,
@@ -80,8 +81,7 @@ def study(
         model: A trained model; not changed.
         budget: Bounds that plans shall keep to; trials over it are not evaluated. None
             searches the whole front. Of latency see `objective`.
-        evaluate: ``evaluate(model)`` gives the metric, or yields it batch by batch: a
-            number, or a pair of number and weight. With `batches`,
+        evaluate: The task's metric, see `rankopt.Evaluate`. With `batches`,
             ``evaluate(model, batch)`` gives it for one. Metrics that come in batches
             let hopeless trials be stopped early.
         batches: A sequence, the same and in the same order for all trials.
@@ -123,10 +123,16 @@ def study(
         progress: Whether to show progress bars while preparing.
 
     Raises:
-        StudyError: The storage fails, or the study was made for something else.
-        BudgetError: The budget is one a study cannot keep to, or needs `example_inputs`.
-        ModelError: As of `rankopt.search`.
-        ValueError: `round_to` or `rounding` out of range, or `profile` is no table.
+        StudyError: The storage fails, the study was made for something else, or a setting of
+            the study itself, such as `space` or `sampler`, is none it knows.
+        BudgetError: The budget is one a study cannot keep to, or needs inputs not given; its
+            `BudgetInfeasible` where no plan fits.
+        ModelError: As of `rankopt.search`; also `evaluate` is no function.
+        LayerError: As of `rankopt.search`.
+        CalibrationError: As of `rankopt.search`.
+        RegistryError: No decomposition of that name.
+        ValueError: `round_to`, `rounding`, `calibration_samples` or `seed` out of range, or
+            `profile` is no table.
 
     Example:
         >>> net = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 8)).eval()

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from rankopt._model import measure, surgery
-from rankopt._model.metric import number
+from rankopt._model.metric import Evaluate, metric_of
 from rankopt._model.spelled import spelled
 from rankopt._utils.progress import progress_bar
 from rankopt.errors import TrainingError, warn
@@ -55,7 +55,7 @@ class Loop:
         teacher: nn.Module | None,
         distillation: Distillation | None,
         loss: Callable[[Any, Any], Any] | None,
-        evaluate: Callable[[nn.Module], float] | None,
+        evaluate: Evaluate | None,
         augment: Any,
         batches_per_epoch: int | None,
         folder: Any,
@@ -361,7 +361,8 @@ class Loop:
         if self.evaluate is None:
             return None
         with torch.no_grad(), measure.preserve_rng(), measure.evaluation(model):
-            value = number(self.evaluate(model))
+            # NaN is a metric here: of a model that is broken, and no bar to any other.
+            value = metric_of(self.evaluate, model, finite=False)
         if self.accelerator.num_processes > 1:  # all must agree on what is best
             shared = torch.tensor(value, device=self.accelerator.device, dtype=torch.float64)
             torch.distributed.broadcast(shared, 0)
