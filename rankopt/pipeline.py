@@ -15,13 +15,13 @@ from rankopt import checkpoint as files
 from rankopt._build.compare import Comparison
 from rankopt._pipeline.checks import check_stages
 from rankopt._pipeline.stages import RESULT, Run, Stage
+from rankopt._utils.arguments import check_integer
 from rankopt._utils.files import write_text
 from rankopt._utils.strict_json import strict_json
 from rankopt.budget import RATIO_AXES, Budget
 from rankopt.errors import BudgetError
 from rankopt.plan import RankPlan
 from rankopt.training.distillation import Distillation
-from rankopt.training.recipe import check_integer
 from rankopt.training.state import make_folder
 
 __all__ = ["Compression", "Stage", "compress"]

@@ -24,6 +24,7 @@ from rankopt._study.study import Study
 from rankopt._study.trial import Runner
 from rankopt._study.warm import WARM_STARTS, queue_dense, queue_warm_starts, warm_names
 from rankopt._timing.latency import Measured
+from rankopt._utils.arguments import is_number
 from rankopt._version import __version__
 from rankopt.errors import BudgetError, ModelError, StudyError
 from rankopt.plan import RankPlan
@@ -73,7 +74,7 @@ def open_study(
             adopt_times(problem, known["times"])
         axis = _axis(problem, objective, known)
         sense = _sense(direction, known)
-        if confidence is not None and not 0.5 < confidence < 1:
+        if confidence is not None and not (is_number(confidence) and 0.5 < confidence < 1):
             raise StudyError(f"confidence={confidence!r}: expected a number above 0.5 and below 1")
         _check_budget(problem, sense)
         request = {
