@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -29,6 +29,7 @@ from rankopt._study.storage import (
 from rankopt._study.study import Study
 from rankopt._study.warm import WARM_STARTS
 from rankopt._timing.profile_table import ProfileTable
+from rankopt._utils.arguments import check_integer, is_number
 from rankopt.budget import Budget
 from rankopt.errors import BudgetError, ModelError, StudyError
 from rankopt.strategy import LATENCY, Strategy
@@ -126,7 +127,7 @@ def study(
         StudyError: The storage fails, or the study was made for something else.
         BudgetError: The budget is one a study cannot keep to.
         ModelError: As of `rankopt.search`.
-        ValueError: `round_to` or `rounding` out of range.
+        ValueError: `round_to`, `rounding` or `seed` out of range.
 
     Example:
         >>> net = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 8)).eval()
@@ -141,6 +142,12 @@ def study(
     surgery.check_model(model)
     if not callable(evaluate):
         raise ModelError(f"evaluate={evaluate!r}: expected a function of a model")
+    if not isinstance(name, str) or not name:
+        raise StudyError(f"name={name!r}: expected the study's name, a string")
+    if seed is not None:
+        check_integer("seed", seed, 0)
+    if sizes is not None and not (isinstance(sizes, Iterable) and all(map(is_number, sizes))):
+        raise StudyError(f"sizes={sizes!r}: expected shares of the original, such as [0.7, 0.5]")
     known: dict[str, Any] | None = None
     where = shown(storage)
     opened_storage = open_storage(storage, heartbeat=heartbeat, create=create)

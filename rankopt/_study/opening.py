@@ -146,12 +146,12 @@ def _axis(problem: Problem, objective: str | None, known: Mapping[str, Any] | No
         if bounds_latency(problem.budget):
             return LATENCY
         return "macs" if "macs" in problem.totals else "params"
-    if axis not in problem.totals:
+    if not isinstance(axis, str) or axis not in problem.totals:
         raise StudyError(
             f"objective={axis!r}: expected one of {', '.join(problem.totals)}"
             + ("" if "macs" in problem.totals else "; macs and latency need example_inputs")
         )
-    return str(axis)
+    return axis
 
 
 def _known_sampler(known: Mapping[str, Any] | None) -> str:

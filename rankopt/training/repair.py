@@ -26,6 +26,7 @@ from rankopt._model.inputs import (
     run,
     tensors_in,
 )
+from rankopt._utils.arguments import check_choice, check_integer, is_number
 from rankopt._utils.progress import progress_bar
 from rankopt.errors import CalibrationError, ModelError
 from rankopt.training.augmentation import augmentation
@@ -123,6 +124,7 @@ def recover(
     Raises:
         CalibrationError: Too few inputs, or inputs a model fails on.
         ModelError: Nothing to train, float16 parameters, or outputs of another shape.
+        ValueError: A setting out of range.
 
     Example:
         >>> dense = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 4)).eval()
@@ -134,7 +136,7 @@ def recover(
     """
     surgery.check_model(model)
     surgery.check_model(teacher, "teacher")
-    check_settings(seconds, precision, augment, batch_size)
+    check_settings(seconds, precision, augment, batch_size, learning_rate, seed)
     release(model)
     started = time.perf_counter()
     with measure.preserve_rng():
@@ -214,15 +216,21 @@ def recover(
 
 
 def check_settings(
-    seconds: Any = 1.0, precision: Any = "no", augment: Any = "auto", batch_size: Any = 1
+    seconds: Any = 1.0,
+    precision: Any = "no",
+    augment: Any = "auto",
+    batch_size: Any = 1,
+    learning_rate: Any = None,
+    seed: Any = 0,
 ) -> None:
     """Raise `ValueError` for settings of `recover` that it cannot heed."""
     if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not seconds > 0:
         raise ValueError(f"seconds={seconds!r}: expected a positive number")
-    if precision not in ("no", "bf16"):
-        raise ValueError(f"precision={precision!r}: expected 'no' or 'bf16'")
-    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-        raise ValueError(f"batch_size={batch_size!r}: expected a number of samples, 1 or more")
+    check_choice("precision", precision, ("no", "bf16"))
+    check_integer("batch_size", batch_size, 1)
+    check_integer("seed", seed, 0)
+    if learning_rate is not None and not (is_number(learning_rate) and learning_rate > 0):
+        raise ValueError(f"learning_rate={learning_rate!r}: expected a positive number, or None")
     augmentation(augment)
 
 
