@@ -69,7 +69,7 @@ class Compression:
         from rankopt._build.comparison_table import comparison_table
         from rankopt._utils.tables import count, table
 
-        made = table("compress", "stage", "seconds", "params", "metric", "what came of it")
+        made = table("compress", "stage", "seconds", "params", "metric", "result")
         made.columns[-1].justify = "left"
         compared = self.comparison
         dense = "–" if compared.metric is None else f"{compared.metric.before:.4g}"

@@ -96,6 +96,19 @@ def test_a_plan(plan, tmp_path):
     assert page.tags.count("tr") >= len(plan.decisions)
 
 
+def test_words_of_figures_say_what_they_are_shares_of(plan, tmp_path):
+    page = drawn(plan, tmp_path)
+    assert {"MACs, % of dense", "Parameters, % of dense", "Reason"} <= set(page.words)
+    changed, kept = len(plan.changes), len(plan.decisions) - len(plan.changes)
+    assert f"{changed} layers decomposed, {kept} kept" in page.text
+    model = planted_model()
+    found = rankopt.compare(model, model, example_inputs=planted_inputs(), rounds=3)
+    words = drawn(found, tmp_path).words
+    assert {"Comparison report", "Latency, % of dense", "Output error"} <= set(words)
+    value = words[words.index("Latency, % of dense") + 1]
+    assert value == f"{100 * found.latency_ratio.median:.1f}%"
+
+
 def test_bars_share_one_scale(plan, tmp_path):
     page = drawn(plan, tmp_path)
     widths = [
