@@ -1,14 +1,15 @@
-"""`rankopt recover`, and ranks rounded as the shell says."""
+"""`rankopt recover`, ranks rounded as the shell says, and errors that name its options."""
 
 from __future__ import annotations
 
 import json
 
 import pytest
+import torch
 
 import rankopt
 from rankopt.cli import main
-from rankopt.errors import RankoptWarning
+from rankopt.errors import BudgetError, RankoptWarning
 
 MODELS = """
 import torch
@@ -64,3 +65,18 @@ def test_rounding(spec, tmp_path, capsys):
         decisions = json.loads(capsys.readouterr().out)["decisions"]
         ranks.append([d["args"]["ranks"] for d in decisions])
     assert ranks == [[[8], [4]], [[12], [4]]]
+
+
+def test_errors_name_arguments_in_python_and_options_in_the_shell(spec, capsys):
+    model = torch.nn.Linear(48, 48)
+    with pytest.raises(BudgetError, match="needs example_inputs") as found:
+        rankopt.search(model, "macs<=50%")
+    assert "--" not in str(found.value)
+    assert "--" not in rankopt.compare(model, model).verdict
+    assert run("search", spec, "--budget", "macs<=50%") == 1
+    assert (
+        "\nrankopt: on the command line: --input SHAPE, such as --input 1,3"
+        in capsys.readouterr().err
+    )
+    assert run("search", spec, "--budget", "params<=50%", "--strategy", "optuna") == 1
+    assert "needs evaluate=\nrankopt: on the command line: --evaluate" in capsys.readouterr().err

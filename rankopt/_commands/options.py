@@ -25,6 +25,7 @@ __all__ = [
     "made",
     "model_and_inputs",
     "model_options",
+    "option_hint",
     "settings",
     "show_plan",
     "timing",
@@ -34,6 +35,14 @@ __all__ = [
 INTERRUPTED: Final = 130
 # Characters of a line of a description.
 WIDTH: Final = 80
+# Arguments as messages of the library name them, and the options that give them.
+OPTIONS: Final = {
+    "example_inputs": "--input SHAPE, such as --input 1,3,224,224",
+    "calibration=": "--calibration FILE.py:CALLABLE",
+    "evaluate=": "--evaluate FILE.py:CALLABLE",
+    "sampler=": "--sampler",
+    "share=True": "--share-device",
+}
 
 
 def add_command(
@@ -205,6 +214,17 @@ def function(spec: str | None) -> Any:
 def listed(text: str | None) -> list[str] | None:
     """Names separated by commas; None for all."""
     return [part.strip() for part in text.split(",")] if text else None
+
+
+def option_hint(text: str) -> str:
+    """The options that give the arguments which a message of the library names; "" for none.
+
+    Example:
+        >>> option_hint("strategy 'optuna' needs evaluate=")
+        'on the command line: --evaluate FILE.py:CALLABLE'
+    """
+    named = [option for argument, option in OPTIONS.items() if argument in text]
+    return f"on the command line: {'; '.join(named)}" if named else ""
 
 
 def settings(pairs: Sequence[str]) -> dict[str, Any]:

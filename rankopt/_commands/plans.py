@@ -16,6 +16,7 @@ from rankopt._commands.options import (
     give_plan,
     made,
     model_and_inputs,
+    option_hint,
     timing,
     timing_options,
 )
@@ -283,7 +284,12 @@ def _compare(arguments: argparse.Namespace) -> int:
         **timing(arguments),
         seed=arguments.seed,
     )
-    print(strict_json(result.to_dict()) if arguments.json else result)
+    if arguments.json:
+        print(strict_json(result.to_dict()))
+        return 0
+    print(result)
+    if hint := option_hint(str(result)):
+        print(hint)
     return 0
 
 

@@ -52,7 +52,6 @@ DIVERGENCE_SAMPLES: Final = 256
 DISTANCE_SAMPLES: Final = 512
 # Of outputs that are not finite; a number, as plans hold no other.
 FARTHEST: Final = 1e30
-SHELL: Final = " (in the shell --input 1,3,224,224)"
 
 
 @dataclass(frozen=True)
@@ -163,16 +162,16 @@ def check_request(
         if axis in bounded and inputs is None:
             raise BudgetError(
                 f"a budget on {axis} needs example_inputs: {what} on the input's size; pass a "
-                f"tensor, a tuple or a dict to call the model with{SHELL}, or bound params instead"
+                "tensor, a tuple or a dict to call the model with, or bound params instead"
             )
     if "latency" in strategy.tags.needs and inputs is None:
         raise ModelError(
             f"strategy {strategy.name!r} needs example_inputs= to time the layers with: a tensor, "
-            f"a tuple or a dict to call the model with{SHELL}"
+            "a tuple or a dict to call the model with"
         )
     for name, value in (("calibration", calibration), ("evaluate", evaluate)):
         if name in strategy.tags.needs and value is None:
-            raise ModelError(f"strategy {strategy.name!r} needs {name}= (in the shell --{name})")
+            raise ModelError(f"strategy {strategy.name!r} needs {name}=")
     drops = budget is not None and budget.metric_drop is not None
     if drops and evaluate is None:
         raise BudgetError(

@@ -13,7 +13,7 @@ from rankopt._model import measure, surgery
 from rankopt._model.inputs import MAX_SAMPLES
 from rankopt._model.layers import Patterns
 from rankopt._search.model_clock import ModelClock, bounds_latency, price_time
-from rankopt._search.opening import SHELL, open_problem
+from rankopt._search.opening import open_problem
 from rankopt._search.verify import environment
 from rankopt._study.opening import existing, open_study
 from rankopt._study.reading import DEFAULT_NAME, load_optuna
@@ -170,7 +170,7 @@ def study(
     for axis in ("macs", LATENCY):
         if example_inputs is None and (axis in (*axes, objective) or (timed and axis == LATENCY)):
             raise BudgetError(
-                f"{axis}: need example_inputs, a tensor, a tuple or a dict to call with{SHELL}"
+                f"{axis}: need example_inputs, a tensor, a tuple or a dict to call the model with"
             )
     with torch.no_grad(), measure.preserve_rng():
         opened = open_problem(

@@ -160,7 +160,7 @@ def _known_sampler(known: Mapping[str, Any] | None) -> str:
     if found not in SAMPLERS:
         raise StudyError(
             f"the study was begun with a sampler of the caller's own ({found}): give sampler= "
-            f"again, or a name such as {DEFAULT_SAMPLER!r} (in the shell --sampler)"
+            f"again, or a name such as {DEFAULT_SAMPLER!r}"
         )
     return str(found)
 
