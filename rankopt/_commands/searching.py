@@ -28,17 +28,17 @@ def search_options(command: argparse.ArgumentParser) -> None:
     search.add_argument(
         "--fisher", action="store_true",
         help="weigh the errors of layers by their effect on the model's outputs, the Fisher "
-        "information (needs --calibration)",
+        "information (needs calibration inputs)",
     )  # fmt: skip
     search.add_argument(
         "--asymmetric", action="store_true",
         help="fit each layer to the outputs of the compressed layers before it (needs "
-        "--calibration)",
+        "calibration inputs)",
     )  # fmt: skip
     search.add_argument(
         "--search-factors", action="store_true",
         help="try all four combinations of --fisher and --asymmetric and keep the plan whose "
-        "outputs are closest to the original's (needs --calibration)",
+        "outputs are closest to the original's (needs calibration inputs)",
     )  # fmt: skip
 
 
