@@ -10,7 +10,7 @@ from typing import Any, Final, TypeGuard
 from rankopt._report.charts import Line, line_chart
 from rankopt._report.sources import Contents, TrainingRun
 from rankopt._report.style import STYLE
-from rankopt._utils.tables import count, milliseconds
+from rankopt._utils.tables import count, counted, milliseconds
 from rankopt.plan import Decision, RankPlan
 
 __all__ = ["page"]
@@ -49,7 +49,7 @@ def _subtitle(contents: Contents) -> str:
     if plan.budget is not None:
         parts.append(f"budget {escape(plan.budget.explain())}")
     kept = len(plan.decisions) - len(plan.changes)
-    parts.append(f"{len(plan.changes)} layers decomposed, {kept} kept")
+    parts.append(f"{counted(len(plan.changes), 'layer')} decomposed, {kept} kept")
     parts.append(f"search time {_duration(plan.seconds)}")
     return f'<p class="lead">{" · ".join(parts)}</p>'
 
@@ -83,8 +83,8 @@ def _compared(values: Mapping[str, Any]) -> list[str]:
     metric = values["metric"]
     if metric is not None:
         before, after = metric["before"], metric["after"]
-        change = f", {after - before:+.3g}" if _finite(before) and _finite(after) else ""
-        tiles.append(_tile("Metric", _metric(after), f"{_metric(before)} dense{change}"))
+        change = f", change {after - before:+.3g}" if _finite(before) and _finite(after) else ""
+        tiles.append(_tile("Metric", _metric(after), f"dense {_metric(before)}{change}"))
     error, same = values.get("output_error"), values.get("agreement")
     if error is not None or same is not None:
         note = "" if same is None else f", {100 * same:.1f}% of predicted classes unchanged"
