@@ -16,13 +16,13 @@ from rankopt._build.compare import Comparison
 from rankopt._model.metric import Evaluate
 from rankopt._pipeline.checks import check_stages
 from rankopt._pipeline.stages import RESULT, Run, Stage
+from rankopt._utils.arguments import check_integer
 from rankopt._utils.files import write_text
 from rankopt._utils.strict_json import strict_json
 from rankopt.budget import RATIO_AXES, Budget
 from rankopt.errors import BudgetError
 from rankopt.plan import RankPlan
 from rankopt.training.distillation import Distillation
-from rankopt.training.recipe import check_integer
 from rankopt.training.state import make_folder
 
 __all__ = ["Compression", "Stage", "compress"]
@@ -70,7 +70,7 @@ class Compression:
         from rankopt._build.comparison_table import comparison_table
         from rankopt._utils.tables import count, table
 
-        made = table("compress", "stage", "seconds", "params", "metric", "what came of it")
+        made = table("compress", "stage", "seconds", "params", "metric", "result")
         made.columns[-1].justify = "left"
         compared = self.comparison
         dense = "–" if compared.metric is None else f"{compared.metric.before:.4g}"

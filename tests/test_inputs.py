@@ -101,7 +101,9 @@ def test_failures_of_the_model_are_told_with_the_batch():
 @pytest.mark.parametrize("samples", [0, -3])
 def test_less_than_one_sample(samples):
     model, data = nn.Linear(4, 4), [torch.ones(8, 4)]
-    with pytest.raises(ValueError, match=f"^{samples} calibration samples: expected at least 1"):
+    with pytest.raises(
+        ValueError, match=f"^calibration_samples={samples}: expected an integer of at least 1"
+    ):
         inputs.hold(model, data, max_samples=samples)
 
 

@@ -198,7 +198,7 @@ def test_extra_state_batches_of_one_and_inference_mode():
                 batch_size=2,
             )
         assert done.steps == 20
-    with pytest.raises(ValueError, match="batch_size=0: expected a number of samples"):
+    with pytest.raises(ValueError, match="batch_size=0: expected an integer of at least 1"):
         rankopt.recover(small, teacher=dense, calibration=[], batch_size=0)
 
 

@@ -79,9 +79,7 @@ class Comparison:
         """In plain words, whether the compressed model is faster."""
         ratio = self.latency_ratio
         if ratio is None:
-            return (
-                "latency was not measured: pass example_inputs (in the shell --input 1,3,224,224)"
-            )
+            return "latency was not measured: pass example_inputs"
         noise = "; the machine is noisy, measure again with more rounds" if ratio.noisy else ""
         if ratio.low <= 1 <= ratio.high:
             return f"no faster and no slower than the original, as far as measured{noise}"

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from rankopt._model import measure, surgery
 from rankopt._model.measure import tensors_in
+from rankopt._utils.arguments import check_integer
 from rankopt.errors import CalibrationError
 
 __all__ = [
@@ -82,15 +83,15 @@ def batches(
 
     Raises:
         CalibrationError: Not an iterable of inputs, or empty.
-        ValueError: `max_samples` is below 1.
+        ValueError: `max_samples` is no integer of at least 1.
     """
     if isinstance(data, (Tensor, str, Mapping)) or not isinstance(data, Iterable):
         raise CalibrationError(
             f"{name} is a {type(data).__name__}; expected an iterable of batches, such as a "
             "DataLoader or a list of tensors (for one batch x, pass [x])"
         )
-    if max_samples is not None and max_samples < 1:
-        raise ValueError(f"{max_samples} {name} samples: expected at least 1, or None for all")
+    if max_samples is not None:
+        check_integer(f"{name}_samples", max_samples, 1)
     device, seen = surgery.device_of(model), 0
     positional, required = _positional_arguments(model), _requires_labels(model)
     for batch in data:

@@ -267,11 +267,12 @@ def _matches(layer: Layer, pattern: Pattern) -> bool:
 def _as_patterns(patterns: Patterns, keyword: str) -> tuple[Pattern, ...]:
     if isinstance(patterns, str) or callable(patterns):
         return (patterns,)
-    listed = tuple(patterns)
+    listed = tuple(patterns) if isinstance(patterns, Iterable) else (patterns,)
     for pattern in listed:
         if not isinstance(pattern, str) and not callable(pattern):
             raise ModelError(
-                f"{keyword}={pattern!r}: expected a glob on module names or a function of a layer"
+                f"{keyword}={pattern!r}: expected a glob on module names, a function of a layer, "
+                "or several of these"
             )
     return listed
 
@@ -342,6 +343,8 @@ def _refusal(layer: Layer, module: nn.Module, weight: Tensor) -> str | None:
         return f"its weight is a {type(weight).__name__}, not a plain parameter"
     if not weight.is_floating_point():
         return f"its weight is {layer.dtype}, not floating point"
+    if weight.dtype.itemsize < 2:  # torch computes no norm or decomposition of these
+        return f"its weight is {layer.dtype}, which cannot be decomposed; 16 bits are the least"
     if layer.groups > 1 and layer.groups == layer.in_channels:
         return "depthwise: each group has one input channel"
     return attached(module)

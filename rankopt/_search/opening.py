@@ -32,7 +32,7 @@ from rankopt._search.describe import describe, problem_of, selected
 from rankopt._search.trial import TrialModel
 from rankopt._search.verify import environment, verify
 from rankopt.agreement import Agreement
-from rankopt.budget import SHELL, Budget, check_inputs
+from rankopt.budget import Budget, check_inputs
 from rankopt.errors import (
     BudgetError,
     CalibrationError,
@@ -155,11 +155,11 @@ def check_request(
     if "latency" in strategy.promises.needs and inputs is None:
         raise ModelError(
             f"strategy {strategy.name!r} needs example_inputs= to time the layers with: a tensor, "
-            f"a tuple or a dict to call the model with{SHELL}"
+            "a tuple or a dict to call the model with"
         )
     for name, value in (("calibration", calibration), ("evaluate", evaluate)):
         if name in strategy.promises.needs and value is None:
-            raise ModelError(f"strategy {strategy.name!r} needs {name}= (in the shell --{name})")
+            raise ModelError(f"strategy {strategy.name!r} needs {name}=")
     drops = budget is not None and budget.metric_drop is not None
     if drops and evaluate is None:
         raise BudgetError(

@@ -107,7 +107,7 @@ def _chosen(
         names = ", ".join(device.name for device in fitting)
         raise RankoptError(
             f"device {wanted!r}: {names} {'is' if len(fitting) == 1 else 'are'} held by other "
-            "workers; wait for them, or share (share=True, --share-device)"
+            "workers; wait for them, or share it (share=True)"
         )
     return torch.device(fitting[os.getpid() % len(fitting)].name)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -30,6 +30,7 @@ from rankopt._study.storage import (
 from rankopt._study.study import Study
 from rankopt._study.warm import WARM_STARTS
 from rankopt._timing.profile_table import ProfileTable, check_table
+from rankopt._utils.arguments import check_integer, is_number
 from rankopt.budget import Budget, check_inputs
 from rankopt.errors import ModelError, StudyError
 from rankopt.strategy import LATENCY, Strategy
@@ -148,6 +149,12 @@ def study(
     check_table(profile, "profile")
     if not callable(evaluate):
         raise ModelError(f"evaluate={evaluate!r}: expected a function of a model")
+    if not isinstance(name, str) or not name:
+        raise StudyError(f"name={name!r}: expected the study's name, a string")
+    if seed is not None:
+        check_integer("seed", seed, 0)
+    if sizes is not None and not (isinstance(sizes, Iterable) and all(map(is_number, sizes))):
+        raise StudyError(f"sizes={sizes!r}: expected shares of the original, such as [0.7, 0.5]")
     known: dict[str, Any] | None = None
     where = shown(storage)
     opened_storage = open_storage(storage, heartbeat=heartbeat, create=create)

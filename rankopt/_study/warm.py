@@ -34,7 +34,7 @@ def warm_names(given: str | Sequence[str]) -> tuple[str, ...]:
     Raises:
         StudyError: One that was asked for is not registered.
     """
-    names = (given,) if isinstance(given, str) else tuple(given)
+    names = tuple(given) if isinstance(given, (list, tuple)) else (given,)
     unknown = [name for name in names if name not in strategies]
     if unknown and names != WARM_STARTS:
         raise StudyError(

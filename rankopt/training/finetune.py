@@ -12,6 +12,7 @@ from torch import nn
 
 from rankopt._model import measure, surgery
 from rankopt._model.metric import Evaluate
+from rankopt._utils.arguments import check_integer
 from rankopt.errors import ModelError
 from rankopt.training.augmentation import augmentation
 from rankopt.training.batches import check_iterable, kept_sampler
@@ -19,7 +20,7 @@ from rankopt.training.distillation import Distillation, check_precision
 from rankopt.training.freezing import release
 from rankopt.training.launcher import accelerated
 from rankopt.training.loop import Loop
-from rankopt.training.recipe import MakeOptimizer, Recipe, check_integer
+from rankopt.training.recipe import MakeOptimizer, Recipe
 from rankopt.training.schedules import Schedule
 
 __all__ = ["Training", "check_request", "finetune"]

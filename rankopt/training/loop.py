@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from rankopt._model import measure, surgery
 from rankopt._model.metric import Evaluate, metric_of
 from rankopt._model.spelled import spelled
+from rankopt._utils.arguments import check_integer
 from rankopt._utils.progress import progress_bar
 from rankopt.errors import TrainingError, warn
 from rankopt.training import batches as data
@@ -28,7 +29,7 @@ from rankopt.training.exchange import Exchange
 from rankopt.training.failures import not_finite, overflowing
 from rankopt.training.freezing import Freezer
 from rankopt.training.objective import Objective, so_far
-from rankopt.training.recipe import Recipe, check_integer
+from rankopt.training.recipe import Recipe
 from rankopt.training.schedules import NoFreezing
 
 __all__ = ["Loop"]

@@ -27,6 +27,7 @@ from rankopt._model.inputs import (
 from rankopt._model.inputs import (
     batch_size as size_of,
 )
+from rankopt._utils.arguments import check_choice, check_integer, is_number
 from rankopt._utils.progress import progress_bar
 from rankopt.errors import ModelError, RankoptWarning
 from rankopt.training.augmentation import Augment, augmentation
@@ -39,7 +40,6 @@ from rankopt.training.distillation import (
 )
 from rankopt.training.freezing import release
 from rankopt.training.limit import REASONS, Limit, Stopped
-from rankopt.training.recipe import check_integer
 from rankopt.training.repair_loss import repair_loss
 from rankopt.training.samples import Samples
 
@@ -206,7 +206,6 @@ def recover(
 
 
 def check_settings(
-    *,
     seconds: Any = None,
     steps: Any = None,
     precision: Any = "no",
@@ -217,16 +216,13 @@ def check_settings(
 ) -> None:
     """Raise `ValueError` for settings of `recover` that it cannot heed."""
     for name, value in (("seconds", seconds), ("learning_rate", learning_rate)):
-        number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if value is not None and not (number and value > 0):
+        if value is not None and not (is_number(value) and value > 0):
             raise ValueError(f"{name}={value!r}: expected a positive number")
     if steps is not None:
         check_integer("steps", steps, 1)
+    check_choice("precision", precision, ("no", "bf16"))
+    check_integer("batch_size", batch_size, 1)
     check_integer("seed", seed, 0)
-    if precision not in ("no", "bf16"):
-        raise ValueError(f"precision={precision!r}: expected 'no' or 'bf16'")
-    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-        raise ValueError(f"batch_size={batch_size!r}: expected a number of samples, 1 or more")
     augmentation(augment)
 
 

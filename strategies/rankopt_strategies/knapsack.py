@@ -8,6 +8,7 @@ from typing import ClassVar, Literal
 
 import numpy as np
 
+from rankopt._utils.arguments import check_choice
 from rankopt.errors import ModelError
 from rankopt.plan import RankPlan
 from rankopt.strategy import Option, Problem, Strategy, Tags, check_share
@@ -51,10 +52,9 @@ class Knapsack(Strategy):
     threshold: float = 0.9
 
     def __post_init__(self) -> None:
-        if self.sensitivity not in _POWERS:
-            raise ValueError(
-                f"sensitivity={self.sensitivity!r}: expected one of {', '.join(_POWERS)}"
-            )
+        check_choice("sensitivity", self.sensitivity, _POWERS)
+        if not isinstance(self.exact, bool):
+            raise ValueError(f"exact={self.exact!r}: expected True or False")
         check_share("threshold", self.threshold)
 
     def search(self, problem: Problem) -> RankPlan:

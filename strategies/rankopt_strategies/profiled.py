@@ -14,6 +14,7 @@ from rankopt._timing.candidates import MULTIPLES, aligned_below, cliffs, line, l
 from rankopt._timing.latency import Interval
 from rankopt._timing.layer_time import Chain, LayerTime
 from rankopt._timing.noise import warn_of_noise
+from rankopt._utils.arguments import check_choice, is_number
 from rankopt.errors import BudgetError, ModelError
 from rankopt.plan import Decision, RankPlan
 from rankopt.registry import decompositions, strategies
@@ -101,18 +102,16 @@ class Profiled(Strategy):
 
     def __post_init__(self) -> None:
         if isinstance(self.base, Mapping) and "name" in self.base:
-            made = strategies.create(self.base["name"], **self.base.get("settings", {}))
+            settings = self.base.get("settings", {})
+            if not isinstance(settings, Mapping):
+                raise ValueError(f"base={self.base!r}: expected a mapping as its settings")
+            made = strategies.create(self.base["name"], **settings)
             object.__setattr__(self, "base", made)
         if not isinstance(self.base, (str, Strategy)):
             raise ValueError(f"base={self.base!r}: expected a strategy's name or instance")
-        if self.mode not in ("robust", "paper"):
-            raise ValueError(f"mode={self.mode!r}: expected 'robust' or 'paper'")
-        if self.candidates not in ("aligned", "powers", "every"):
-            raise ValueError(
-                f"candidates={self.candidates!r}: expected 'aligned', 'powers' or 'every'"
-            )
-        number = isinstance(self.tolerance, (int, float)) and math.isfinite(self.tolerance)
-        if not number or not 0 <= self.tolerance < 1:
+        check_choice("mode", self.mode, ("robust", "paper"))
+        check_choice("candidates", self.candidates, ("aligned", "powers", "every"))
+        if not is_number(self.tolerance) or not 0 <= self.tolerance < 1:
             raise ValueError(f"tolerance={self.tolerance!r}: expected a number in [0, 1)")
 
     def describe(self, seed: int) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from scipy.optimize import minimize_scalar
 from torch import Tensor
 
 from rankopt._decompositions.base import Decomposition, energy, working_copy
+from rankopt._utils.arguments import check_choice, is_number
 from rankopt.plan import RankPlan
 from rankopt.strategy import Option, Problem, Site, Strategy, Tags
 
@@ -152,12 +153,9 @@ class VBMF(Strategy):
     noise: Literal["keep", "compress"] = "keep"
 
     def __post_init__(self) -> None:
-        if isinstance(self.weakening, bool) or not isinstance(self.weakening, (int, float)):
-            raise ValueError(f"weakening={self.weakening!r}: expected a number")
-        if not 0 < self.weakening <= 1:
+        if not is_number(self.weakening) or not 0 < self.weakening <= 1:
             raise ValueError(f"weakening={self.weakening!r}: expected a number in (0, 1]")
-        if self.noise not in ("keep", "compress"):
-            raise ValueError(f"noise={self.noise!r}: expected 'keep' or 'compress'")
+        check_choice("noise", self.noise, ("keep", "compress"))
 
     def search(self, problem: Problem) -> RankPlan:
         """Bisect the weakening to the budget; see `Strategy.search`."""

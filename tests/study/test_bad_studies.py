@@ -162,7 +162,7 @@ def test_another_model_or_version_is_refused(tmp_path, monkeypatch):
         ({"heartbeat": 0}, StudyError, "heartbeat=0: expected whole seconds, at least 1"),
         ({"confidence": 2}, StudyError, "confidence=2"),
         ({"round_to": 0}, ValueError, "round_to=0: expected an integer of at least 1"),
-        ({"rounding": "sideways"}, ValueError, "rounding='sideways': expected 'down'"),
+        ({"rounding": "sideways"}, ValueError, "rounding='sideways': expected one of down"),
         (
             {"warm_starts": "knapsak"},
             StudyError,

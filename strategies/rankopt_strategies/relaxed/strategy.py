@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from rankopt._utils.arguments import check_choice, check_integer, check_path
 from rankopt.errors import DeadlineExceeded, ModelError
 from rankopt.plan import RankPlan
 from rankopt.soft import SoftModel
@@ -92,20 +93,17 @@ class Relaxed(Strategy):
     folder: str | None = None
 
     def __post_init__(self) -> None:
-        if self.mode not in ("nested", "paper"):
-            raise ValueError(f"mode={self.mode!r}: expected 'nested' or 'paper'")
+        check_choice("mode", self.mode, ("nested", "paper"))
         known = ("auto", "reconstruction", "distillation", "task")
-        if self.objective not in known:
-            raise ValueError(f"objective={self.objective!r}: expected one of {', '.join(known)}")
-        if self.slopes not in ("measured", "gradient"):
-            raise ValueError(f"slopes={self.slopes!r}: expected 'measured' or 'gradient'")
+        check_choice("objective", self.objective, known)
+        check_choice("slopes", self.slopes, ("measured", "gradient"))
         check_share("entropy", self.entropy)
         if self.entropy == 0:
             raise ValueError("entropy=0: annealing never gets there; expected a share above 0")
         for name in ("rounds", "batch_size"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name}={value!r}: expected an integer of at least 1")
+            check_integer(name, getattr(self, name), 1)
+        for name in ("log", "tensorboard", "folder"):
+            check_path(name, getattr(self, name))
         check_share("temperature", self.temperature, low=1e-3, high=1e3)
         given = (self.data is not None, self.criterion is not None)
         if given != (self.objective == "task",) * 2:
@@ -114,7 +112,12 @@ class Relaxed(Strategy):
                 "criterion=, such as torch.nn.functional.cross_entropy"
             )
         if isinstance(self.paper, Mapping):  # as it stands in a plan
-            object.__setattr__(self, "paper", RelaxedSettings(**self.paper))
+            object.__setattr__(self, "paper", RelaxedSettings.of(self.paper))
+        if not isinstance(self.paper, RelaxedSettings):
+            raise ValueError(
+                f"paper={self.paper!r}: expected a RelaxedSettings, or a mapping of its settings "
+                "such as {'low': 10, 'high': 100, 'step': 10}"
+            )
         if self.data is not None and not isinstance(self.data, (list, tuple)):
             # Held: a budget may search repeatedly, and so may the user.
             object.__setattr__(self, "data", list(self.data))
