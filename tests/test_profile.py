@@ -182,8 +182,10 @@ def test_from_the_shell(tmp_path, capsys):
     assert json.loads(capsys.readouterr().out)["runs"] > 0
     assert main([*arguments, "--input", "1,8,6,6", "--cuda-graph"]) == 1
     assert "cuda_graph=True needs a CUDA device; what is timed is on cpu" in capsys.readouterr().err
-    assert main([*arguments, "--input", "1,8,6,6", "--device", "cuda:99"]) == 1
-    assert "--device cuda:99: " in capsys.readouterr().err
+    search, compare = ["search", spec, "--budget", "params<=60%"], ["compare", spec, "plan.json"]
+    for command in ([*arguments, "--input", "1,8,6,6"], search, compare):
+        assert main([*command, "--device", "cuda:99"]) == 1
+        assert "--device cuda:99: " in capsys.readouterr().err
     assert main(arguments) == 1
     assert "profile needs --input" in capsys.readouterr().err
     assert main([*arguments, "--input", "1,8,6,6", "--ranks", "a"]) == 1

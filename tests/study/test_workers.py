@@ -356,6 +356,8 @@ def test_commands(task, tmp_path, capsys):
     assert not (tmp_path / "n.db").exists()
 
 
+# A real clock, on whatever machine runs the tests.
+@pytest.mark.filterwarnings("ignore:.*too much to decide:rankopt.errors.RankoptWarning")
 def test_time_from_the_shell(task, tmp_path, capsys):
     storage = tmp_path / "study.db"
     # Layers so small that no chain is faster: there is nothing to search for.
