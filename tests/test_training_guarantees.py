@@ -15,9 +15,10 @@ from torch.utils.data import IterableDataset
 import rankopt
 from rankopt._model.inputs import hold
 from rankopt.errors import CheckpointError, ModelError, RankoptWarning, TrainingError
-from rankopt.training import Distillation, Distiller, Fixed, Schedule, Sequential, repair
+from rankopt.training import Distillation, Distiller, Fixed, Schedule, Sequential
 from rankopt.training import batches as data
 from rankopt.training.recipe import Recipe
+from rankopt.training.samples import Samples
 
 pytest.importorskip("accelerate")
 
@@ -61,7 +62,7 @@ def recipe(**changes):
 
 def test_texts_of_every_length_are_trained_on():
     held = [torch.zeros(32, length) for length in range(20, 37)] + [torch.zeros(70, 5)]
-    samples = repair._Samples(held)
+    samples = Samples(held)
     train, _ = samples.split(1 / 16)
     stream = samples.endless(train, 64, torch.Generator().manual_seed(0))
     seen = [next(stream) for _ in range(18)]

@@ -261,6 +261,7 @@ class _Repair:
             self._tested = [(inputs, main_output(run(self.guide, inputs))) for inputs in tested]
         with torch.no_grad(), measure.evaluation(model):
             run(model, tested[0])  # a first run may take far longer than those that are timed
+        self._judging = 0.0  # seconds that `distance` takes
         self._saved = copy.deepcopy(model.state_dict())  # extra state may be anything
 
     def distance(self) -> float:
@@ -278,7 +279,7 @@ class _Repair:
     def settled_in_time(self) -> Tensor:
         """The samples to settle BatchNorm on in a part of the time left, which is reserved.
 
-        Time to judge the outcome is reserved too, as much as `distance` took.
+        Time to judge the outcome is reserved too, as much as `distance` took before.
 
         Settling runs the teacher once and the model twice to collect statistics, and on a
         part of the samples the teacher once and the model three times to compare these.
