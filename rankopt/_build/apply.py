@@ -14,6 +14,7 @@ from rankopt._model import measure, surgery
 from rankopt._build.asymmetric import fitted_in_order
 from rankopt._build.chains import Step, build_chains, check_arguments, factoriser, steps_of
 from rankopt._utils.memory import give_back
+from rankopt._calibration.batchnorm import copy_statistics, has_norms
 from rankopt._calibration.moments_for import moments_for
 from rankopt._build.provenance import remember_plan
 from rankopt._build.settle import settle_norms
@@ -105,8 +106,8 @@ def apply_(
 ) -> nn.Module:
     """Carry out `plan` inside `model` and return it; see `apply`.
 
-    All chains are computed before the first module is replaced, so a failure
-    leaves the model as it was.
+    All chains and BatchNorm statistics are computed before the first module is replaced,
+    so a failure or an interruption leaves the model as it was.
 
     Raises:
         PlanError: As `apply`; also if the root module itself would be
@@ -124,10 +125,13 @@ def apply_(
             f"the plan replaces the root module {type(source).__name__} itself; "
             "use rankopt.apply, which returns a new model"
         )
-    teacher = surgery.clone(source, share=source.parameters())
+    settled = None
+    if held is not None and has_norms(view):
+        settled = surgery.clone(placed(view, chains, merges))
+        settle_norms(settled, source, held)
     placed(unpack_for(source, plan), chains, merges)
-    if held is not None:
-        settle_norms(source, teacher, held)
+    if settled is not None:
+        copy_statistics(settled, source)
     remember_plan(source, plan)
     return model
 
