@@ -201,8 +201,10 @@ def recover(
         for parameter in parameters:
             parameter.grad = None
     try:
-        settle_norms(model, guide, list(samples.batches(train, batch_size)))
         after = distance()
+        if math.isfinite(after):  # else the training diverged: no statistics help
+            settle_norms(model, guide, list(samples.batches(train, batch_size)))
+            after = distance()
     except BaseException:
         model.load_state_dict(saved)
         raise
