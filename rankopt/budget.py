@@ -13,8 +13,6 @@ from rankopt.errors import BudgetError
 __all__ = ["Budget", "check_inputs"]
 
 RATIO_AXES: Final = ("params", "macs", "memory", "latency")
-# How the shell gives what a model is called with.
-SHELL: Final = " (in the shell --input 1,3,224,224)"
 _DEPENDS: Final = {
     "macs": "MACs depend",
     "latency": "time depends",
@@ -257,7 +255,7 @@ def check_inputs(axes: Iterable[str | None], inputs: Any, *, asked: str = "a bud
         if inputs is None and axis in axes:
             raise BudgetError(
                 f"{asked} on {axis} needs example_inputs: {what} on the input's size; pass a "
-                f"tensor, a tuple or a dict to call the model with{SHELL}, or bound params instead"
+                "tensor, a tuple or a dict to call the model with, or bound params instead"
             )
 
 

@@ -106,7 +106,7 @@ def test_one_value_in_place_of_several(value):
             rankopt.search(planted_model(), "params<=80%", **{name: value})
     with pytest.raises(RegistryError, match=rf"name or an instance of Decomposition, not {value}"):
         rankopt.search(planted_model(), "params<=80%", methods=value)
-    with pytest.raises(ValueError, match=rf"^ranks={value}: expected several"):
+    with pytest.raises(ValueError, match=rf"^ranks={value}: expected a sequence"):
         rankopt.profile(NET, "", example_inputs=torch.zeros(1, 8), ranks=value)
 
 
@@ -126,9 +126,9 @@ def test_numbers_of_samples(value):
 @pytest.mark.parametrize(
     ("setting", "value", "match"),
     [
-        ("learning_rate", "x", "expected a positive number, or None"),
-        ("learning_rate", -1, "expected a positive number, or None"),
-        ("learning_rate", float("nan"), "expected a positive number, or None"),
+        ("learning_rate", "x", "expected a positive number"),
+        ("learning_rate", -1, "expected a positive number"),
+        ("learning_rate", float("nan"), "expected a positive number"),
         ("seed", "x", "expected an integer of at least 0"),
         ("batch_size", 2.5, "expected an integer of at least 1"),
     ],

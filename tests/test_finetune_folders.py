@@ -13,17 +13,13 @@ from rankopt.errors import CheckpointError, RankoptWarning, TrainingError
 pytest.importorskip("accelerate")
 
 
-class Stop(Exception):
-    pass
-
-
 def interrupted_at(epoch):
-    """`evaluate` that ends the run once `epoch` epochs are complete, as a crash would."""
+    """`evaluate` that ends the run once `epoch` epochs are complete, as Ctrl-C would."""
     calls = iter(range(epoch + 1))
 
     def evaluate(model):
         if next(calls, None) == epoch:
-            raise Stop
+            raise KeyboardInterrupt
         return 0.0
 
     return evaluate
@@ -67,7 +63,7 @@ def test_samplers_with_a_generator_of_their_own_resume(tmp_path):
         return snapshot(small)
 
     whole = run(tmp_path / "whole", evaluate=interrupted_at(99))
-    with pytest.raises(Stop):
+    with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "cut", evaluate=interrupted_at(2))
     assert equal(whole, run(tmp_path / "cut", evaluate=interrupted_at(99)))
 

@@ -105,10 +105,11 @@ def test_labels_of_training_data_are_no_inputs(labelled):
             return self.fc(x)
 
     tune = {"distillation": Distillation(labels=0, logits=1), "epochs": 1}
+    x, y = torch.randn(32, 16), torch.randn(32, 1)
+    batch = (x, y) if labelled else {"x": x, "features": y}  # a pair could be labelled, too
     rankopt.compress(
-        Net(), BUDGET, train=[(torch.randn(32, 16), torch.randn(32, 1))], recover=False,
-        finetune=False if labelled else tune,
-    )  # fmt: skip
+        Net(), BUDGET, train=[batch], recover=False, finetune=False if labelled else tune
+    )
     assert set(given) == {not labelled}
 
 

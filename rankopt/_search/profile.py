@@ -98,8 +98,6 @@ def profile(
         measured = run(_feasible(points, axes))
         near = _feasible(_beside_cliffs(measured, maxima, work), axes)
         measured |= run([each for each in near if each not in measured])
-    elif isinstance(ranks, str) or not isinstance(ranks, Iterable):
-        raise ValueError(f"ranks={ranks!r}: expected several, such as [8, 16, 32]")
     else:
         measured = run([_expanded(chosen, found, axes, rank) for rank in wanted])
     dense = measured.pop(())
