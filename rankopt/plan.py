@@ -34,10 +34,10 @@ FACTOR_KINDS: Final = ("weights", *_AWARE, *(kind + FISHER for kind in _AWARE), 
 class Factors:
     """How a decision's factors are made.
 
-    With calibration inputs, linear layers and convolutions without padding that have a bias of
-    their own are approximated less the mean μ of their inputs, and the chain's bias is
-    b + (W − Ŵ)μ: the mean of the layer's outputs stays as it is. Layers without a bias, and
-    convolutions that pad, are approximated mean included.
+    With calibration inputs, linear layers and convolutions that have a bias of their own are
+    approximated less the mean μ of their inputs, and the chain's bias is b + (W − Ŵ)μ: the mean
+    of the layer's outputs stays as it is. Layers without a bias, and convolutions of which only
+    the channels' moments are known, are approximated mean included.
 
     Args:
         kind: ``weights`` (from the weights alone), ``whitened``,

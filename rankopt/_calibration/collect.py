@@ -120,16 +120,12 @@ def features(layer: Layer) -> int:
 def centres(layer: Layer) -> bool:
     """Whether the bias of a layer makes up for the mean of its inputs, so that factors need not.
 
-    So it does where one mean is that of every position: in linear layers and in convolutions
-    without padding whose patches are known in full. Layers without a bias get none: their
-    factors answer for the mean themselves.
+    So it does in linear layers and in convolutions whose patches are known in full: no bias
+    fits the outputs better than that of the mean patch, padding included. Layers without a
+    bias get none: their factors answer for the mean themselves.
     """
     whole = features(layer) == layer.group_shape[0] * math.prod(layer.kernel)
-    if isinstance(layer.padding, str):
-        padded = layer.padding == "same" and not layer.pointwise
-    else:
-        padded = any(layer.padding)
-    return layer.own_bias and whole and not padded
+    return layer.own_bias and whole
 
 
 def _collected(
