@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import random
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from copy import copy as shallow_copy
 from functools import wraps
@@ -60,8 +61,26 @@ def _sdpa_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
     return int(2 * batch * heads * length * key[-2] * (width + value[-1]))
 
 
+def _rows_times_flops(entering: Any, weights: Iterable[Any]) -> int:
+    """2 FLOPs per multiply-accumulate of every row, [..., width], with every matrix; of shapes."""
+    matrices = (shape for shape in weights if len(shape) > 1)  # the rest are biases
+    return int(2 * math.prod(entering[:-1]) * sum(map(math.prod, matrices)))
+
+
+def _mkldnn_lstm_flops(entering: Any, to_gates: Any, recurrent: Any, *_: Any, **__: Any) -> int:
+    return _rows_times_flops(entering, [to_gates, recurrent])
+
+
+def _cudnn_rnn_flops(entering: Any, weights: Any, *_: Any, **__: Any) -> int:
+    return _rows_times_flops(entering, weights)
+
+
+def _bilinear_flops(first: Any, weight: Any, *_: Any, **__: Any) -> int:
+    return _rows_times_flops(first, [weight])
+
+
 def count_macs(model: nn.Module, example_inputs: Any) -> int:
-    """Multiply-accumulates of conv, linear and attention matmuls of one forward call.
+    """Multiply-accumulates of conv, linear, recurrent and attention products of one forward call.
 
     The model runs once as it is (mode, device); fused attention kernels of
     unpacked models are not visible, so pass an unpacked model.
@@ -69,8 +88,14 @@ def count_macs(model: nn.Module, example_inputs: Any) -> int:
     # Imported late: it pulls in torch's decomposition tables, 0.3 s.
     from torch.utils.flop_counter import FlopCounterMode
 
-    attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    counter = FlopCounterMode(display=False, custom_mapping={attention: _sdpa_flops})
+    aten = torch.ops.aten
+    fused = {
+        aten._scaled_dot_product_flash_attention_for_cpu: _sdpa_flops,
+        aten.mkldnn_rnn_layer: _mkldnn_lstm_flops,
+        aten._cudnn_rnn: _cudnn_rnn_flops,  # all layers and directions in one call
+        aten._trilinear: _bilinear_flops,
+    }
+    counter = FlopCounterMode(display=False, custom_mapping=fused)
     with counter, torch.no_grad():
         call(model, example_inputs)
     return int(counter.get_total_flops()) // 2
