@@ -19,7 +19,6 @@ import torch
 from torch import nn
 
 import rankopt
-from rankopt._decompositions.cache import shared
 from rankopt._utils.tables import table, to_text
 from rankopt.vision import import_torchvision
 from rankopt_strategies import ParameterRatio
@@ -105,7 +104,7 @@ def against_tensorly(name: str, spectra: str, rounds: int) -> list[list[str]]:
     strategy = ParameterRatio(ratio=2.0)
 
     def ours() -> tuple[rankopt.RankPlan, nn.Module]:
-        shared.clear()
+        rankopt.clear_cache()
         plan = rankopt.search(model, None, strategy=strategy, ignore=["conv1"])
         return plan, rankopt.apply(model, plan)
 
@@ -132,7 +131,7 @@ def search_seconds(name: str, strategy: str, settings: dict[str, Any], rounds: i
     made = rankopt.strategies.create(strategy, **settings)
     times = []
     for _ in range(rounds):
-        shared.clear()
+        rankopt.clear_cache()
         seconds, _ = timed(
             lambda: rankopt.search(model, "macs<=50%", strategy=made, example_inputs=inputs)
         )

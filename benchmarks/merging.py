@@ -16,7 +16,6 @@ import math
 import time
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -34,7 +33,6 @@ from rankopt._merging.join import resize
 from rankopt._model import surgery
 from rankopt._timing.latency import time_interleaved
 from rankopt._utils.tables import table, to_text
-from rankopt.training import repair
 from rankopt.training.augmentation import shift_and_mirror
 
 BATCH, LEARNING_RATE, WEIGHT_DECAY = 128, 0.1, 5e-4
@@ -141,33 +139,6 @@ def selected(model: nn.Module, plan: rankopt.RankPlan, data: list[Tensor]) -> nn
     return result
 
 
-class _StepClock:
-    """A clock that `recover` reads, on which each step takes one second.
-
-    So all rows get the same number of steps whatever else the machine is doing.
-    """
-
-    def __init__(self) -> None:
-        self.now = 0.0
-
-    def perf_counter(self) -> float:
-        return self.now
-
-    def augment(self, inputs: Any, generator: torch.Generator) -> Any:
-        self.now += 1
-        return shift_and_mirror(inputs, generator)
-
-
-def recovered(small: nn.Module, teacher: nn.Module, data: list[Tensor], steps: int) -> int:
-    """`rankopt.recover` for a number of steps instead of a time; returns the steps taken."""
-    clock = _StepClock()
-    with mock.patch.object(repair, "time", clock):
-        done = rankopt.recover(
-            small, teacher=teacher, calibration=data, seconds=steps / 0.95, augment=clock.augment
-        )
-    return done.steps
-
-
 def accuracy_table(train_seconds: float, steps: int, ratio: float, cache: Path | None) -> str:
     model = trained(train_seconds, cache)
     data = list(torch.split(images("train", 0, UNLABELLED)[0][:1024], 128))
@@ -184,7 +155,7 @@ def accuracy_table(train_seconds: float, steps: int, ratio: float, cache: Path |
         share = {a: (e["measured"] or 0) / (e["before"] or 1) for a, e in plan.totals.items()}
         cells = [name, f"{share['macs']:.3f}", f"{share['params']:.3f}"]
         cells.append(percent(correct(small, *test)))
-        recovered(small, model, data, steps)
+        rankopt.recover(small, teacher=model, calibration=data, steps=steps)
         cells.append(percent(correct(small, *test)))
         made.add_row(*cells)
         print(*cells, sep=" | ", flush=True)

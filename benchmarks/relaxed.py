@@ -125,7 +125,6 @@ def against_paper(updates: int) -> None:
 import json, sys, time, torch, rankopt
 from benchmarks.cifar import resnet20
 from benchmarks.relaxed import shares
-from rankopt._decompositions.cache import shared
 from rankopt_strategies import Relaxed, RelaxedSettings
 def peak():
     lines = open("/proc/self/status").read().splitlines()
@@ -136,7 +135,7 @@ rankopt.search(model, "macs<=90%", strategy="energy", example_inputs=x, methods=
 updates = int(sys.argv[2])
 settings = RelaxedSettings(updates=updates, warmup=min(updates, 20))
 strategy = Relaxed(mode=sys.argv[1], paper=settings)
-shared.clear()
+rankopt.clear_cache()
 base = peak()
 started = time.perf_counter()
 plan = rankopt.search(model, "macs<=50%", strategy=strategy, example_inputs=x, methods=methods)

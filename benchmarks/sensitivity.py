@@ -23,6 +23,7 @@ import rankopt
 from benchmarks import cifar, unseen
 from rankopt._build.skeletons import build_with_moments
 from rankopt._model import measure, surgery
+from rankopt._model.hooks import hooked
 from rankopt._model.inputs import main_output, run
 from rankopt._search.opening import Opened, open_problem
 from rankopt._utils.tables import table, to_text
@@ -80,9 +81,8 @@ def _output(model: nn.Module, name: str, inputs: Any) -> Tensor:
     if isinstance(module, nn.Sequential):
         module = model
     handle = module.register_forward_hook(lambda m, a, output: seen.append(output))
-    with torch.no_grad(), measure.evaluation(model):
+    with hooked([handle]), torch.no_grad(), measure.evaluation(model):
         run(model, inputs)
-    handle.remove()
     output = main_output(seen[0])
     assert isinstance(output, Tensor)
     return output
@@ -104,10 +104,10 @@ def fisher(opened: Opened, menus: Menus, *, power: float = 1.0) -> list[float]:
         return hook
 
     names = [layer.name for site in problem.sites for layer in site.layers]
-    handles = [modules[name].register_forward_hook(keep(name)) for name in names]
+    handles = (modules[name].register_forward_hook(keep(name)) for name in names)
     totals = dict.fromkeys(names, 0.0)
     generator = torch.Generator().manual_seed(0)
-    with torch.enable_grad():
+    with hooked(handles), torch.enable_grad():
         for inputs in problem.inputs:
             scores = main_output(run(model, inputs))
             drawn = torch.multinomial(scores.detach().softmax(1), 1, generator=generator)[:, 0]
@@ -116,8 +116,6 @@ def fisher(opened: Opened, menus: Menus, *, power: float = 1.0) -> list[float]:
                 assert output.grad is not None
                 size = output.detach().square().sum()
                 totals[name] += float(output.grad.square().sum() * size)
-    for handle in handles:
-        handle.remove()
     return [
         max(sum(totals[layer.name] for layer in site.layers), FLOOR) ** power
         for site in problem.sites
@@ -160,8 +158,7 @@ def _solve(opened: Opened, menus: Menus, weights: Sequence[float]) -> list[Optio
         np.array([weight * allocation.damage(option) for option in options])
         for weight, options in zip(weights, menus, strict=True)
     ]
-    ratios = {axis: problem.budget.ratio(axis) for axis in problem.budget.axes}
-    found = allocation.choose(problem, menus, damages, ratios)
+    found = allocation.choose(problem, menus, damages, problem.budget.ratios)
     assert found is not None
     return found[0]
 

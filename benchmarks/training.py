@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 import rankopt
 from benchmarks.foundation import make
+from rankopt._model.hooks import hooked
 from rankopt._timing.latency import Interval, Timings, time_interleaved
 from rankopt._utils.tables import table, to_text
 from rankopt.training import Fixed, Freezer, NoFreezing, Schedule, Sequential
@@ -84,20 +85,16 @@ def throughput(timings: Timings, name: str, baseline: str) -> Interval:
 def kernel_ms(model: nn.Module, frozen: set[str], x: Tensor, clock: Callable[[], float]) -> float:
     """Milliseconds of the weight-gradient kernels of the factors named, each timed alone."""
     found: list[tuple[Factor, Tensor, Tensor]] = []
-    hooks = []
-    for factor in factors(model):
-        if f"{factor.name}.weight" in frozen:
 
-            def keep(_: Any, inputs: Any, output: Tensor, factor: Factor = factor) -> None:
-                found.append((factor, inputs[0].detach(), torch.randn_like(output)))
+    def keep(factor: Factor) -> Callable[..., None]:
+        def hook(_: Any, inputs: Any, output: Tensor) -> None:
+            found.append((factor, inputs[0].detach(), torch.randn_like(output)))
 
-            hooks.append(factor.module.register_forward_hook(keep))
-    try:
-        with torch.no_grad():
-            model(x)
-    finally:
-        for hook in hooks:
-            hook.remove()
+        return hook
+
+    watched = [factor for factor in factors(model) if f"{factor.name}.weight" in frozen]
+    with hooked(f.module.register_forward_hook(keep(f)) for f in watched), torch.no_grad():
+        model(x)
     total = 0.0
     while found:  # one at a time, as their inputs fill the memory
         kernel = _weight_gradient(*found.pop())

@@ -16,6 +16,8 @@ from rankopt._decompositions import (
     SpatialSVD,
     Tucker2,
 )
+from rankopt._decompositions.cache import clear_cache
+from rankopt._model.metric import Evaluate
 from rankopt._report.report import report
 from rankopt._search.merge import merge, merge_plan
 from rankopt._search.profile import profile
@@ -47,6 +49,7 @@ __all__ = [
     "Compression",
     "Decision",
     "Decomposition",
+    "Evaluate",
     "LayerProfile",
     "Option",
     "Point",
@@ -67,6 +70,7 @@ __all__ = [
     "apply",
     "apply_",
     "claim_device",
+    "clear_cache",
     "compare",
     "compress",
     "decompositions",

@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Final
 
 from rankopt.errors import BudgetError
 
-__all__ = ["Budget"]
+__all__ = ["Budget", "check_inputs"]
 
 RATIO_AXES: Final = ("params", "macs", "memory", "latency")
+# How the shell gives what a model is called with.
+SHELL: Final = " (in the shell --input 1,3,224,224)"
+_DEPENDS: Final = {
+    "macs": "MACs depend",
+    "latency": "time depends",
+    "latency_ms": "time depends",
+}
 _NUMBER = re.compile(r"^\d+(\.\d*)?([eE][+-]?\d+)?$|^\.\d+([eE][+-]?\d+)?$")
 _COUNT = re.compile(r"^[\d.]+\s*([kKmMgGtT]i?)?[bB]?$")
 # What follows a bound where another one begins without a comma.
@@ -169,6 +176,11 @@ class Budget:
         names = (*RATIO_AXES, "latency_ms", "metric_drop")
         return tuple(name for name in names if getattr(self, name) is not None)
 
+    @property
+    def ratios(self) -> dict[str, float]:
+        """Axis to its bound, of what is bounded."""
+        return {axis: self.ratio(axis) for axis in self.axes}
+
     def ratio(self, axis: str) -> float:
         """The bound of `axis`; KeyError where it is not bounded."""
         value = getattr(self, axis, None)
@@ -231,6 +243,22 @@ class Budget:
     def __repr__(self) -> str:
         inner = ", ".join(f"{name}={value!r}" for name, value in self.to_dict().items())
         return f"Budget({inner})"
+
+
+def check_inputs(axes: Iterable[str | None], inputs: Any, *, asked: str = "a budget") -> None:
+    """Raise `BudgetError` where a figure of `axes` cannot be known without `example_inputs`.
+
+    Args:
+        axes: What is bounded or made small; None for nothing.
+        inputs: The `example_inputs`, or None.
+        asked: What asks for the figures.
+    """
+    for axis, what in _DEPENDS.items():
+        if inputs is None and axis in axes:
+            raise BudgetError(
+                f"{asked} on {axis} needs example_inputs: {what} on the input's size; pass a "
+                f"tensor, a tuple or a dict to call the model with{SHELL}, or bound params instead"
+            )
 
 
 def _split_relation(clause: str, spec: str) -> tuple[str, str, str]:

@@ -10,7 +10,7 @@ from typing import Final
 
 from rankopt import __version__
 from rankopt._commands.listing import add_listing
-from rankopt._commands.options import INTERRUPTED, common_options, model_options
+from rankopt._commands.options import INTERRUPTED, common_options, model_options, option_hint
 from rankopt._commands.pipeline import add_pipeline
 from rankopt._commands.plans import add_plans
 from rankopt._commands.study import add_study
@@ -54,6 +54,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.traceback:
             raise
         print(f"rankopt: {error}", file=sys.stderr)
+        if hint := option_hint(str(error)):
+            print(f"rankopt: {hint}", file=sys.stderr)
         return FAILED
     return code
 

@@ -6,7 +6,10 @@ caller would expect, so ``except ValueError`` keeps working.
 
 from __future__ import annotations
 
+import sys
+import warnings
 from collections.abc import Mapping
+from typing import Final
 
 __all__ = [
     "BudgetError",
@@ -19,14 +22,17 @@ __all__ = [
     "LayerError",
     "MissingDependency",
     "ModelError",
-    "NotYetSupported",
     "PlanError",
     "RankoptError",
     "RankoptWarning",
     "RegistryError",
     "StudyError",
     "TrainingError",
+    "warn",
 ]
+
+# Besides rankopt's own, what stands between a user's line and ours: decorators, hooks, studies.
+_INSIDE: Final = frozenset({"rankopt", "rankopt_strategies", "torch", "optuna", "contextlib"})
 
 
 class RankoptError(Exception):
@@ -77,10 +83,6 @@ class CheckpointError(RankoptError, ValueError):
     """A checkpoint that is damaged or does not fit the model."""
 
 
-class NotYetSupported(RankoptError, NotImplementedError):
-    """A documented feature whose machinery this version does not contain."""
-
-
 class ExportError(RankoptError, RuntimeError):
     """A model another format cannot hold, or a file that computes something else."""
 
@@ -107,3 +109,24 @@ class DeadlineExceeded(RankoptError, TimeoutError):
 
 class RankoptWarning(UserWarning):
     """Something a user should know that does not stop the work."""
+
+
+def warn(message: str, category: type[Warning] = RankoptWarning) -> None:
+    """Warn at the line outside rankopt that led here, however deep the call.
+
+    Python shows a warning once per line: at one of ours, the second model of a program
+    would get none.
+    """
+    frame = sys._getframe(1)
+    while frame.f_globals.get("__name__", "").partition(".")[0] in _INSIDE:
+        if frame.f_back is None:  # a thread of our own
+            break
+        frame = frame.f_back
+    warnings.warn_explicit(
+        message,
+        category,
+        frame.f_code.co_filename,
+        frame.f_lineno,
+        module=frame.f_globals.get("__name__"),
+        registry=frame.f_globals.setdefault("__warningregistry__", {}),
+    )

@@ -13,15 +13,16 @@ from torch import nn
 
 from rankopt import checkpoint as files
 from rankopt._build.compare import Comparison
+from rankopt._model.metric import Evaluate
 from rankopt._pipeline.checks import check_stages
 from rankopt._pipeline.stages import RESULT, Run, Stage
+from rankopt._utils.arguments import check_integer
 from rankopt._utils.files import write_text
 from rankopt._utils.strict_json import strict_json
 from rankopt.budget import RATIO_AXES, Budget
 from rankopt.errors import BudgetError
 from rankopt.plan import RankPlan
 from rankopt.training.distillation import Distillation
-from rankopt.training.recipe import check_integer
 from rankopt.training.state import make_folder
 
 __all__ = ["Compression", "Stage", "compress"]
@@ -69,7 +70,7 @@ class Compression:
         from rankopt._build.comparison_table import comparison_table
         from rankopt._utils.tables import count, table
 
-        made = table("compress", "stage", "seconds", "params", "metric", "what came of it")
+        made = table("compress", "stage", "seconds", "params", "metric", "result")
         made.columns[-1].justify = "left"
         compared = self.comparison
         dense = "–" if compared.metric is None else f"{compared.metric.before:.4g}"
@@ -90,7 +91,7 @@ def compress(
     calibration: Any = None,
     calibration_samples: int = CALIBRATION_SAMPLES,
     train: Any = None,
-    evaluate: Callable[[nn.Module], float] | None = None,
+    evaluate: Evaluate | None = None,
     rounds: int = 1,
     search: Settings | Callable[..., RankPlan] | None = None,
     apply: Settings | Callable[..., nn.Module] | None = None,
@@ -124,8 +125,8 @@ def compress(
             fine-tuned (arXiv 1903.09973); later rounds decompose the model as trained so far.
         search: Settings of `rankopt.search`, or a function.
         apply: Settings of `rankopt.apply`, or a function.
-        recover: Settings of `rankopt.recover` (60 seconds), or a function. None leaves it out, with
-            the reason in the table, where it cannot be done.
+        recover: Settings of `rankopt.recover` (60 seconds, unless ``steps`` are given), or a
+            function. None leaves it out, with the reason in the table, where it cannot be done.
         finetune: Settings of `rankopt.finetune` (the dense model as teacher, sequential
             freezing, one final epoch of training everything), or a function.
         output: The ``.safetensors`` file to write; None for ``compressed.safetensors`` in `folder`.
@@ -135,17 +136,25 @@ def compress(
         progress: Whether to show progress bars.
 
     Raises:
-        RankoptError: See the stages; also a result that breaks the budget or does not
+        TypeError: Settings that a stage does not know, or is given anyway; before any work.
+        ValueError: Settings out of range, or without the data they are of; before any work, but
+            for those of ``search`` and ``apply``.
+        BudgetError: A budget that cannot be read, or in milliseconds for several rounds; its
+            `BudgetInfeasible` where no plan fits.
+        ModelError: `model` is no module; `train` cannot be read every epoch; a function in place
+            of a stage returned something else.
+        CalibrationError: Calibration inputs that cannot be used.
+        EvaluationError: `evaluate` raised, or gave no number; first of the dense model.
+        CheckpointError: The folder holds another run, or `output` cannot be written.
+        MissingDependency: Fine-tuning without accelerate.
+        RankoptError: Anything else of the stages; a result that breaks the budget or does not
             survive being saved.
-        CheckpointError: The folder holds another run.
-        TypeError: Settings that a stage does not know; before any work, as for settings out of
-            range, data to train on that cannot be used, and metrics that are no number.
 
     Example:
         >>> dense = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 4))
         >>> train = [(torch.randn(32, 16), torch.randint(4, (32,))) for _ in range(4)]
         >>> done = rankopt.compress(
-        ...     dense, "params<=60%", train=train, recover={"seconds": 0.2}, finetune={"epochs": 2}
+        ...     dense, "params<=60%", train=train, recover={"steps": 20}, finetune={"epochs": 2}
         ... )
         >>> [stage.name for stage in done.stages]
         ['search', 'apply', 'recover', 'finetune', 'verify']

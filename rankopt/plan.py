@@ -34,11 +34,16 @@ FACTOR_KINDS: Final = ("weights", *_AWARE, *(kind + FISHER for kind in _AWARE), 
 class Factors:
     """How a decision's factors are made.
 
+    With calibration inputs, linear layers and convolutions without padding that have a bias of
+    their own are approximated less the mean μ of their inputs, and the chain's bias is
+    b + (W − Ŵ)μ: the mean of the layer's outputs stays as it is. Layers without a bias, and
+    convolutions that pad, are approximated mean included.
+
     Args:
         kind: ``weights`` (from the weights alone), ``whitened``,
             ``whitened+output``, ``asymmetric`` (from calibration moments), one of these
             with ``+fisher`` (and gradients at the outputs) or ``learned`` (stored factors).
-        digest: SHA-256 of the moments or stored factors; None for ``weights``.
+        digest: SHA-256 of the calibration inputs or stored factors; None for ``weights``.
     """
 
     kind: str = "weights"
@@ -85,7 +90,9 @@ class Decision:
         reason: Why, in words.
         cost: Axis to (before, after): ``params``, ``memory`` (bytes), ``macs``.
         error: Relative Frobenius error ‖W − Ŵ‖/‖W‖ of the truncation, 0 for
-            ``keep``; None where it is not known.
+            ``keep``; None where it is not known. With calibration inputs it is the relative
+            error of the layer's outputs on them, of those less their mean where the bias
+            makes up for that (see `Factors`).
         factors: How the factors are made.
     """
 

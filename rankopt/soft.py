@@ -18,7 +18,7 @@ from rankopt._model.layers import Patterns
 from rankopt._search.model_clock import ModelClock, bounds_latency, price_time
 from rankopt._search.opening import Opened, check_request, open_problem
 from rankopt._soft.model import FIRST_ENTROPY, SoftModel, Trained
-from rankopt._timing.profile_table import ProfileTable
+from rankopt._timing.profile_table import ProfileTable, check_table
 from rankopt.budget import Budget
 from rankopt.errors import BudgetError, ModelError
 from rankopt.strategy import Strategy
@@ -98,7 +98,7 @@ def soften(
         clock = None
         if bounds_latency(allowed):
             assert opened.seen is not None
-            clock = ModelClock(opened.source, example_inputs, profile or ProfileTable())
+            clock = ModelClock(opened.source, example_inputs, check_table(profile, "profile"))
             opened = _timed(opened, clock)
         opened.problem.prepare()
         trained = surgery.clone(opened.view)

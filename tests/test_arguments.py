@@ -9,10 +9,11 @@ import torch
 from torch import nn
 
 import rankopt
-from rankopt.errors import ModelError, PlanError, RegistryError
+from rankopt.errors import ModelError, PlanError, RegistryError, StudyError
 from rankopt.testing import planted_model
 
 NET = nn.Linear(8, 8)
+BATCH_NORM = nn.BatchNorm1d(8)
 
 
 @pytest.mark.parametrize(
@@ -96,3 +97,78 @@ def test_one_method_needs_no_list():
         assert {decision.method for decision in plan.changes} == {"svd"}
     with pytest.raises(RegistryError, match="unknown decomposition 'tukcer2'"):
         rankopt.search(planted_model(), "params<=80%", methods="tukcer2")
+
+
+@pytest.mark.parametrize("value", [3, 2.5, True])
+def test_one_value_in_place_of_several(value):
+    for name in ("only", "ignore"):
+        with pytest.raises(ModelError, match=rf"^{name}={value}: expected a glob on module names"):
+            rankopt.search(planted_model(), "params<=80%", **{name: value})
+    with pytest.raises(RegistryError, match=rf"name or an instance of Decomposition, not {value}"):
+        rankopt.search(planted_model(), "params<=80%", methods=value)
+    with pytest.raises(ValueError, match=rf"^ranks={value}: expected several"):
+        rankopt.profile(NET, "", example_inputs=torch.zeros(1, 8), ranks=value)
+
+
+@pytest.mark.parametrize("value", [2.5, "x", 0, True])
+def test_numbers_of_samples(value):
+    data, match = [torch.zeros(4, 8)], rf"^calibration_samples={value!r}: expected an integer"
+    calls = [
+        lambda: rankopt.search(NET, "params<=80%", calibration=data, calibration_samples=value),
+        lambda: rankopt.recover(NET, teacher=NET, calibration=data, calibration_samples=value),
+        lambda: rankopt.recalibrate(BATCH_NORM, data, max_samples=value),
+    ]
+    for call in calls:
+        with pytest.raises(ValueError, match=match):
+            call()
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "match"),
+    [
+        ("learning_rate", "x", "expected a positive number, or None"),
+        ("learning_rate", -1, "expected a positive number, or None"),
+        ("learning_rate", float("nan"), "expected a positive number, or None"),
+        ("seed", "x", "expected an integer of at least 0"),
+        ("batch_size", 2.5, "expected an integer of at least 1"),
+    ],
+)
+def test_settings_of_recover(setting, value, match):
+    data = [torch.zeros(32, 8)]
+    with pytest.raises(ValueError, match=rf"^{setting}={value!r}: {match}"):
+        rankopt.recover(NET, teacher=NET, calibration=data, **{setting: value})
+    with pytest.raises(ValueError, match=rf"^{setting}={value!r}: {match}"):
+        rankopt.compress(NET, "params<=80%", calibration=data, recover={setting: value})
+
+
+def test_teachers_of_recalibrate():
+    with pytest.raises(ModelError, match="^teacher: expected a torch.nn.Module, got int"):
+        rankopt.recalibrate(BATCH_NORM, [torch.zeros(4, 8)], teacher=3)
+
+
+def test_example_inputs_without_a_sample():
+    empty = torch.zeros(0, 8)
+    for call in (
+        lambda: rankopt.search(NET, "macs<=80%", example_inputs=empty),
+        lambda: rankopt.compare(NET, NET, example_inputs={"input": empty}),
+        lambda: rankopt.profile(NET, "", example_inputs=(empty,)),
+        lambda: rankopt.soften(NET, "macs<=80%", example_inputs=empty),
+    ):
+        with pytest.raises(ModelError, match=r"tensor of shape \[0, 8\] holds no sample"):
+            call()
+
+
+@pytest.mark.parametrize("setting", ["name", "sizes", "objective", "warm_starts", "space"])
+def test_settings_of_studies(setting):
+    with pytest.raises(StudyError, match=rf"^{setting}="):
+        rankopt.study(NET, evaluate=lambda m: 1.0, storage=None, **{setting: [{}]})
+
+
+def test_layers_of_8_bit_floats_are_kept():
+    net = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 32))
+    net[1].to(torch.float8_e4m3fn)
+    plan = rankopt.search(net, "params<=80%")
+    assert plan["1"].keeps
+    assert "its weight is float8_e4m3fn, which cannot be decomposed" in plan["1"].reason
+    small = rankopt.apply(net, plan)
+    assert small[1].weight.dtype is torch.float8_e4m3fn

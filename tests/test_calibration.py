@@ -48,15 +48,18 @@ def moments_of(module, x):
     ids=str,
 )
 def test_moments_predict_the_output_energy(module, shape):
-    """E‖y‖² without bias is the energy of the weight in the metric of the moments."""
-    x = torch.randn(shape)
+    """E‖y‖² without bias, or without mean, is the energy of the weight in the moments' metric."""
+    x = torch.randn(shape) + 3
     _, found = moments_of(module, x)
     weight = canonical_weight(module).double().flatten(2)
     with torch.no_grad():
         out = module(x).double()
         bias = 0 if module.bias is None else module.bias.double()
         axis = -1 if isinstance(module, nn.Linear) else 1
-        out = (out.movedim(axis, -1) - bias).square().sum()
+        out = (out.movedim(axis, -1) - bias).flatten(0, -2)
+        if found.mean is not None:
+            out = out - out.mean(dim=0)
+        out = out.square().sum()
     predicted = ((weight @ found.second) * weight).sum() * found.count
     assert predicted == pytest.approx(out.item(), rel=MOMENTS)
 
@@ -72,7 +75,7 @@ def test_large_kernels_keep_moments_of_channels(monkeypatch):
 
 def test_channel_moments_of_patches():
     x = torch.randn(4, 4, 6, 6)
-    layer, found = moments_of(nn.Conv2d(4, 4, 3), x)
+    layer, found = moments_of(nn.Conv2d(4, 4, 3, bias=False), x)
     rows = layer_inputs(layer, x)[0].unflatten(-1, (4, 9)).transpose(0, 1).flatten(1).double()
     expected = rows @ rows.T / rows.shape[1]
     assert torch.allclose(found.channels[0], expected, atol=1e-5)
@@ -119,7 +122,9 @@ def test_stated_output_error_is_the_true_one(name, groups):
 
 
 @pytest.mark.parametrize(
-    ("layer", "shape"), [(nn.Linear(6, 6), (5, 6)), (nn.Conv2d(6, 6, 1), (1, 6, 4, 4))], ids=str
+    ("layer", "shape"),
+    [(nn.Linear(6, 6, bias=False), (5, 6)), (nn.Conv2d(6, 6, 1, bias=False), (1, 6, 4, 4))],
+    ids=str,
 )
 def test_inputs_that_are_written_into_after_the_call(layer, shape):
     class Residual(nn.Module):
@@ -180,7 +185,8 @@ def test_forms_of_batches(data):
     layers = find_layers(model)
     found = collect(model, layers, data)["fc"]
     assert found.count == 4
-    assert torch.allclose(found.second, torch.ones(1, 16, 16).double())
+    assert torch.allclose(found.mean, torch.ones(1, 16).double())
+    assert not found.second.any()
 
 
 def test_labels_are_left_out_where_the_model_takes_one_argument():

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ import rankopt
 from rankopt._commands import specs
 from rankopt.cli import main
 from rankopt.errors import ModelError, RankoptError, RankoptWarning
-from rankopt.strategy import Strategy
+from rankopt.strategy import Problem, Strategy
 
 MODELS = """
 import torch
@@ -114,7 +115,7 @@ def test_compress(spec, tmp_path, capsys):
     there = spec.replace(":build", "")
     arguments = (
         "compress", spec, "--budget", "params<=60%", "--train", f"{there}:train", "--evaluate",
-        f"{there}:accuracy", "--recover", 0.2, "--epochs", 2, "--freezing", "fixed", "-o", out,
+        f"{there}:accuracy", "--recover", 2, "--epochs", 2, "--freezing", "fixed", "-o", out,
     )  # fmt: skip
     assert run(*arguments) == 0
     text = capsys.readouterr().out
@@ -357,12 +358,8 @@ def test_strategies_of_plug_ins(capsys):
 
 
 def test_interrupt_leaves_nothing(spec, tmp_path, capsys, monkeypatch):
-    import rankopt
-
-    def interrupted(*_, **__):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(rankopt, "search", interrupted)
+    # All is factorised, nothing chosen.
+    monkeypatch.setattr(Problem, "frontier", lambda *_: signal.raise_signal(signal.SIGINT))
     before = sorted(tmp_path.iterdir())
     assert run("search", spec, "--budget", "params<=50%", "-o", tmp_path / "p.json") == 130
     assert "no output was written" in capsys.readouterr().err

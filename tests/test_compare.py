@@ -160,12 +160,13 @@ def test_compiled_models_are_timed_compiled():
 
 
 def test_verdicts_are_plain():
-    assert comparison(0.4, 0.5, 0.52).verdict == "2.00x as fast as the original"
+    assert comparison(0.48, 0.5, 0.52).verdict == "2.00x as fast as the original"
     assert "takes 1.50 times as long" in comparison(1.4, 1.5, 1.6).verdict
     assert "keep the original" in comparison(1.4, 1.5, 1.6).verdict
     assert "computes less" not in comparison(1.4, 1.5, 1.6).verdict  # no MACs were counted
     assert comparison(0.98, 1.0, 1.02).verdict.startswith("no faster and no slower")
-    assert "noisy" in comparison(0.8, 1.0, 1.2).verdict
+    for noisy in ((0.8, 1.0, 1.2), (0.4, 0.5, 0.6), (1.2, 1.5, 1.8)):  # whichever way it decides
+        assert "the machine is noisy, measure again" in comparison(*noisy).verdict
 
 
 def test_bad_inputs():

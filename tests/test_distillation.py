@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import rankopt
+from rankopt._model.hooks import hooked
 from rankopt._model.inputs import divergence
 from rankopt.errors import ModelError
 from rankopt.testing import planted_inputs, planted_model
@@ -104,6 +105,18 @@ def test_hooks_are_gone_afterwards(pair):
     assert not any(m._forward_hooks for m in small.modules())
 
 
+def test_hooks_are_gone_where_one_cannot_be_registered():
+    module = nn.Linear(2, 2)
+
+    def handles():
+        yield module.register_forward_hook(lambda *_: None)
+        raise KeyError
+
+    with pytest.raises(KeyError), hooked(handles()):
+        pass
+    assert not module._forward_hooks
+
+
 def test_language_models_and_regression():
     class Net(nn.Module):
         def __init__(self, columns):
@@ -188,6 +201,24 @@ def test_classes_of_maps_are_their_channels():
         distiller.teach(x)
         loss, _ = distiller.loss(student(x))
     assert loss.item() == pytest.approx(expected, rel=1e-4)
+
+
+def test_masked_classes_are_no_reason_to_stop():
+    """Logits of -inf, as of classes that are left out, would make the loss NaN."""
+
+    class Masked(nn.Linear):
+        def forward(self, x):
+            return super().forward(x).index_fill(-1, torch.tensor([1, 4]), -torch.inf)
+
+    teacher, student, x = Masked(8, 6), Masked(8, 6), torch.randn(16, 8)
+    settings = Distillation(labels=0, weights=0, outputs=0, logits=1.0, temperature=1.0)
+    with Distiller(student, teacher, settings) as distiller:
+        distiller.teach(x)
+        loss, _ = distiller.loss(student(x))
+    loss.backward()
+    kept = [0, 2, 3, 5]
+    assert loss.item() == pytest.approx(divergence(teacher(x)[:, kept], student(x)[:, kept]))
+    assert student.weight.grad.isfinite().all()
 
 
 def test_no_term_is_left_out_silently(pair):

@@ -55,6 +55,20 @@ def test_bad_batches(train, message):
     assert equal(before, snapshot(small))
 
 
+@pytest.mark.parametrize(
+    ("batch", "message"),
+    [
+        ("cat", "step 0: train yielded a str; expected a tensor, a tuple"),
+        ([torch.tensor(1.0)], "step 0: train yielded a batch without a tensor that has a batch"),
+    ],
+)
+def test_bad_batches_without_labels(batch, message):
+    teacher, small, _, _ = problem(count=8)
+    unlabelled = Distillation(labels=0, logits=1)
+    with pytest.raises(TrainingError, match=message):
+        rankopt.finetune(small, [batch], teacher=teacher, distillation=unlabelled, epochs=1)
+
+
 def test_bad_requests():
     teacher, small, x, y = problem(count=64)
     train = in_batches(x, y)
@@ -111,6 +125,8 @@ class _Stream(torch.utils.data.IterableDataset):
         ({"ema": 1.0}, "ema=1.0"),
         ({"clip": 0}, "clip=0"),
         ({"patience": 2}, "patience= needs evaluate="),
+        ({"loss": 3}, r"loss=3: expected a function of \(output, labels\)"),
+        ({"distillation": 0.5}, "distillation=0.5: expected a rankopt.training.Distillation"),
         ({"distillation": Distillation()}, "needs teacher="),
         ({"final_epochs": 11}, "there are 10 epochs"),
         ({"augment": "flip"}, "augment='flip'"),

@@ -279,5 +279,5 @@ def test_what_an_interrupted_freezer_left_trains_again(small):
 def test_recover_trains_what_an_interrupted_freezer_left(small):
     SequentialFreezing(small).step(0)  # and no release
     assert not all(p.requires_grad for p in small.parameters())
-    rankopt.recover(small, teacher=Mixed(), calibration=[torch.randn(64, 3, 8, 8)], seconds=0.5)
+    rankopt.recover(small, teacher=Mixed(), calibration=[torch.randn(64, 3, 8, 8)], steps=1)
     assert all(p.requires_grad for p in small.parameters())

@@ -134,9 +134,6 @@ def test_loading_into_a_skeleton_on_the_meta_device(tmp_path):
     again = rankopt.load(skeleton, tmp_path / "s.safetensors").eval()
     assert torch.equal(again(planted_inputs()), small(planted_inputs()))
 
-    class Buffered(nn.Linear):
-        pass
-
     holder = nn.Sequential(nn.Linear(32, 32))
     holder.register_buffer("table", torch.ones(3), persistent=False)
     rankopt.save(

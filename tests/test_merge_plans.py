@@ -17,6 +17,7 @@ from rankopt._model import measure
 from rankopt.errors import (
     BudgetError,
     BudgetInfeasible,
+    CalibrationError,
     LayerError,
     ModelError,
     PlanError,
@@ -25,6 +26,13 @@ from rankopt.errors import (
 from rankopt.plan import RankPlan
 
 # Plans
+
+
+def test_calibration_that_the_model_cannot_take_is_what_is_named():
+    model = settled(Net())
+    for ask in (rankopt.merge_plan, rankopt.merge):
+        with pytest.raises(CalibrationError, match=r"a calibration batch of \[4, 5, 8, 8\]"):
+            ask(model, calibration=[torch.randn(4, 5, 8, 8)])
 
 
 def test_plan_round_trips_and_is_carried_out_as_written(tmp_path):

@@ -3,9 +3,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+import rankopt
 from rankopt._calibration.moments import Moments
 from rankopt._decompositions import CP, SVD, TT, BranchedTucker, SpatialSVD, Tucker2
-from rankopt._decompositions.cache import BasisCache
+from rankopt._decompositions.cache import DEFAULT_BYTES, BasisCache, shared
 from rankopt._model.layers import find_layers
 from rankopt._utils.parallel import for_each, largest_first
 
@@ -88,3 +89,28 @@ def test_what_leaves_the_cache_gives_its_matrices_back_and_keeps_its_errors(meth
     assert basis.error(ranks) == error
     again = basis.factors(ranks)
     assert all(torch.allclose(again[name], value) for name, value in factors.items())
+
+
+def test_the_shared_cache_is_cleared_and_bounded():
+    model = torch.nn.Sequential(torch.nn.Linear(32, 32))
+    weight = model[0].weight.detach()[None]
+    try:
+        rankopt.clear_cache()
+        rankopt.search(model, "params<=60%")
+        held = shared.get(SVD(), weight)._vectors
+        assert shared.get(SVD(), weight)._vectors is held
+        rankopt.clear_cache()
+        assert shared.get(SVD(), weight)._vectors is not held
+        rankopt.clear_cache(max_bytes=0)
+        rankopt.search(model, "params<=60%")
+        assert shared._bytes == 0
+        rankopt.clear_cache()  # the bound stays
+        assert shared.max_bytes == 0
+    finally:
+        rankopt.clear_cache(max_bytes=DEFAULT_BYTES)
+
+
+@pytest.mark.parametrize("bad", [-1, 1.5, True])
+def test_bounds_of_the_cache_are_validated(bad):
+    with pytest.raises(ValueError, match=f"max_bytes={bad!r}: expected a whole number"):
+        rankopt.clear_cache(max_bytes=bad)

@@ -27,7 +27,7 @@ def task():
     return dense, train, lambda model: 100 * (model(x).argmax(dim=1) == y).float().mean().item()
 
 
-QUICK = {"recover": {"seconds": 0.3}, "finetune": {"epochs": 2, "learning_rate": 3e-3}}
+QUICK = {"recover": {"steps": 20}, "finetune": {"epochs": 2, "learning_rate": 3e-3}}
 
 
 def test_one_call(task, tmp_path):

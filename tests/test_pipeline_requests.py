@@ -46,6 +46,7 @@ def data(count=32):
         ({"train": iter(data())}, ModelError, "can be read only once"),
         ({"model": dense().requires_grad_(False)}, ModelError, "finetune has nothing to train"),
         ({"recover": {"seconds": -3}}, ValueError, "seconds=-3"),
+        ({"recover": {"steps": 0}}, ValueError, "steps=0"),
         ({"recover": {"precision": "fp16"}}, ValueError, "precision='fp16'"),
         ({"search": {"budget": "params<=10%"}}, TypeError, "search=.*multiple values.*budget"),
         ({"evaluate": lambda model: {"accuracy": 1}}, EvaluationError, "evaluate gave a dict"),
@@ -68,7 +69,7 @@ def test_without_accelerate_there_is_no_search(monkeypatch):
 def test_recover_has_the_teacher_it_is_given():
     done = rankopt.compress(
         dense(), BUDGET, calibration=[x for x, _ in data()],
-        recover={"teacher": dense(), "seconds": 0.2},
+        recover={"teacher": dense(), "steps": 4},
     )  # fmt: skip
     assert "recovered" in done.stages[2].note
 
@@ -87,7 +88,7 @@ def test_a_repair_nobody_asked_for_is_left_out_with_a_reason(model, count, reaso
     assert done.stages[2].note.startswith("left out: ")
     assert reason in done.stages[2].note
     with pytest.raises(ValueError, match=reason):
-        rankopt.compress(model, BUDGET, recover={"seconds": 1}, **arguments)
+        rankopt.compress(model, BUDGET, recover={"steps": 5}, **arguments)
 
 
 @pytest.mark.parametrize("labelled", [True, False])
@@ -142,6 +143,16 @@ def test_a_result_that_lost_its_plan():
     assert rankopt.compress(dense(), BUDGET, apply=apply).comparison.params.ratio <= 0.6
 
 
+def test_repairs_of_so_many_steps_have_no_clock(monkeypatch):
+    seen = {}
+    monkeypatch.setattr(stages, "recover", lambda small, **settings: seen.update(settings))
+    given = {"calibration": [x for x, _ in data()]}
+    for recover, seconds in ((None, 60.0), ({"steps": 4}, None), ({"seconds": 9, "steps": 4}, 9)):
+        rankopt.compress(dense(), BUDGET, recover=recover, **given)
+        assert seen["seconds"] == seconds
+    assert seen["steps"] == 4
+
+
 def test_metrics_in_batches_and_of_models_that_broke():
     values = iter([iter([1.0, 4.0]), float("nan"), iter([(1.0, 1.0), (4.0, 2.0)])])
     done = rankopt.compress(dense(), BUDGET, evaluate=lambda model: next(values))
@@ -169,7 +180,7 @@ def test_a_stage_that_would_come_before_one_done_is_refused(tmp_path):
     arguments = {"train": data(), "finetune": {"epochs": 1}, "folder": tmp_path}
     rankopt.compress(dense(), BUDGET, recover=False, **arguments)
     with pytest.raises(CheckpointError, match="made with settings"):
-        rankopt.compress(dense(), BUDGET, recover={"seconds": 0.1}, **arguments)
+        rankopt.compress(dense(), BUDGET, recover={"steps": 2}, **arguments)
 
 
 def test_a_stage_that_comes_last_may_be_added(tmp_path):
@@ -227,3 +238,12 @@ def test_modules_are_told_by_what_they_hold():
     inside = [nn.Sequential(nn.CrossEntropyLoss(label_smoothing=by)) for by in (0, 0.1)]
     assert spelled(inside[0]) == spelled(copy.deepcopy(inside[0])) != spelled(inside[1])
     assert spelled(nn.LazyLinear(3)) == spelled(nn.LazyLinear(3))  # without values as yet
+
+
+def test_other_training_data_are_another_run(tmp_path):
+    arguments = {"recover": False, "finetune": {"epochs": 1}, "folder": tmp_path}
+    inputs = [x for x, _ in data()]
+    rankopt.compress(dense(), BUDGET, train=data(), calibration=inputs, **arguments)
+    other = [(x, (y + 1) % 3) for x, y in data()]
+    with pytest.raises(CheckpointError, match="made with train"):
+        rankopt.compress(dense(), BUDGET, train=other, calibration=inputs, **arguments)

@@ -110,15 +110,36 @@ def test_the_model_is_left_alone():
         ("hidden", {"ranks": [49]}, LayerError, "rank 49 is outside 1 to 48"),
         ("hidden", {"ranks": [(1, 2)]}, LayerError, r"svd takes 1 rank\(s\)"),
         ("conv", {"example_inputs": torch.zeros(1, 2)}, ModelError, "fails on example_inputs"),
+        ("conv", {"example_inputs": None}, ModelError, "example_inputs is a NoneType; expected"),
+        ("conv", {"ranks": 8}, ValueError, "ranks=8: expected a sequence"),
+        ("conv", {"ranks": "8"}, ValueError, "ranks='8': expected a sequence"),
+        ("conv", {"ranks": []}, ValueError, "ranks: expected at least one"),
+        ("conv", {"ranks": [8.0]}, ValueError, "ranks: 8.0 is no rank; expected whole numbers"),
+        ("conv", {"ranks": ["8"]}, ValueError, "ranks: '8' is no rank"),
+        ("conv", {"table": "x"}, ValueError, "table='x': expected a rankopt.ProfileTable"),
     ],
 )
 def test_bad_requests(layer, arguments, error, match):
-    arguments = {"example_inputs": planted_inputs(), **arguments}
+    arguments = {"example_inputs": planted_inputs(), "table": table(), **arguments}
     if match is None:
         arguments["ranks"] = [33]
         match = "rank 33 is outside 1 to 32"
     with pytest.raises(error, match=match):
-        rankopt.profile(planted_model(), layer, table=table(), **arguments)
+        rankopt.profile(planted_model(), layer, **arguments)
+
+
+def test_tables_that_are_none():
+    model, inputs = planted_model(), planted_inputs()
+    for ask in (
+        lambda: rankopt.search(model, "latency<=90%", example_inputs=inputs, profile="x.sqlite"),
+        lambda: rankopt.soften(model, "latency<=90%", example_inputs=inputs, profile="x.sqlite"),
+        lambda: rankopt.study(
+            model, evaluate=len, objective="latency", example_inputs=inputs, storage=None,
+            profile="x.sqlite",
+        ),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=r"profile='x.sqlite': expected a .*ProfileTable"):
+            ask()
 
 
 def test_plots_are_pages(tmp_path):
@@ -157,7 +178,47 @@ def test_from_the_shell(tmp_path, capsys):
     assert found["conditions"]["memory_format"] == "channels_last"
     assert main([*arguments, "--input", "1,8,6,6", "--training"]) == 0
     assert "training" in capsys.readouterr().out
+    assert main([*arguments, "--input", "1,8,6,6", "--refresh", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["runs"] > 0
+    assert main([*arguments, "--input", "1,8,6,6", "--cuda-graph"]) == 1
+    assert "cuda_graph=True needs a CUDA device; what is timed is on cpu" in capsys.readouterr().err
+    search, compare = ["search", spec, "--budget", "params<=60%"], ["compare", spec, "plan.json"]
+    for command in ([*arguments, "--input", "1,8,6,6"], search, compare):
+        assert main([*command, "--device", "cuda:99"]) == 1
+        assert "--device cuda:99: " in capsys.readouterr().err
     assert main(arguments) == 1
     assert "profile needs --input" in capsys.readouterr().err
     assert main([*arguments, "--input", "1,8,6,6", "--ranks", "a"]) == 1
     assert "--ranks 'a'" in capsys.readouterr().err
+
+
+class Routed(nn.Module):
+    """Two experts, one of which no row is sent to; autocast of its own where asked for."""
+
+    def __init__(self, *, autocast=False):
+        super().__init__()
+        self.first, self.autocast = nn.Linear(64, 64), autocast
+        self.experts = nn.ModuleList(nn.Linear(64, 64) for _ in range(2))
+
+    def forward(self, x):
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.autocast):
+            hidden = self.first(x)
+            return self.experts[0](hidden) + self.experts[1](hidden[:0]).sum()
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_layers_without_work_and_autocast_inside_the_model(autocast):
+    model, inputs = Routed(autocast=autocast).eval(), torch.zeros(32, 64)
+    plan = rankopt.search(
+        model, None, strategy="profiled", example_inputs=inputs, profile=table(overhead_ms=0)
+    )
+    assert plan["experts.0"].method == "svd"
+    assert "example_inputs give it nothing to compute" in plan["experts.1"].reason
+    plan = rankopt.search(
+        model, "latency<=90%", example_inputs=inputs, profile=table(overhead_ms=0)
+    )
+    assert "experts.1" not in {decision.targets[0] for decision in plan.changes}
+    with pytest.raises(LayerError, match=r"layer experts.1: .* give it nothing to compute"):
+        rankopt.profile(model, "experts.1", example_inputs=inputs, table=table())
+    with pytest.raises(LayerError, match="give it nothing to compute"):
+        rankopt.profile(model, "first", example_inputs=inputs[:0], table=table())

@@ -102,6 +102,38 @@ def test_damage_found_while_reading(path):
     assert rows(path)
 
 
+def test_a_row_that_is_no_json_is_left_out(path):
+    filled(path, svd={"ms": [0.5]}, dense={"ms": [1.0]})
+    connection = sqlite3.connect(path)
+    connection.execute("UPDATE timings SET value = '{' WHERE chain = 'svd'")
+    connection.commit()
+    connection.close()
+    assert rows(path) == {"dense": {"ms": [1.0]}}
+
+
+def test_a_file_that_another_process_has_begun_anew_is_left_alone(path, monkeypatch):
+    path.parent.mkdir()
+    path.write_bytes(b"not a database at all" * 100)
+    set_aside = ProfileStore._set_aside
+    faster = []
+
+    def late(self, *found):
+        monkeypatch.setattr(ProfileStore, "_set_aside", set_aside)
+        faster.append(ProfileStore(path))
+        faster[0].put(HERE, "layer", {"theirs": {"ms": [1.0]}})
+        set_aside(self, *found)
+
+    monkeypatch.setattr(ProfileStore, "_set_aside", late)
+    with pytest.warns(RankoptWarning, match="not a database"):
+        store = ProfileStore(path)
+    store.put(HERE, "layer", {"ours": {"ms": [2.0]}})
+    faster[0].put(HERE, "layer", {"later": {"ms": [3.0]}})
+    assert set(store.rows(HERE, "layer")) == {"theirs", "ours", "later"}
+    for one in (store, *faster):
+        one.close()
+    assert len(list(path.parent.glob("*.set-aside-*"))) == 1
+
+
 def test_damage_while_in_use(path):
     store = ProfileStore(path)
     store.put(HERE, "layer", {"dense": {"ms": [1.0]}})

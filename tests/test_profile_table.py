@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import sqlite3
+
 import numpy as np
 import pytest
 import torch
@@ -49,6 +51,65 @@ def test_equal_layers_are_timed_once_and_remembered_on_disk(tmp_path):
     assert other.calls > 0
 
 
+def busy_file(path):
+    """A file of times taken on a busy machine: each is off by a factor of its own."""
+    clock, noise = ModelledClock(), np.random.default_rng(0)
+    table = counting_table(path=path)
+    table.clock = lambda run: clock(run) * noise.uniform(1, 3)
+    first = table.time(layer(), CALL, CHAINS, device=CPU)
+    assert first[CHAINS[1]].ratio.noisy
+    return table, first
+
+
+def test_stored_times_that_vary_too_much_are_taken_anew(tmp_path):
+    path = tmp_path / "p.sqlite"
+    busy, first = busy_file(path)
+    runs = busy.calls
+    assert busy.time(layer(), CALL, CHAINS, device=CPU)[CHAINS[1]] is first[CHAINS[1]]
+    assert busy.calls == runs  # a table keeps what it measured, or it would never end
+    frozen = ProfileTable(clock=ModelledClock(), rounds=3, refresh=False)
+    frozen.path = path
+    kept = frozen.time(layer(), CALL, CHAINS, device=CPU)
+    assert frozen.calls == 0
+    stored = first[CHAINS[1]].to_json()["ms"]
+    assert kept[CHAINS[1]].chain_ms.tolist() == stored
+    calm = counting_table(path=path)
+    assert not calm.time(layer(), CALL, CHAINS, device=CPU)[CHAINS[1]].ratio.noisy
+    assert calm.calls > 0
+    after = counting_table(path=path)
+    assert not after.time(layer(), CALL, CHAINS, device=CPU)[CHAINS[1]].ratio.noisy
+    assert after.calls == 0  # the file holds the calm times now
+    again = ProfileTable(clock=ModelledClock(), rounds=3, refresh=True)
+    again.path = path
+    again.time(layer(), CALL, CHAINS, device=CPU)
+    assert again.calls > 0
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "{}",
+        "[]",
+        '{"ms": [], "dense_ms": [], "session": ""}',
+        '{"ms": ["a"], "dense_ms": [1.0], "session": ""}',
+        '{"ms": [null], "dense_ms": [1.0], "session": ""}',
+        '{"ms": [1.0, 1.0, 1.0], "dense_ms": [1.0, 1.0], "session": ""}',
+        '{"ms": [0.0, 0.0], "dense_ms": [0.0, 0.0], "session": ""}',
+    ],
+)
+def test_stored_times_of_a_wrong_form_are_taken_anew(tmp_path, value):
+    path = tmp_path / "p.sqlite"
+    counting_table(path=path).time(layer(), CALL, CHAINS, device=CPU)
+    connection = sqlite3.connect(path)
+    connection.execute("UPDATE timings SET value = ?", (value,))
+    connection.commit()
+    connection.close()
+    table = counting_table(path=path)
+    found = table.time(layer(), CALL, CHAINS, device=CPU)
+    assert table.calls > 0
+    assert all(np.isfinite(found[chain].ratio.median) for chain in CHAINS)
+
+
 @pytest.mark.parametrize(
     ("module", "call"),
     [
@@ -81,6 +142,23 @@ def test_conditions_tell_modes_threads_and_clocks_apart():
     assert ProfileTable(":memory:", mode="training").conditions(CPU, CALL) != base
     assert ProfileTable(":memory:", clock="process").conditions(CPU, CALL) != base
     assert ProfileTable(":memory:").conditions(CPU, Call((4, 64), "float64")) != base
+
+
+def test_a_layer_runs_under_the_autocast_of_its_call():
+    seen = []
+
+    def clock(function):
+        function()
+        seen.append(torch.is_autocast_enabled("cpu"))
+        return 1.0
+
+    table = ProfileTable(clock=clock, rounds=3)
+    cast = Call((4, 64), "bfloat16", autocast="bfloat16")
+    assert CHAINS[1] in table.time(layer(), cast, CHAINS, device=CPU)
+    assert not any(seen)  # the layers were, the caller is not
+    assert table.conditions(CPU, cast)["settings"] != table.conditions(CPU, CALL)["settings"]
+    with torch.autocast("cpu", torch.bfloat16):
+        assert Call.of(torch.zeros(4, 64, dtype=torch.bfloat16)) == cast
 
 
 def test_times_are_those_of_the_clock():
@@ -181,6 +259,7 @@ def test_settings_are_validated():
         ({"rounds": 2}, "rounds=2"),
         ({"rounds": True}, "rounds=True"),
         ({"clock": "sun"}, "clock='sun'"),
+        ({"refresh": "all"}, "refresh='all'"),
         ({"mode": "training", "cuda_graph": True}, "cuda_graph=True"),
     ):
         with pytest.raises(ValueError, match=match):

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import copy
+import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,9 +10,9 @@ from torch import nn
 
 import rankopt
 from rankopt._model.inputs import LEAST_SAMPLES, divergence
-from rankopt.errors import CalibrationError, ModelError
+from rankopt.errors import CalibrationError, ModelError, RankoptWarning
 from rankopt.testing import planted_model
-from rankopt.training import repair
+from rankopt.training import limit, repair
 from rankopt.training.augmentation import shift_and_mirror
 
 
@@ -32,11 +34,12 @@ def test_comes_closer_to_its_teacher(pair):
     modes = [module.training for module in small.modules()]
     torch.manual_seed(5)
     state = torch.get_rng_state()
-    done = rankopt.recover(small, teacher=teacher, calibration=held, seconds=3)
+    done = rankopt.recover(small, teacher=teacher, calibration=held, steps=20)
     assert torch.equal(state, torch.get_rng_state())
     assert done.kept
     assert done.after < done.before
-    assert done.steps > 0
+    assert done.steps == 20
+    assert "20 steps, until all steps were taken" in str(done)
     assert "held-out inputs" in str(done)
     assert all(torch.equal(theirs[k], v) for k, v in teacher.state_dict().items())
     assert [module.training for module in small.modules()] == modes
@@ -47,9 +50,7 @@ def test_autocast_is_ones_own_or_none(pair):
     """Under a caller's autocast the weights it has cached would be those before training."""
     teacher, small, held = pair
     with torch.autocast("cpu", torch.bfloat16):
-        done = rankopt.recover(
-            small, teacher=teacher, calibration=held, seconds=4, precision="bf16"
-        )
+        done = rankopt.recover(small, teacher=teacher, calibration=held, steps=20, precision="bf16")
     assert done.kept
     x = torch.cat(held)
     with torch.no_grad():
@@ -63,9 +64,7 @@ def test_autocast_is_ones_own_or_none(pair):
 def test_leaves_the_model_alone_where_it_does_not_help(pair):
     teacher, small, held = pair
     before = snapshot(small)
-    done = rankopt.recover(
-        small, teacher=teacher, calibration=held, seconds=0.5, learning_rate=10.0
-    )
+    done = rankopt.recover(small, teacher=teacher, calibration=held, steps=3, learning_rate=10.0)
     assert not done.kept
     assert done.after == done.before
     assert "no better" in str(done)
@@ -77,7 +76,7 @@ def test_frozen_parameters_stay(pair):
     for parameter in small.head.parameters():
         parameter.requires_grad_(False)
     before = snapshot(small.head)
-    rankopt.recover(small, teacher=teacher, calibration=held, seconds=0.5)
+    rankopt.recover(small, teacher=teacher, calibration=held, steps=3)
     assert all(torch.equal(before[k], v) for k, v in small.head.state_dict().items())
     for parameter in small.parameters():
         parameter.requires_grad_(False)
@@ -98,15 +97,22 @@ def test_mappings_and_attention():
     held = [{"x": torch.randn(64, length, 32)} for length in (5, 7, 7, 4)]
     plan = rankopt.search(teacher, "params<=40%", calibration=held)
     small = rankopt.apply(teacher, plan, calibration=held)
-    done = rankopt.recover(small, teacher=teacher, calibration=held, seconds=5)
+    done = rankopt.recover(small, teacher=teacher, calibration=held, steps=30)
     assert done.kept
     assert done.after < done.before
 
 
 def test_bad_requests(pair):
     teacher, small, held = pair
-    with pytest.raises(ValueError, match="seconds=0"):
-        rankopt.recover(small, teacher=teacher, calibration=held, seconds=0)
+    for settings, match in (
+        ({"seconds": 0}, "seconds=0: expected a positive number"),
+        ({"steps": 0}, "steps=0: expected an integer of at least 1"),
+        ({"steps": 2.0}, "steps=2.0: expected an integer"),
+        ({"learning_rate": "fast"}, "learning_rate='fast': expected a positive number"),
+        ({"seed": "a"}, "seed='a': expected an integer of at least 0"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            rankopt.recover(small, teacher=teacher, calibration=held, **settings)
     with pytest.raises(CalibrationError, match="at least 16 calibration samples, got 4"):
         rankopt.recover(small, teacher=teacher, calibration=[held[0][:4]])
     with pytest.raises(ValueError, match="augment='flip'"):
@@ -116,8 +122,8 @@ def test_bad_requests(pair):
         rankopt.recover(small, teacher=teacher, calibration=wrong)
     other = copy.deepcopy(teacher)
     other.head = nn.Linear(64, 7)
-    with pytest.raises((ModelError, CalibrationError), match="shape|outputs changed"):
-        rankopt.recover(small, teacher=other, calibration=held, seconds=1)
+    with pytest.raises(CalibrationError, match=r"outputs changed from \[8, 7\] to \[8, 10\]"):
+        rankopt.recover(small, teacher=other, calibration=held, steps=1)
 
 
 def test_augmentation_touches_images_only():
@@ -137,7 +143,7 @@ def test_batches_of_one_sample():
     assert len(data[-1]) == 1
     plan = rankopt.search(dense, "params<=70%", calibration=data)
     small = rankopt.apply(dense, plan, calibration=data)
-    done = rankopt.recover(small, teacher=dense, calibration=data, seconds=0.3)
+    done = rankopt.recover(small, teacher=dense, calibration=data, steps=5)
     assert done.after <= done.before
 
 
@@ -150,7 +156,7 @@ def test_a_failure_after_the_training_leaves_the_model_as_it_was(pair, monkeypat
 
     monkeypatch.setattr(repair, "settle_norms", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        rankopt.recover(small, teacher=dense, calibration=held, seconds=0.3)
+        rankopt.recover(small, teacher=dense, calibration=held, steps=2)
     assert all(torch.equal(before[name], value) for name, value in small.state_dict().items())
 
 
@@ -166,7 +172,7 @@ def test_outputs_of_held_out_samples_are_kept_while_they_take_little_memory(pair
     kept = []
     monkeypatch.setattr("rankopt._model.inputs.OUTPUT_BYTES", 1)
     monkeypatch.setattr(repair, "main_output", lambda x: kept.append(len(x)) or x)
-    rankopt.recover(small, teacher=teacher, calibration=held, seconds=0.3)
+    rankopt.recover(small, teacher=teacher, calibration=held, steps=1)
     assert sum(kept) == LEAST_SAMPLES
 
 
@@ -188,9 +194,99 @@ def test_extra_state_batches_of_one_and_inference_mode():
                 small,
                 teacher=dense,
                 calibration=[torch.randn(count, 32)],
-                seconds=0.3,
+                steps=20,
                 batch_size=2,
             )
-        assert done.steps
-    with pytest.raises(ValueError, match="batch_size=0: expected a number of samples"):
+        assert done.steps == 20
+    with pytest.raises(ValueError, match="batch_size=0: expected an integer of at least 1"):
         rankopt.recover(small, teacher=dense, calibration=[], batch_size=0)
+
+
+def test_steps_alone_give_the_same_weights(pair, monkeypatch):
+    teacher, small, held = pair
+    again = copy.deepcopy(small)
+    done = rankopt.recover(small, teacher=teacher, calibration=held, steps=7, seed=3)
+    assert (done.steps, done.stopped, done.kept) == (7, "steps", True)
+    hours = itertools.count(step=3600.0)
+    monkeypatch.setattr(limit, "time", SimpleNamespace(perf_counter=lambda: next(hours)))
+    rankopt.recover(again, teacher=teacher, calibration=held, steps=7, seed=3)
+    assert all(map(torch.equal, small.state_dict().values(), again.state_dict().values()))
+
+
+class Slow(nn.Sequential):
+    """Takes a millisecond of a clock of its own for every sample."""
+
+    now = 0.0
+
+    def forward(self, x):
+        Slow.now += len(x) / 1000
+        return super().forward(x)
+
+
+@pytest.fixture
+def slow(monkeypatch):
+    monkeypatch.setattr(Slow, "now", 0.0)
+    monkeypatch.setattr(limit, "time", SimpleNamespace(perf_counter=lambda: Slow.now))
+    torch.manual_seed(0)
+    dense = Slow(nn.Linear(16, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Linear(32, 8)).eval()
+    return dense, rankopt.apply(dense, rankopt.search(dense, "params<=70%"))
+
+
+def test_seconds_bound_what_comes_after_training_too(slow):
+    """BatchNorm statistics of all samples would take twice the time by themselves."""
+    dense, small = slow
+    data = list(torch.randn(2048, 16).split(128))
+    done = rankopt.recover(small, teacher=dense, calibration=data, seconds=4)
+    assert done.seconds <= 4
+    assert done.steps > 5
+    assert "until the time was up" in str(done)
+
+
+def test_no_time_for_a_step(slow):
+    dense, small = slow
+    before = snapshot(small)
+    match = r"took no step: .* with 512 inputs none fits into 0.1 s"
+    with pytest.warns(RankoptWarning, match=match) as said:
+        done = rankopt.recover(
+            small, teacher=dense, calibration=[torch.randn(512, 16)], seconds=0.1
+        )
+    assert said[0].filename == __file__
+    assert (done.steps, done.kept, done.stopped) == (0, False, "seconds")
+    assert all(torch.equal(before[k], v) for k, v in small.state_dict().items())
+
+
+def test_the_first_limit_to_be_reached_ends_it(slow):
+    dense, small = slow
+    data = [torch.randn(128, 16)]
+    few = rankopt.recover(small, teacher=dense, calibration=data, seconds=1000, steps=3)
+    assert (few.steps, few.stopped) == (3, "steps")
+    many = rankopt.recover(small, teacher=dense, calibration=data, seconds=3, steps=1000)
+    assert 0 < many.steps < 1000
+    assert many.stopped == "seconds"
+
+
+@pytest.mark.parametrize("sample", [0, 40])
+def test_a_sample_of_nan_is_named(pair, sample):
+    """Whether it is among those held out or not."""
+    teacher, small, held = pair
+    before = snapshot(small)
+    held = [*held[:3], held[3].clone()]
+    held[sample // 32][sample % 32] = torch.nan
+    with pytest.raises(CalibrationError, match="outputs that are not finite on these inputs"):
+        rankopt.recover(small, teacher=teacher, calibration=held, steps=10)
+    assert all(torch.equal(before[k], v) for k, v in small.state_dict().items())
+
+
+def test_a_loss_that_is_not_finite_ends_it(pair):
+    teacher, small, held = pair
+    before = snapshot(small)
+    done = rankopt.recover(small, teacher=teacher, calibration=held, steps=10, learning_rate=1e30)
+    assert (done.stopped, done.kept) == ("not finite", False)
+    assert "the loss was not finite: lower learning_rate" in str(done)
+    assert all(torch.equal(before[k], v) for k, v in small.state_dict().items())
+
+
+def test_nothing_to_repair(pair):
+    teacher, _, held = pair
+    done = rankopt.recover(copy.deepcopy(teacher), teacher=teacher, calibration=held)
+    assert (done.steps, done.stopped, done.before) == (0, "converged", 0)

@@ -96,6 +96,20 @@ def test_a_plan(plan, tmp_path):
     assert page.tags.count("tr") >= len(plan.decisions)
 
 
+def test_words_of_figures_say_what_they_are_shares_of(plan, tmp_path):
+    page = drawn(plan, tmp_path)
+    assert {"MACs, % of dense", "Parameters, % of dense", "Reason"} <= set(page.words)
+    changed, kept = len(plan.changes), len(plan.decisions) - len(plan.changes)
+    assert changed > 1
+    assert f"{changed} layers decomposed, {kept} kept" in page.text
+    model = planted_model()
+    found = rankopt.compare(model, model, example_inputs=planted_inputs(), rounds=3)
+    words = drawn(found, tmp_path).words
+    assert {"Comparison report", "Latency, % of dense", "Output error"} <= set(words)
+    value = words[words.index("Latency, % of dense") + 1]
+    assert value == f"{100 * found.latency_ratio.median:.1f}%"
+
+
 def test_bars_share_one_scale(plan, tmp_path):
     page = drawn(plan, tmp_path)
     widths = [
@@ -174,10 +188,10 @@ def test_metrics_that_are_not_finite(plan, tmp_path):
         assert "best, epoch 2" in drawn(folder, tmp_path).words
     model = planted_model()
     found = replace(rankopt.compare(model, model), metric=Figure(1.0, nan))
-    assert "1 dense" in drawn(found, tmp_path).words
+    assert "dense 1" in drawn(found, tmp_path).words
     stored = {"plan": plan.to_dict(), "stages": [], "comparison": found.to_dict()}
     (tmp_path / "result.json").write_text(strict_json(stored))
-    assert "1 dense" in drawn(tmp_path / "result.json", tmp_path).words
+    assert "dense 1" in drawn(tmp_path / "result.json", tmp_path).words
 
 
 def test_what_finetune_and_compare_return(tmp_path):
@@ -191,7 +205,7 @@ def test_what_finetune_and_compare_return(tmp_path):
     assert f"epoch 2: {done.history[1]['loss']:.5g}" in drawn(tmp_path / "run", tmp_path).words
     compared = rankopt.compare(dense, small, evaluate=lambda model: 7.0 + (model is small))
     page = drawn([small.rankopt_plan, compared], tmp_path)
-    assert "7 dense, +1" in page.words
+    assert "dense 7, change +1" in page.words
     assert compared.verdict in page.words
     rankopt.save(small, tmp_path / "small.safetensors")
     stored = drawn(tmp_path / "small.safetensors", tmp_path)
@@ -219,7 +233,7 @@ def test_a_compression_finished_or_not(tmp_path, monkeypatch):
     assert {"search 1", "finetune 2", "not finished"} <= set(page.words)
     done = rankopt.compress(dense, "params<=40%", **settings)
     page = drawn(tmp_path / "work", tmp_path)
-    assert {"verify", "Training 1", "Training 2", "12.5 dense, +0"} <= set(page.words)
+    assert {"verify", "Training 1", "Training 2", "dense 12.5, change +0"} <= set(page.words)
     assert done.comparison.verdict in page.words
     assert "Training 1" not in drawn(done, tmp_path).words
     assert drawn([done, tmp_path / "work"], tmp_path).source == page.source

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import subprocess
 import sys
@@ -63,7 +64,9 @@ def together(folder, accumulate=1):
     )  # fmt: skip
     rank = os.environ.get("RANK", "alone")
     normed = nn.Sequential(nn.Linear(24, 8), nn.BatchNorm1d(8), nn.Linear(8, 4))
+    averaged = copy.deepcopy(normed)
     rankopt.finetune(normed, train, epochs=1)
+    rankopt.finetune(averaged, train, epochs=1, ema=0.9)
     torch.manual_seed(7 + int(os.environ.get("RANK", 0)))  # the first process's weights count
     idle = Idle()
     rankopt.finetune(idle, train, epochs=1)
@@ -77,6 +80,7 @@ def together(folder, accumulate=1):
         "seen": seen,
         "state": small.state_dict(),
         "normed": normed.state_dict(),
+        "averaged": averaged.state_dict(),
         "idle": idle.state_dict(),
         "begun": begun.state_dict(),
     }
@@ -114,7 +118,8 @@ def test_two_processes_do_what_one_does(tmp_path):
     first, second = (torch.load(tmp_path / f"result-{rank}.pt") for rank in (0, 1))
     one = torch.load(alone / "result-alone.pt")
     assert equal(first["state"], second["state"])
-    assert equal(first["normed"], second["normed"])  # statistics of norms as well
+    for kind in ("normed", "averaged"):  # statistics of norms as well
+        assert equal(first[kind], second[kind])
     assert equal(first["idle"], second["idle"])
     for kind in ("state", "begun"):
         for key, value in one[kind].items():

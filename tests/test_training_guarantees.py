@@ -15,9 +15,10 @@ from torch.utils.data import IterableDataset
 import rankopt
 from rankopt._model.inputs import hold
 from rankopt.errors import CheckpointError, ModelError, RankoptWarning, TrainingError
-from rankopt.training import Distillation, Distiller, Fixed, Schedule, Sequential, repair
+from rankopt.training import Distillation, Distiller, Fixed, Schedule, Sequential
 from rankopt.training import batches as data
 from rankopt.training.recipe import Recipe
+from rankopt.training.samples import Samples
 
 pytest.importorskip("accelerate")
 
@@ -61,7 +62,7 @@ def recipe(**changes):
 
 def test_texts_of_every_length_are_trained_on():
     held = [torch.zeros(32, length) for length in range(20, 37)] + [torch.zeros(70, 5)]
-    samples = repair._Samples(held)
+    samples = Samples(held)
     train, _ = samples.split(1 / 16)
     stream = samples.endless(train, 64, torch.Generator().manual_seed(0))
     seen = [next(stream) for _ in range(18)]
@@ -83,19 +84,18 @@ def test_what_samples_share_is_not_indexed():
     model, mask = Masked(), torch.eye(12)
     held = [(torch.randn(n, 12), mask) for n in (40, 40, 20)]
     small = small_of(model)
-    done = rankopt.recover(small, teacher=model, calibration=held, seconds=0.5, batch_size=16)
+    done = rankopt.recover(small, teacher=model, calibration=held, steps=10, batch_size=16)
     assert done.after <= done.before
 
 
-@pytest.mark.parametrize("seconds", [0.5])
-def test_experts_that_are_idle_or_get_other_samples(seconds):
+def test_experts_that_are_idle_or_get_other_samples():
     torch.manual_seed(0)
     model = Routed().eval()
     held = [torch.randn(64, 8) for _ in range(3)] + [torch.randn(64, 8) + 9]
     small = small_of(model)
     with torch.no_grad():  # routes other samples than its teacher
         small.stem[0].weight += 0.3 * torch.randn_like(small.stem[0].weight)
-    assert rankopt.recover(small, teacher=model, calibration=held, seconds=seconds).steps > 2
+    assert rankopt.recover(small, teacher=model, calibration=held, steps=5).steps == 5
 
 
 class Auxiliary(nn.Module):
@@ -121,7 +121,7 @@ def test_recover_trains_the_model_as_it_is_evaluated():
     small = small_of(model)
     held = [torch.randn(64, 16) for _ in range(2)]
     before = small.drawn
-    assert rankopt.recover(small, teacher=model, calibration=held, seconds=0.4).steps > 0
+    assert rankopt.recover(small, teacher=model, calibration=held, steps=3).steps == 3
     assert small.drawn == before
     assert small.training
 

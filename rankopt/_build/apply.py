@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -17,7 +16,7 @@ from rankopt._utils.memory import give_back
 from rankopt._calibration.moments_for import moments_for
 from rankopt._build.provenance import remember_plan
 from rankopt._build.settle import settle_norms
-from rankopt.errors import NotYetSupported, PlanError, RankoptWarning
+from rankopt.errors import PlanError, warn
 from rankopt._calibration.fisher import output_roots
 from rankopt._model.inputs import MAX_SAMPLES, hold, run
 from rankopt._model.layers import (
@@ -48,7 +47,6 @@ def apply(
     *,
     calibration: Any = None,
     calibration_samples: int | None = MAX_SAMPLES,
-    factors: Any = None,
     progress: bool | None = None,
 ) -> nn.Module:
     """A new model with every decision of `plan` carried out.
@@ -62,17 +60,19 @@ def apply(
         calibration: The inputs the plan was made with, for data-aware factors; also
             refreshes BatchNorm statistics (see `rankopt.recalibrate`).
         calibration_samples: As given to `search`.
-        factors: For plans whose factors were stored (none so far).
         progress: Whether to show a progress bar; None decides by the terminal.
 
     Returns:
         The compressed model, unwrapped from torch.compile and DataParallel.
 
     Raises:
-        PlanError: The plan does not fit the model; the message names the
-            layer, what was expected and what was found.
+        PlanError: The plan does not fit the model, or needs `calibration`; the message
+            names the layer, what was expected and what was found.
         ModelError: `model` is no module.
         LayerError: A weight holds NaN or infinity.
+        CalibrationError: `calibration` is empty or no iterable of inputs, the model fails on
+            it, or what its layers take in is not finite.
+        ValueError: `calibration_samples` is below 1.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 8))
@@ -81,7 +81,7 @@ def apply(
         True
     """
     check_arguments(model, plan)
-    _check_sources(plan, calibration, factors)
+    _check_sources(plan, calibration)
     source = surgery.unwrap(model)
     held = _held(source, calibration, calibration_samples)
     view, chains, merges = _computed_chains(source, plan, held, progress)
@@ -100,7 +100,6 @@ def apply_(
     *,
     calibration: Any = None,
     calibration_samples: int | None = MAX_SAMPLES,
-    factors: Any = None,
     progress: bool | None = None,
 ) -> nn.Module:
     """Carry out `plan` inside `model` and return it; see `apply`.
@@ -113,7 +112,7 @@ def apply_(
             replaced, which cannot happen in place.
     """
     check_arguments(model, plan)
-    _check_sources(plan, calibration, factors)
+    _check_sources(plan, calibration)
     source = surgery.unwrap(model)
     held = _held(source, calibration, calibration_samples)
     view, chains, merges = _computed_chains(source, plan, held, progress)
@@ -189,13 +188,13 @@ def unpacked_clone(model: nn.Module, split: Iterable[str] = (), *, runs: bool = 
     return unpack(surgery.clone(model, share=share), split=split)
 
 
-def _check_sources(plan: RankPlan, calibration: Any, factors: Any) -> None:
+def _check_sources(plan: RankPlan, calibration: Any) -> None:
     for decision in plan.changes:
         kind, name = decision.factors.kind, decision.targets[0]
-        if kind == "learned" or factors is not None:
-            raise NotYetSupported(
-                f"layer {name}: stored factors are not built yet; factors are made "
-                "from weights or from calibration inputs"
+        if kind == "learned":
+            raise PlanError(
+                f"layer {name}: its factors are learned, so they cannot be made from the weights; "
+                "they are in the file the model was saved to: rankopt.load(model, file)"
             )
         if kind != "weights" and calibration is None:
             raise PlanError(
@@ -227,12 +226,9 @@ def _checked_steps(view: nn.Module, source: nn.Module, plan: RankPlan) -> list[S
     steps = steps_of(view, plan)
     expected = plan.model.get("weights")
     if expected is not None and expected != measure.weights_digest(source):
-        warnings.warn(
+        warn(
             "the plan was made for other weights of this architecture: its ranks are applied, "
-            "the errors it states do not hold",
-            RankoptWarning,
-            stacklevel=3,
-        )
+            "the errors it states do not hold")
     return steps
 
 

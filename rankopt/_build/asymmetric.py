@@ -8,23 +8,41 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from rankopt._model import measure, surgery
-from rankopt._build.chains import Step, chains_for
+from rankopt._build.chains import Fill, Filling, Step, chains_for
+from rankopt._model.hooks import hooked
 from rankopt._decompositions.cache import BasisCache
 from rankopt._utils.progress import progress_bar
-from rankopt._calibration.collect import MAX_FEATURES, layer_inputs
+from rankopt._calibration.collect import MAX_FEATURES, centres, layer_inputs
 from rankopt.errors import CalibrationError
 from rankopt._model.inputs import run
 from rankopt._model.layers import Layer
-from rankopt._calibration.moments import Moments
+from rankopt._calibration.moments import Centre, Moments
 from rankopt._calibration.normal_equations import Sums
 
 __all__ = ["fitted_in_order"]
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What is known of a site's inputs, dense and compressed.
+
+    Args:
+        mapping: A [groups, n, n].
+        moments: Of x̂.
+        mean: Of x, [groups, n], where the moments have a mean.
+    """
+
+    mapping: Tensor
+    moments: Moments
+    mean: Tensor | None
 
 
 class _Reached(Exception):  # noqa: N818  not an error
@@ -44,7 +62,8 @@ def fitted_in_order(
 
     With rows x of a layer's dense inputs and x̂ of its inputs in the compressed model,
     A minimises ‖x − A x̂‖², and the chain approximates W A under the moments of x̂: the
-    best answer of its ranks to ‖W x − Ŵ x̂‖².
+    best answer of its ranks to ‖W x − Ŵ x̂‖². Where a bias makes up for means, rows are
+    taken less theirs, μ and μ̂, and the bias grows by W μ − Ŵ μ̂.
 
     Args:
         view: The unpacked dense model.
@@ -66,7 +85,7 @@ def fitted_in_order(
             found = _moments(view, student, step.layers, held, calls)
             root = roots.get(step.layers[0].name)
             if found is not None and root is not None:
-                found = found[0], found[1].weighing(root)
+                found = replace(found, moments=found.moments.weighing(root))
             made = chains_for(step, _asymmetric(found))
             modules = dict(surgery.named_modules(student))
             student = surgery.replace(
@@ -84,13 +103,9 @@ def _calls(view: nn.Module, names: Sequence[str], batch: Any) -> list[str]:
     def note(name: str) -> Callable[..., None]:
         return lambda *_: called.append(name)
 
-    handles = [modules[name].register_forward_pre_hook(note(name)) for name in names]
-    try:
-        with torch.no_grad(), measure.preserve_rng(), measure.evaluation(view):
-            run(view, batch)
-    finally:
-        for handle in handles:
-            handle.remove()
+    handles = (modules[name].register_forward_pre_hook(note(name)) for name in names)
+    with hooked(handles), torch.no_grad(), measure.preserve_rng(), measure.evaluation(view):
+        run(view, batch)
     return called
 
 
@@ -100,14 +115,15 @@ def _moments(
     layers: Sequence[Layer],
     held: Sequence[Any],
     calls: Sequence[int],
-) -> tuple[Tensor, Moments] | None:
-    """(A [groups, n, n], moments of x̂) over all calls of a site's layers.
+) -> _Found | None:
+    """What all calls of a site's layers tell.
 
     None if they are too wide, or never called; `calls` are those of each batch.
     """
     if layers[0].group_shape[0] > MAX_FEATURES:
         return None
-    sums = Sums()
+    sums, given, dense = Sums(), Centre(), Centre()
+    centred = all(centres(layer) for layer in layers)
     with torch.no_grad(), measure.evaluation(view), measure.evaluation(student):
         for batch, count in zip(held, calls, strict=True):
             if not count:
@@ -124,7 +140,10 @@ def _moments(
                     "their values; leave it out"
                 )
             for (layer, x), (_, y) in zip(wanted, found, strict=True):
-                sums.add(*(layer_inputs(layer, part, seed=sums.count) for part in (y, x)))
+                rows, targets = (layer_inputs(layer, part, seed=sums.count) for part in (y, x))
+                if centred:
+                    rows, targets = given.deviations(rows), dense.deviations(targets)
+                sums.add(rows, targets)
     if not sums.count:
         return None
     if not bool(sums.gram.isfinite().all() and sums.cross.isfinite().all()):
@@ -133,8 +152,15 @@ def _moments(
         )
     size = sums.gram.shape[-1]
     eye = torch.eye(size, dtype=torch.float64, device="cpu").expand(len(sums.gram), -1, -1)
-    moments = Moments(sums.gram / sums.count, size // layers[0].group_shape[0], sums.count)
-    return sums.solve(eye), moments
+    second, mean, dense_mean = sums.gram / sums.count, None, None
+    if centred:
+        second, mean, dense_mean = given.covariance(second), given.mean, dense.mean
+        sums.gram = sums.count * second
+        sums.cross -= sums.count * dense.offset[:, :, None] * given.offset[:, None, :]
+        still = second.diagonal(dim1=-2, dim2=-1) == 0  # constant x̂: nothing goes along with it
+        sums.cross.masked_fill_(still[:, None, :], 0.0)
+    moments = Moments(second, size // layers[0].group_shape[0], sums.count, mean)
+    return _Found(sums.solve(eye), moments, dense_mean)
 
 
 def _inputs(
@@ -153,31 +179,28 @@ def _inputs(
 
         return hook
 
-    handles = [
+    handles = (
         modules[x.name].register_forward_pre_hook(watch(x), with_kwargs=True) for x in layers
-    ]
-    try:
+    )
+    with hooked(handles), suppress(_Reached):
         run(model, batch)
-    except _Reached:
-        pass
-    finally:
-        for handle in handles:
-            handle.remove()
     return seen
 
 
-def _asymmetric(found: tuple[Tensor, Moments] | None) -> Any:
-    def fill(step: Step, chain: nn.Sequential, weight: Tensor) -> dict[str, Tensor]:
+def _asymmetric(found: _Found | None) -> Fill:
+    def fill(step: Step, chain: nn.Sequential, weight: Tensor) -> Filling:
         if found is None:
-            return step.method.prepare(weight).factors(step.decision.ranks)
-        mapping, moments = found
-        once = BasisCache(max_bytes=0)  # no other model has this weight
-        dense, mapping = weight.double(), mapping.to(weight.device)
+            return Filling(step.method.prepare(weight).factors(step.decision.ranks))
+        once, moments = BasisCache(max_bytes=0), found.moments  # no other model has this weight
+        dense, mapping = weight.double(), found.mapping.to(weight.device)
         if moments.pixels == math.prod(weight.shape[3:]):
             wanted = dense.flatten(2) @ mapping
         else:  # of a large kernel only channels are known: every pixel gets the same map
             wanted = torch.einsum("gsck,gcd->gsdk", dense.flatten(3), mapping)
         effective = wanted.reshape(weight.shape).to(weight.dtype)
-        return once.get(step.method, effective, moments).factors(step.decision.ranks)
+        factors = once.get(step.method, effective, moments).factors(step.decision.ranks)
+        if found.mean is None or moments.mean is None:
+            return Filling(factors)
+        return Filling(factors, (found.mean, moments.mean))
 
     return fill

@@ -7,11 +7,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from rankopt._model import surgery
 from rankopt._decompositions.base import Decomposition
 from rankopt._decompositions.cache import shared
+from rankopt._decompositions.rebuild import response
 from rankopt._utils.parallel import for_each, largest_first
 from rankopt._utils.progress import progress_bar
 from rankopt.errors import LayerError, PlanError, RegistryError
@@ -22,6 +24,7 @@ from rankopt.registry import decompositions
 
 __all__ = [
     "Fill",
+    "Filling",
     "Step",
     "build_chains",
     "chains_for",
@@ -42,7 +45,28 @@ class Step:
     modules: tuple[nn.Module, ...]
 
 
-Fill = Callable[[Step, nn.Sequential, Tensor], dict[str, Tensor]]
+@dataclass(frozen=True)
+class Filling:
+    """The values of a chain.
+
+    Args:
+        factors: By parameter name.
+        means: Of the inputs that the dense layer and the chain are given, [groups, n] each:
+            the chain's bias then gives its outputs the mean of the dense layer's. None leaves
+            the bias as it is.
+    """
+
+    factors: Mapping[str, Tensor]
+    means: tuple[Tensor, Tensor] | None = None
+
+    @classmethod
+    def of(cls, factors: Mapping[str, Tensor], moments: Moments | None) -> Filling:
+        """Factors made with moments of the inputs of both."""
+        mean = None if moments is None else moments.mean
+        return cls(factors, None if mean is None else (mean, mean))
+
+
+Fill = Callable[[Step, nn.Sequential, Tensor], Filling]
 
 
 def check_arguments(model: Any, plan: Any) -> None:
@@ -64,15 +88,15 @@ def chains_of(
     decision: Decision,
     layers: Sequence[Layer],
     modules: Sequence[nn.Module],
-    factors: Callable[[Decomposition, Sequence[int]], dict[str, Tensor]],
+    fill: Callable[[Decomposition, Sequence[int]], Filling],
 ) -> dict[str, nn.Module]:
-    """Layer name to the chain of one decision, its factors taken from `factors`.
+    """Layer name to the chain of one decision, its values taken from `fill`.
 
     Raises:
         PlanError: The decision does not fit the layers.
     """
     step = Step(decision, _method(decision, list(layers)), tuple(layers), tuple(modules))
-    return chains_for(step, lambda step, chain, weight: factors(step.method, decision.ranks))
+    return chains_for(step, lambda step, chain, weight: fill(step.method, decision.ranks))
 
 
 def steps_of(view: nn.Module, plan: RankPlan) -> list[Step]:
@@ -121,10 +145,11 @@ def _method(decision: Decision, layers: list[Layer]) -> Decomposition:
 
 
 def factoriser(moments: Mapping[str, Moments]) -> Fill:
-    def factorise(step: Step, chain: nn.Sequential, weight: Tensor) -> dict[str, Tensor]:
+    def factorise(step: Step, chain: nn.Sequential, weight: Tensor) -> Filling:
         check_weight(step.layers[0], weight)
         known = moments.get(step.layers[0].name)
-        return shared.get(step.method, weight, known).factors(step.decision.ranks)
+        factors = shared.get(step.method, weight, known).factors(step.decision.ranks)
+        return Filling.of(factors, known)
 
     return factorise
 
@@ -147,12 +172,23 @@ def chains_for(step: Step, fill: Fill) -> dict[str, nn.Module]:
     """The chains of one site's layers, sharing their factors."""
     chains: dict[str, nn.Module] = {}
     factors: dict[str, nn.Parameter] = {}
+    shift: Tensor | None = None
+    biases: dict[nn.Parameter, nn.Parameter] = {}
     for layer, module in zip(step.layers, step.modules, strict=True):
         chain = step.method.build(layer, step.decision.ranks)
         if not factors:
-            values = fill(step, chain, canonical_weight(module))
-            factors = _parameters(layer, chain, module, values)
+            weight = canonical_weight(module)
+            values = fill(step, chain, weight)
+            factors = _parameters(layer, chain, module, values.factors)
+            if values.means is not None:
+                shift = _shift(step, weight, factors, values.means)
         _install(chain, module, factors)
+        if shift is not None:
+            bias: Any = module.bias
+            if bias not in biases:  # layers may share it
+                moved = (bias.detach() + shift.to(bias.device)).to(bias.dtype)
+                biases[bias] = nn.Parameter(moved, requires_grad=bias.requires_grad)
+            chain[-1]._parameters["bias"] = biases[bias]
         factors = factors or {
             name: parameter
             for name, parameter in chain.named_parameters()
@@ -163,7 +199,7 @@ def chains_for(step: Step, fill: Fill) -> dict[str, nn.Module]:
 
 
 def _parameters(
-    layer: Layer, chain: nn.Sequential, module: Any, values: dict[str, Tensor]
+    layer: Layer, chain: nn.Sequential, module: Any, values: Mapping[str, Tensor]
 ) -> dict[str, nn.Parameter]:
     """Factors as parameters like the dense weight: dtype, device, memory format, grad."""
     weight: Tensor = module.weight
@@ -186,6 +222,16 @@ def _parameters(
         cast = cast.contiguous(memory_format=surgery.memory_format_of(weight, cast))
         parameters[name] = nn.Parameter(cast, requires_grad=weight.requires_grad)
     return parameters
+
+
+def _shift(
+    step: Step, weight: Tensor, factors: Mapping[str, Tensor], means: tuple[Tensor, Tensor]
+) -> Tensor:
+    """Wμ − Ŵμ̂ [out] in float64, Ŵ being the factors as rounded to the layer's precision."""
+    dense, chained = means
+    wanted = torch.einsum("gsn,gn->gs", weight.to(dense).flatten(2), dense).flatten()
+    exact = {name: factor.detach().to(chained) for name, factor in factors.items()}
+    return wanted - response(step.method, step.layers[0], step.decision.ranks, exact, chained)
 
 
 def _install(chain: nn.Sequential, module: Any, factors: dict[str, nn.Parameter]) -> None:

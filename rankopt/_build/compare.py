@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import nn
 from rankopt._model import measure, surgery
 from rankopt._build.apply import unpacked_clone
 from rankopt._timing.conditions import conditions
-from rankopt._model.metric import metric_of
+from rankopt._model.metric import Evaluate, metric_of
 from rankopt.errors import CalibrationError, ModelError
 from rankopt._model.inputs import (
     class_dim,
@@ -79,19 +79,17 @@ class Comparison:
         """In plain words, whether the compressed model is faster."""
         ratio = self.latency_ratio
         if ratio is None:
-            return (
-                "latency was not measured: pass example_inputs (in the shell --input 1,3,224,224)"
-            )
+            return "latency was not measured: pass example_inputs"
+        noise = "; the machine is noisy, measure again with more rounds" if ratio.noisy else ""
         if ratio.low <= 1 <= ratio.high:
-            noise = "; the machine is noisy, measure again with more rounds" if ratio.noisy else ""
             return f"no faster and no slower than the original, as far as measured{noise}"
         if ratio.high < 1:
-            return f"{1 / ratio.median:.2f}x as fast as the original"
+            return f"{1 / ratio.median:.2f}x as fast as the original{noise}"
         less = ", although it computes less" * (self.macs is not None and self.macs.ratio < 1)
         return (
             f"slower than the original: it takes {ratio.median:.2f} times as long{less}; keep the "
             "original where speed is what counts, or search under a budget on time, such as "
-            "'latency<=90%'"
+            f"'latency<=90%'{noise}"
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -110,7 +108,7 @@ def compare(
     compressed: nn.Module,
     *,
     example_inputs: Any = None,
-    evaluate: Callable[[nn.Module], float] | None = None,
+    evaluate: Evaluate | None = None,
     rounds: int = 30,
     mode: Mode = "inference",
     cuda_graph: bool = False,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Sequence
 from functools import cached_property
 from typing import Any, Final
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from rankopt._model import measure, surgery
-from rankopt.errors import CalibrationError, RankoptWarning
+from rankopt.errors import CalibrationError, warn
 from rankopt._model.inputs import affordable, divergence, run
 from rankopt._calibration.batchnorm import has_norms, norm_statistics, recalibrate
 
@@ -86,12 +85,9 @@ class NormSettler:
                     candidates.append((moved(), state()))
             least, best = min(candidates, key=lambda candidate: candidate[0])
             if math.isinf(least):
-                warnings.warn(
+                warn(
                     f"outputs of {type(result).__name__} change their shape with the weights, so "
-                    "BatchNorm statistics cannot be compared: those of the dense model stay",
-                    RankoptWarning,
-                    stacklevel=3,
-                )
+                    "BatchNorm statistics cannot be compared: those of the dense model stay")
             for name, value in buffers.items():
                 value.copy_(best[name])
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from rankopt._merging import join as merging
 from rankopt._model import surgery
 from rankopt._build.apply import check_structure, placed, swap, unpack_for
-from rankopt._build.chains import Fill, Step, build_chains, factoriser, steps_of
+from rankopt._build.chains import Fill, Filling, Step, build_chains, factoriser, steps_of
 from rankopt._build.provenance import remember_plan
 from rankopt._calibration.moments import Moments
 from rankopt.plan import Decision, RankPlan
@@ -65,7 +65,7 @@ def build_empty(model: nn.Module, plan: RankPlan) -> nn.Module:
 
     view = unpack_for(surgery.clone(source, substitute=empty), plan)
     check_structure(source, plan)
-    result = _emptied(view, plan, lambda step, chain, weight: {})
+    result = _emptied(view, plan, lambda step, chain, weight: Filling({}))
     remember_plan(result, plan)
     return result
 
@@ -73,12 +73,14 @@ def build_empty(model: nn.Module, plan: RankPlan) -> nn.Module:
 def _made_by(make: Callable[[torch.Size], Tensor]) -> Fill:
     """Factors that know nothing but their shape."""
 
-    def fill(step: Step, chain: nn.Sequential, weight: Tensor) -> dict[str, Tensor]:
-        return {
-            name: make(parameter.shape)
-            for name, parameter in chain.named_parameters()
-            if name.endswith("weight")
-        }
+    def fill(step: Step, chain: nn.Sequential, weight: Tensor) -> Filling:
+        return Filling(
+            {
+                name: make(parameter.shape)
+                for name, parameter in chain.named_parameters()
+                if name.endswith("weight")
+            }
+        )
 
     return fill
 
@@ -107,9 +109,9 @@ def build_with_factors(
     """The same with given factors, by the name of a site's first layer; None for any."""
     plain = factoriser({})
 
-    def fill(step: Step, chain: nn.Sequential, weight: Tensor) -> dict[str, Tensor]:
+    def fill(step: Step, chain: nn.Sequential, weight: Tensor) -> Filling:
         given = factors.get(step.layers[0].name)
-        return plain(step, chain, weight) if given is None else dict(given)
+        return plain(step, chain, weight) if given is None else Filling(given)
 
     return _built(view, decisions, fill)
 

@@ -48,6 +48,7 @@ def recalibrate(
 
     Raises:
         CalibrationError: It is empty, or no iterable of inputs.
+        ModelError: `model` or `teacher` is no module.
 
     Example:
         >>> net = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8))
@@ -55,6 +56,8 @@ def recalibrate(
         1
     """
     surgery.check_model(model)
+    if teacher is not None:
+        surgery.check_model(teacher, "teacher")
     norms = _norms_of(model)
     if not norms:
         return 0

@@ -13,8 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rankopt._calibration.moments import Moments
+from rankopt._calibration.moments import Centre, Moments
 from rankopt._model import measure, surgery
+from rankopt._model.hooks import hooked
 from rankopt._model.inputs import MAX_SAMPLES, batches, hold, run
 from rankopt._model.layers import Layer
 from rankopt._utils.memory import give_back
@@ -22,6 +23,7 @@ from rankopt._utils.progress import progress_bar
 from rankopt.errors import CalibrationError
 
 __all__ = [
+    "centres",
     "channel_rows",
     "collect",
     "in_passes",
@@ -58,7 +60,9 @@ def collect(
     max_samples: int | None = MAX_SAMPLES,
     progress: bool | None = None,
 ) -> dict[str, Moments]:
-    """Second moments of the inputs of `layers`, in eval mode.
+    """Second moments of the inputs of `layers`, in eval mode; about the mean for some.
+
+    Which these are is said by `centres`.
 
     Args:
         model: An unpacked clone whose modules the layers name.
@@ -113,6 +117,21 @@ def features(layer: Layer) -> int:
     return per_group * pixels if per_group * pixels <= MAX_PATCH else per_group
 
 
+def centres(layer: Layer) -> bool:
+    """Whether the bias of a layer makes up for the mean of its inputs, so that factors need not.
+
+    So it does where one mean is that of every position: in linear layers and in convolutions
+    without padding whose patches are known in full. Layers without a bias get none: their
+    factors answer for the mean themselves.
+    """
+    whole = features(layer) == layer.group_shape[0] * math.prod(layer.kernel)
+    if isinstance(layer.padding, str):
+        padded = layer.padding == "same" and not layer.pointwise
+    else:
+        padded = any(layer.padding)
+    return layer.own_bias and whole and not padded
+
+
 def _collected(
     model: nn.Module,
     layers: Sequence[Layer],
@@ -122,6 +141,7 @@ def _collected(
 ) -> dict[str, Moments]:
     """Moments of some layers from one pass."""
     modules = dict(surgery.named_modules(model))
+    means = {layer.name: Centre() for layer in layers if centres(layer)}
     sums: dict[str, Tensor] = {}
     counts: dict[str, int] = {}
     pending: dict[str, list[Tensor]] = {}
@@ -132,6 +152,8 @@ def _collected(
             return
         parts = pending.pop(name)
         rows = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+        if name in means:
+            rows = means[name].deviations(rows)
         # Products in the model's own precision, summed in float64.
         product = rows.mT @ rows
         if name in sums:
@@ -151,17 +173,13 @@ def _collected(
 
         return hook
 
-    handles = [
+    handles = (
         modules[x.name].register_forward_pre_hook(watch(x), with_kwargs=True) for x in layers
-    ]
-    try:
-        with torch.no_grad(), measure.preserve_rng(), measure.evaluation(model):
-            for inputs, _ in batches(model, data, max_samples=max_samples):
-                run(model, inputs)
-                advance()
-    finally:
-        for handle in handles:
-            handle.remove()
+    )
+    with hooked(handles), torch.no_grad(), measure.preserve_rng(), measure.evaluation(model):
+        for inputs, _ in batches(model, data, max_samples=max_samples):
+            run(model, inputs)
+            advance()
     found = {}
     for layer in layers:
         if not counts.get(layer.name):  # never called, or with nothing: an idle expert
@@ -173,8 +191,12 @@ def _collected(
                 f"layer {layer.name}: its inputs on the calibration data are not finite; check "
                 "the data for NaN, and layers before it in half precision for overflow"
             )
-        channels = layer.group_shape[0]
-        found[layer.name] = Moments(second, second.shape[-1] // channels, counts[layer.name])
+        mean = None
+        if layer.name in means:
+            centre = means[layer.name]
+            second, mean = centre.covariance(second), centre.mean
+        pixels = second.shape[-1] // layer.group_shape[0]
+        found[layer.name] = Moments(second, pixels, counts[layer.name], mean)
     return found
 
 

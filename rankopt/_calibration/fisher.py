@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_map
 
 from rankopt._calibration.collect import channel_rows, in_passes
 from rankopt._model import measure, surgery
+from rankopt._model.hooks import hooked
 from rankopt._model.inputs import class_dim, compared, run, scores_classes
 from rankopt._model.layers import Layer
 from rankopt._utils.memory import give_back
@@ -115,20 +116,21 @@ def _moments(
 
         return hook
 
-    handles = [
+    handles = (
         modules[layer.name].register_forward_hook(watch(layer, group[0].name))
         for group in groups
         for layer in group
-    ]
+    )
     generator, backward = torch.Generator().manual_seed(0), False
-    try:
-        with torch.enable_grad(), measure.preserve_rng(), measure.evaluation(model):
-            for inputs in held:
-                backward |= _probe(model, _detached(inputs), generator)
-                tick()
-    finally:
-        for handle in handles:
-            handle.remove()
+    with (
+        hooked(handles),
+        torch.enable_grad(),
+        measure.preserve_rng(),
+        measure.evaluation(model),
+    ):
+        for inputs in held:
+            backward |= _probe(model, _detached(inputs), generator)
+            tick()
     for name, second in sums.items():
         if not bool(second.isfinite().all()):
             raise CalibrationError(

@@ -15,10 +15,12 @@ from torch import Tensor
 from rankopt._model.measure import tensor_digest
 from rankopt.errors import CalibrationError
 
-__all__ = ["DAMPING", "Moments", "damped_root", "pool"]
+__all__ = ["DAMPING", "Centre", "Moments", "damped_root", "pool"]
 
 # Share of the mean eigenvalue added to a moment matrix, so that it can be inverted.
 DAMPING: Final = 1e-6
+# Standard deviations up to so many roundings of the mean are those of constant inputs.
+ROUNDINGS: Final = 16
 # Larger matrices are kept on disk: those of more than 362 features, in float64.
 SPILL_BYTES: Final = 2**20
 # What is derived from matrices above this is derived anew: the disk has its limits too.
@@ -29,19 +31,23 @@ class Moments:
     """Second moments E[x xᵀ] of what a layer's weight is multiplied with.
 
     The output error of an approximate weight is ‖(W − Ŵ)S‖ for any root S of the
-    moments, E[x xᵀ] = SSᵀ (arXiv 2403.07378). Matrices above `SPILL_BYTES` lie in an
-    unnamed temporary file and are read whenever asked for, so that a model's moments need
-    not fit into memory at once; what is derived from them lies there up to `KEPT_BYTES`.
+    moments, E[x xᵀ] = SSᵀ (arXiv 2403.07378). Where the mean μ is known they are those of
+    x − μ, the covariance: a bias of b + (W − Ŵ)μ leaves just that error.
+
+    Matrices above `SPILL_BYTES` lie in an unnamed temporary file and are read whenever
+    asked for, so that a model's moments need not fit into memory at once; what is derived
+    from them lies there up to `KEPT_BYTES`.
 
     Args:
         second: [groups, n, n] in float64. n is in/groups times the kernel's
             pixels (patches, channel-major) or in/groups alone (channels).
         pixels: Kernel pixels a patch spans; 1 where only channels are known.
         count: Positions averaged over.
+        mean: μ [groups, n] in float64, if `second` is the covariance.
     """
 
-    def __init__(self, second: Tensor, pixels: int, count: int) -> None:
-        self.pixels, self.count = pixels, count
+    def __init__(self, second: Tensor, pixels: int, count: int, mean: Tensor | None = None) -> None:
+        self.pixels, self.count, self.mean = pixels, count, mean
         self.shape = tuple(second.shape)
         self._derived: dict[str, Any] = {}
         self._file = _File()
@@ -73,7 +79,7 @@ class Moments:
 
     @property
     def second(self) -> Tensor:
-        """E[x xᵀ], [groups, n, n]."""
+        """E[x xᵀ], or the covariance where there is a `mean`: [groups, n, n]."""
         return self._stored.read() if isinstance(self._stored, Spilled) else self._stored
 
     @property
@@ -201,12 +207,65 @@ class Spilled:
         return read.reshape(groups, stop - start, columns).to(self._device)
 
 
+class Centre:
+    """The mean of rows that come in parts, and the rows' distance from a point near it.
+
+    Squares of the distances lose no digits to a mean that is large beside them.
+    """
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._point: Any = 0.0
+        self._total: Any = 0.0
+
+    def deviations(self, rows: Tensor) -> Tensor:
+        """Rows [groups, positions, n] less the mean of the first that came; they are counted."""
+        if not self.count:
+            self._point = rows.mean(dim=1, keepdim=True)
+        rows = rows - self._point
+        self._total = self._total + rows.sum(dim=1).double()
+        self.count += rows.shape[1]
+        return rows
+
+    @property
+    def offset(self) -> Tensor:
+        """Mean of all deviations so far, [groups, n] in float64."""
+        offset: Tensor = self._total / self.count
+        return offset
+
+    @property
+    def mean(self) -> Tensor:
+        """Mean of all rows so far, [groups, n] in float64."""
+        mean: Tensor = self._point[:, 0].double() + self.offset
+        return mean
+
+    def covariance(self, squares: Tensor) -> Tensor:
+        """The covariance from the mean E[d dᵀ] of the deviations, [groups, n, n] in float64."""
+        found = squares - self.offset[:, :, None] * self.offset[:, None, :]
+        # What is constant has no variance but rounding, which no root can be taken of.
+        rounding = ROUNDINGS * torch.finfo(self._point.dtype).eps
+        least = (rounding * self._point[:, 0].double()).square()
+        still = found.diagonal(dim1=-2, dim2=-1) <= least
+        return found.masked_fill(still[:, :, None] | still[:, None, :], 0.0)
+
+
 def pool(parts: Sequence[Moments]) -> Moments:
-    """The moments over all the inputs that several layers with one weight see."""
+    """The moments over all the inputs that several layers with one weight see.
+
+    They are centred if those of every layer are.
+    """
+    if len(parts) == 1:
+        return parts[0]
     count = sum(part.count for part in parts)
-    second = sum((part.second * (part.count / count) for part in parts[1:]),
-                 start=parts[0].second * (parts[0].count / count))  # fmt: skip
-    return Moments(second, parts[0].pixels, count)
+    known = [part.count / count * part.mean for part in parts if part.mean is not None]
+    centre = torch.stack(known).sum(dim=0) if len(known) == len(parts) else None
+    second = torch.zeros_like(parts[0].second)
+    for part in parts:
+        second += part.count / count * part.second
+        if part.mean is not None:
+            away = part.mean if centre is None else part.mean - centre
+            second += part.count / count * away[:, :, None] * away[:, None, :]
+    return Moments(second, parts[0].pixels, count, centre)
 
 
 def damped_root(second: Tensor) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -13,7 +12,7 @@ from rankopt._calibration.fisher import output_roots
 from rankopt._calibration.moments import Moments, pool
 from rankopt._model.inputs import digest
 from rankopt._model.layers import Layer, find_layers
-from rankopt.errors import RankoptWarning
+from rankopt.errors import warn
 from rankopt.plan import MERGE, RankPlan
 
 __all__ = ["collect_for", "moments_for", "weigh"]
@@ -28,11 +27,9 @@ def moments_for(
         return {}
     found = digest(held)
     if any(decision.factors.digest != found for decision in aware):
-        warnings.warn(
+        warn(
             "the calibration inputs are not those the plan was made with: ranks are applied, the "
-            "errors it states do not hold",
-            RankoptWarning,
-            stacklevel=4,
+            "errors it states do not hold"
         )
     layers = {name: layer for layer in find_layers(view) for name in layer.names}
     aware = [d for d in aware if d.method != MERGE and not d.factors.asymmetric]

@@ -7,9 +7,11 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from rankopt._calibration.collect import channel_rows, patches, split_batch
 from rankopt._model import measure
+from rankopt._model.hooks import hooked
 from rankopt._model.inputs import run
 from rankopt._model.layers import Layer
 from rankopt._utils.progress import progress_bar
@@ -77,19 +79,20 @@ def put(weight: Tensor, values: Tensor, layer: Layer) -> None:
 
 
 def run_watched(
-    view: nn.Module, held: Sequence[Any], handles: Iterable[Any], *, progress: bool | None = None
+    view: nn.Module,
+    held: Sequence[Any],
+    handles: Iterable[RemovableHandle],
+    *,
+    progress: bool | None = None,
 ) -> None:
     """Run calibration batches through a model whose hooks do the sums; then remove these."""
-    try:
-        with (
-            torch.no_grad(),
-            measure.preserve_rng(),
-            measure.evaluation(view),
-            progress_bar("fitting merges", len(held), enabled=progress) as advance,
-        ):
-            for inputs in held:
-                run(view, inputs)
-                advance()
-    finally:
-        for handle in handles:
-            handle.remove()
+    with (
+        hooked(handles),
+        torch.no_grad(),
+        measure.preserve_rng(),
+        measure.evaluation(view),
+        progress_bar("fitting merges", len(held), enabled=progress) as advance,
+    ):
+        for inputs in held:
+            run(view, inputs)
+            advance()

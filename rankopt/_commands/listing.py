@@ -6,6 +6,7 @@ import argparse
 from dataclasses import is_dataclass
 from typing import Any
 
+from rankopt._commands.options import add_command
 from rankopt._utils.strict_json import strict_json
 from rankopt.errors import RankoptError
 
@@ -19,11 +20,27 @@ def add_listing(commands: Any, common: argparse.ArgumentParser) -> None:
         commands: From `argparse.ArgumentParser.add_subparsers`.
         common: Options of every command.
     """
-    strategies = commands.add_parser("strategies", parents=[common], help="what is installed")
+    strategies = add_command(
+        commands, "strategies", parents=[common],
+        summary="list the strategies and their settings",
+        description="List the installed strategies of `rankopt search`: what each does and needs, "
+        "and its settings with their defaults, for --set.",
+        examples=("rankopt strategies", "rankopt strategies --json"),
+    )  # fmt: skip
     strategies.set_defaults(run=_strategies)
 
-    demo = commands.add_parser("demo", parents=[common], help="compress a network on real digits")
-    demo.add_argument("--output", metavar="FOLDER", help="keep plan and weights there")
+    demo = add_command(
+        commands, "demo", parents=[common],
+        summary="train a small network on handwritten digits and compress it",
+        description="Train a small residual network on scikit-learn's handwritten digits, halve "
+        "its MACs by every strategy, and compare accuracy, size and time. Takes about a minute "
+        "on a CPU; nothing is downloaded.",
+        examples=("rankopt demo", "rankopt demo --output digits"),
+    )  # fmt: skip
+    demo.add_argument(
+        "--output", metavar="FOLDER",
+        help="folder to keep the best plan and its weights in (default: none are kept)",
+    )  # fmt: skip
     demo.set_defaults(run=_demo)
 
 

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from rankopt._commands.options import (
+    add_command,
     calibration_option,
+    evaluate_option,
     function,
     made,
     model_and_inputs,
@@ -17,6 +19,7 @@ from rankopt._commands.options import (
 from rankopt._commands.searching import search_options, search_settings
 from rankopt._utils.strict_json import strict_json
 from rankopt.errors import RankoptError
+from rankopt.training.schedules import FREEZING
 
 __all__ = ["add_pipeline"]
 
@@ -31,36 +34,97 @@ def add_pipeline(
         common: Options of every command.
         model: Options that name a model.
     """
-    compress = commands.add_parser(
-        "compress", parents=[model], help="search, apply, recover, fine-tune, verify, save"
-    )
-    compress.add_argument("--budget", help="such as 'macs<=50%%'")
-    search_options(compress)
+    _add_compress(commands, model)
+    _add_report(commands, common)
+
+
+def _add_compress(commands: Any, model: argparse.ArgumentParser) -> None:
+    compress = add_command(
+        commands, "compress", parents=[model],
+        summary="search, apply, recover, fine-tune, verify and save in one run",
+        description="Compress a model from start to end: search a plan under the budget, apply "
+        "it, recover without labels, fine-tune with --train, verify the result and save it. "
+        "Stages whose data is missing are left out.",
+        examples=(
+            "rankopt compress nets.py:build --weights net.pt --input 1,3,32,32 --budget 'macs<=50%'"
+            " --train data.py:train --evaluate data.py:accuracy --folder run -o small.safetensors",
+            "rankopt compress torchvision:resnet18 --weights DEFAULT --budget 'macs<=60%' "
+            "--calibration data.py:inputs -o small.safetensors",
+        ),
+    )  # fmt: skip
     compress.add_argument(
-        "--train", metavar="FILE.py:CALLABLE", help="makes the labelled batches or DataLoader"
+        "--budget",
+        help="bounds on the whole model, such as 'macs<=50%%' or 'params<=40%%, latency<=70%%' "
+        "(default: the strategy decides how much to compress)",
     )
-    calibration_option(compress, "makes unlabelled inputs; else --train's")
-    compress.add_argument("--evaluate", metavar="FILE.py:CALLABLE", help="metric of a model")
-    compress.add_argument("--recover", type=float, metavar="SECONDS", help="0 leaves it out")
-    compress.add_argument("--epochs", type=int, metavar="N", help="of fine-tuning; 0 for none")
-    compress.add_argument("--learning-rate", type=float, metavar="RATE")
-    compress.add_argument("--freezing", help="none, fixed or sequential (default)")
-    compress.add_argument("--rounds", type=int, default=1, metavar="N", help="steps to the budget")
-    compress.add_argument("--folder", metavar="FOLDER", help="work folder, to go on from")
-    compress.add_argument("-o", "--output", metavar="OUT.safetensors", required=True)
+    compress.add_argument(
+        "-o", "--output", metavar="OUT.safetensors", required=True,
+        help="file to write the compressed model to",
+    )  # fmt: skip
+    compress.add_argument(
+        "--folder", metavar="FOLDER",
+        help="directory for checkpoints; rerun the same command to resume (default: none are kept)",
+    )  # fmt: skip
+    compress.add_argument(
+        "--train", metavar="FILE.py:CALLABLE",
+        help="a function that returns the labelled training data, a DataLoader or a list of "
+        "(inputs, labels) batches; without it there is no fine-tuning",
+    )  # fmt: skip
+    calibration_option(compress, "for search and recovery (default: --train's inputs)")
+    evaluate_option(compress, "shown after each stage; needed for budgets on metric_drop")
+    compress.add_argument(
+        "--rounds", type=int, default=1, metavar="N",
+        help="reach the budget in N compress-and-train rounds (default 1)",
+    )  # fmt: skip
+    search_options(compress)
+    training = compress.add_argument_group("training options")
+    training.add_argument(
+        "--recover", type=float, metavar="SECONDS",
+        help="seconds of label-free training after apply (default 60; 0 disables)",
+    )  # fmt: skip
+    training.add_argument(
+        "--epochs", type=int, metavar="N",
+        help="fine-tuning epochs (default 10; 0 disables fine-tuning)",
+    )  # fmt: skip
+    training.add_argument(
+        "--learning-rate", type=float, metavar="RATE",
+        help="peak learning rate of fine-tuning (default 1e-3)",
+    )  # fmt: skip
+    training.add_argument(
+        "--freezing", choices=tuple(FREEZING),
+        help="which factors fine-tuning freezes: none; fixed, the first of a pair or the outer "
+        "ones around a core, throughout; sequential, one half in even epochs and the other in odd "
+        "ones (default sequential)",
+    )  # fmt: skip
     compress.set_defaults(run=_compress)
 
-    report = commands.add_parser(
-        "report", parents=[common], help="show plans and runs, as tables or one HTML page"
-    )
+
+def _add_report(commands: Any, common: argparse.ArgumentParser) -> None:
+    report = add_command(
+        commands, "report", parents=[common],
+        summary="show a plan as a table, or plans and runs as an HTML page",
+        description="Print a plan as a table, or write plans, compressed models and training runs "
+        "to one HTML page that needs no network.",
+        examples=(
+            "rankopt report plan.json",
+            "rankopt report run -o report.html",
+            "rankopt report plan.json finetuned/record.jsonl -o report.html",
+        ),
+    )  # fmt: skip
     report.add_argument(
-        "sources",
-        nargs="+",
-        metavar="PLAN|RUN",
-        help="plan; with -o also checkpoint, record.jsonl, or the folder of finetune or compress",
-    )
-    report.add_argument("-o", "--output", metavar="REPORT.html", help="the page to write")
-    report.add_argument("--plot", metavar="FILE.html", help="draw how the ranks moved (plotly)")
+        "sources", nargs="+", metavar="PLAN|RUN",
+        help="a plan (.json); with -o also compressed models (.safetensors), record.jsonl of a "
+        "training, and folders of `rankopt compress --folder` or rankopt.finetune",
+    )  # fmt: skip
+    report.add_argument(
+        "-o", "--output", metavar="REPORT.html",
+        help="HTML page to write (default: the plan is printed)",
+    )  # fmt: skip
+    report.add_argument(
+        "--plot", metavar="FILE.html",
+        help="draw how the ranks of a relaxed search moved to this file (needs plotly; default: "
+        "none)",
+    )  # fmt: skip
     report.set_defaults(run=_report)
 
 

@@ -1,24 +1,30 @@
-"""``rankopt search``, ``apply``, ``compare`` and ``profile``."""
+"""``rankopt search``, ``apply``, ``recover``, ``compare`` and ``profile``."""
 
 from __future__ import annotations
 
 import argparse
-import warnings
+from dataclasses import asdict
 from typing import Any
 
 from rankopt._commands.options import (
+    add_command,
     calibration_option,
     check_output,
+    evaluate_option,
     function,
     give_plan,
     made,
     model_and_inputs,
+    option_hint,
+    placed,
+    table,
     timing,
     timing_options,
 )
 from rankopt._commands.searching import search_options, search_settings
+from rankopt._timing.profile_table import ROUNDS
 from rankopt._utils.strict_json import strict_json
-from rankopt.errors import RankoptError, RankoptWarning
+from rankopt.errors import RankoptError, warn
 
 __all__ = ["add_plans"]
 
@@ -30,39 +36,161 @@ def add_plans(commands: Any, model: argparse.ArgumentParser) -> None:
         commands: From `argparse.ArgumentParser.add_subparsers`.
         model: Options that name a model.
     """
-    search = commands.add_parser("search", parents=[model], help="choose ranks, write a plan")
-    search.add_argument("--budget", help="such as 'macs<=50%%'; left out, the strategy decides")
-    search_options(search)
-    search.add_argument("--timeout", type=float, metavar="SECONDS")
+    _add_search(commands, model)
+    _add_apply(commands, model)
+    _add_recover(commands, model)
+    _add_compare(commands, model)
+    _add_profile(commands, model)
+
+
+def _add_search(commands: Any, model: argparse.ArgumentParser) -> None:
+    search = add_command(
+        commands, "search", parents=[model],
+        summary="choose ranks under a budget and write a plan",
+        description="Choose for each layer whether to decompose it, how, and at which rank, so "
+        "that the whole model keeps to a budget. The plan is printed, and written with -o; the "
+        "model is not changed.",
+        examples=(
+            "rankopt search torchvision:resnet18 --weights DEFAULT --budget 'macs<=50%' "
+            "-o plan.json",
+            "rankopt search nets.py:build --weights net.pt --input 1,3,32,32 --budget 'params<=40%'"
+            " --calibration data.py:inputs --fisher -o plan.json",
+            "rankopt search nets.py:build --weights net.pt --input 8,3,32,32 --budget "
+            "'latency<=70%' -o plan.json",
+        ),
+    )  # fmt: skip
     search.add_argument(
-        "--evaluate", metavar="FILE.py:CALLABLE", help="metric of a model, for metric_drop budgets"
+        "--budget",
+        help="bounds on the whole model, separated by commas, such as 'macs<=50%%', 'params<=40%%, "
+        "latency<=70%%', 'latency_ms<=8' or 'metric_drop<=0.01, minimize=macs' (default: the "
+        "strategy decides how much to compress)",
     )
-    calibration_option(search, "makes unlabelled inputs, for better ranks and factors")
-    timing_options(search)
-    search.add_argument("-o", "--output", metavar="PLAN.json", help="where to write the plan")
+    search.add_argument(
+        "-o", "--output", metavar="PLAN.json", help="file to write the plan to (default: none)"
+    )
+    search.add_argument(
+        "--timeout", type=float, metavar="SECONDS",
+        help="give up after this many seconds (default: no limit)",
+    )  # fmt: skip
+    evaluate_option(search, "for budgets on metric_drop and the strategy optuna")
+    calibration_option(search, "ranks and factors then follow the layers' outputs on them")
+    search_options(search)
+    timing_options(search, cached=True)
     search.set_defaults(run=_search)
 
-    apply = commands.add_parser("apply", parents=[model], help="carry out a plan")
-    apply.add_argument("plan", metavar="PLAN.json")
-    apply.add_argument("-o", "--output", metavar="OUT.safetensors", required=True)
-    calibration_option(apply, "makes the inputs that the plan was made with")
+
+def _add_apply(commands: Any, model: argparse.ArgumentParser) -> None:
+    apply = add_command(
+        commands, "apply", parents=[model],
+        summary="build the compressed model of a plan and save it",
+        description="Decompose the layers of MODEL as a plan says and save the compressed model "
+        "with its plan.",
+        examples=(
+            "rankopt apply torchvision:resnet18 plan.json --weights DEFAULT -o small.safetensors",
+        ),
+    )  # fmt: skip
+    apply.add_argument("plan", metavar="PLAN.json", help="the plan, from `rankopt search`")
+    apply.add_argument(
+        "-o", "--output", metavar="OUT.safetensors", required=True,
+        help="file to write the compressed model to",
+    )  # fmt: skip
+    calibration_option(apply, "those that the plan was made with; needed if it was")
     apply.set_defaults(run=_apply)
 
-    compare = commands.add_parser("compare", parents=[model], help="count and time a result")
-    compare.add_argument("artefact", metavar="ARTEFACT", help="from `rankopt apply`, or a plan")
-    compare.add_argument("--evaluate", metavar="FILE.py:CALLABLE", help="metric of a model")
-    compare.add_argument("--rounds", type=int, default=30, help="timing rounds")
-    calibration_option(compare, "makes the inputs that a plan was made with")
+
+def _add_recover(commands: Any, model: argparse.ArgumentParser) -> None:
+    recover = add_command(
+        commands, "recover", parents=[model],
+        summary="train a compressed model towards the original's outputs, without labels",
+        description="Train a compressed model for a fixed time to give the outputs of MODEL on "
+        "unlabelled inputs, and save it. Inputs held out measure what was gained; if that is "
+        "nothing, the weights stay as they were.",
+        examples=(
+            "rankopt recover nets.py:build small.safetensors --weights net.pt --calibration "
+            "data.py:inputs --seconds 120 -o recovered.safetensors",
+        ),
+    )  # fmt: skip
+    recover.add_argument(
+        "artefact", metavar="COMPRESSED", help="compressed model, from `rankopt apply`"
+    )
+    recover.add_argument(
+        "-o", "--output", metavar="OUT.safetensors", required=True,
+        help="file to write the recovered model to",
+    )  # fmt: skip
+    calibration_option(recover, "15/16 are trained on, the rest measure", required=True)
+    recover.add_argument(
+        "--seconds", type=float, default=60.0, metavar="SECONDS",
+        help="how long to train, in seconds (default 60)",
+    )  # fmt: skip
+    recover.add_argument(
+        "--batch-size", type=int, default=64, metavar="N", help="samples per step (default 64)"
+    )
+    recover.add_argument(
+        "--learning-rate", type=float, metavar="RATE",
+        help="Adam's at the start (default 1e-3 for models with BatchNorm, else 3e-4)",
+    )  # fmt: skip
+    recover.set_defaults(run=_recover)
+
+
+def _add_compare(commands: Any, model: argparse.ArgumentParser) -> None:
+    compare = add_command(
+        commands, "compare", parents=[model],
+        summary="measure a compressed model against the original",
+        description="Count parameters, memory and MACs of both models, time them in turns on this "
+        "machine, and compare their outputs and, with --evaluate, their metric.",
+        examples=(
+            "rankopt compare torchvision:resnet18 small.safetensors --weights DEFAULT",
+            "rankopt compare nets.py:build plan.json --weights net.pt --input 8,3,32,32 "
+            "--evaluate data.py:accuracy",
+        ),
+    )  # fmt: skip
+    compare.add_argument(
+        "artefact", metavar="ARTEFACT",
+        help="compressed model (.safetensors), or a plan (.json) to build it by",
+    )  # fmt: skip
+    evaluate_option(compare, "called with both models")
+    compare.add_argument(
+        "--rounds", type=int, default=30, metavar="N",
+        help="how often each model is timed (default 30)",
+    )  # fmt: skip
+    calibration_option(compare, "those that a plan was made with; needed if it was")
     timing_options(compare)
     compare.set_defaults(run=_compare)
 
-    profile = commands.add_parser("profile", parents=[model], help="time a layer against rank")
-    profile.add_argument("--layer", required=True, metavar="NAME", help="full module name")
-    profile.add_argument("--method", help="decomposition; the first that applies if left out")
-    profile.add_argument("--ranks", metavar="R,R,...|FIRST:LAST[:STEP]", help="which to time")
-    profile.add_argument("--rounds", type=int, default=None, help="interleaved rounds")
-    timing_options(profile)
-    profile.add_argument("--plot", metavar="FILE.html", help="draw time against rank (plotly)")
+
+def _add_profile(commands: Any, model: argparse.ArgumentParser) -> None:
+    profile = add_command(
+        commands, "profile", parents=[model],
+        summary="measure the time of one layer at many ranks",
+        description="Time a layer of MODEL as it is and decomposed at many ranks, on the input it "
+        "gets in the model, to see which ranks are fast on this machine.",
+        examples=(
+            "rankopt profile torchvision:resnet18 --layer layer4.0.conv1",
+            "rankopt profile nets.py:build --input 8,3,32,32 --layer 0 --method svd "
+            "--ranks 8:128:8 --plot times.html",
+        ),
+    )  # fmt: skip
+    profile.add_argument(
+        "--layer", required=True, metavar="NAME", help="full module name, such as layer4.0.conv1"
+    )
+    profile.add_argument(
+        "--method", metavar="NAME",
+        help="decomposition, such as svd, tucker2, spatial_svd, cp or tt (default: the first that "
+        "can treat the layer)",
+    )  # fmt: skip
+    profile.add_argument(
+        "--ranks", metavar="R,R,...|FIRST:LAST[:STEP]",
+        help="ranks to time (default: a grid, and both sides of each jump in time)",
+    )  # fmt: skip
+    profile.add_argument(
+        "--rounds", type=int, default=ROUNDS, metavar="N",
+        help=f"how often each rank is timed, in turns (default {ROUNDS})",
+    )  # fmt: skip
+    profile.add_argument(
+        "--plot", metavar="FILE.html",
+        help="draw time against rank to this file (needs plotly; default: none)",
+    )  # fmt: skip
+    timing_options(profile, cached=True)
     profile.set_defaults(run=_profile)
 
 
@@ -73,12 +201,12 @@ def _search(arguments: argparse.Namespace) -> int:
     chosen = search_settings(arguments)
     model, inputs = model_and_inputs(arguments)
     plan = rankopt.search(
-        model,
+        placed(model, arguments.device),
         arguments.budget,
         example_inputs=inputs,
         seed=arguments.seed,
         timeout=arguments.timeout,
-        profile=rankopt.ProfileTable(**timing(arguments)),
+        profile=table(arguments),
         calibration=made(arguments.calibration),
         evaluate=function(arguments.evaluate),
         **chosen,
@@ -109,17 +237,46 @@ def _apply(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _recover(arguments: argparse.Namespace) -> int:
+    import rankopt
+    from rankopt.checkpoint import check_target
+
+    check_target(arguments.output)
+    model, _ = model_and_inputs(arguments)
+    small = rankopt.load(model, arguments.artefact)
+    _check_weights(model, small, arguments.artefact, "it is trained towards the wrong outputs")
+    done = rankopt.recover(
+        small,
+        teacher=model,
+        calibration=made(arguments.calibration),
+        seconds=arguments.seconds,
+        batch_size=arguments.batch_size,
+        learning_rate=arguments.learning_rate,
+        seed=arguments.seed,
+    )
+    rankopt.save(small, arguments.output)
+    if arguments.json:
+        print(strict_json({"output": arguments.output, **asdict(done)}))
+        return 0
+    print(done)
+    print(f"{arguments.output} written")
+    return 0
+
+
 def _compare(arguments: argparse.Namespace) -> int:
     import rankopt
 
     model, inputs = model_and_inputs(arguments)
+    model = placed(model, arguments.device)
     if arguments.artefact.endswith(".json"):
         plan = rankopt.RankPlan.load(arguments.artefact)
         small = rankopt.apply(model, plan, calibration=made(arguments.calibration))
     else:
         small = rankopt.load(model, arguments.artefact)
         if arguments.evaluate:
-            _check_weights(model, small, arguments.artefact)
+            _check_weights(
+                model, small, arguments.artefact, "metrics say nothing about what compression lost"
+            )
     result = rankopt.compare(
         model,
         small,
@@ -129,11 +286,16 @@ def _compare(arguments: argparse.Namespace) -> int:
         **timing(arguments),
         seed=arguments.seed,
     )
-    print(strict_json(result.to_dict()) if arguments.json else result)
+    if arguments.json:
+        print(strict_json(result.to_dict()))
+        return 0
+    print(result)
+    if hint := option_hint(str(result)):
+        print(hint)
     return 0
 
 
-def _check_weights(model: Any, small: Any, path: str) -> None:
+def _check_weights(model: Any, small: Any, path: str, consequence: str) -> None:
     """Warn where a result is held against a model that it was not made from."""
     from rankopt._build.provenance import plan_of
     from rankopt._model import measure
@@ -141,17 +303,14 @@ def _check_weights(model: Any, small: Any, path: str) -> None:
     plan = plan_of(small)
     made_from = None if plan is None else plan.model.get("weights")
     if made_from is not None and made_from != measure.weights_digest(model):
-        warnings.warn(
+        warn(
             f"{path} was made from other weights than MODEL has, or in several rounds; if from "
-            "others, the metrics say nothing about what compression lost: give their --weights",
-            RankoptWarning,
-            stacklevel=2,
+            f"others, {consequence}: give their --weights"
         )
 
 
 def _profile(arguments: argparse.Namespace) -> int:
     import rankopt
-    from rankopt._timing.profile_table import ROUNDS
     from rankopt._utils.plots import check_name
 
     if arguments.plot:
@@ -161,14 +320,12 @@ def _profile(arguments: argparse.Namespace) -> int:
     if inputs is None:
         raise RankoptError("profile needs --input SHAPE, such as 1,3,224,224, to run the model")
     found = rankopt.profile(
-        model,
+        placed(model, arguments.device),
         arguments.layer,
         example_inputs=inputs,
         method=arguments.method,
         ranks=_ranks(arguments.ranks),
-        table=rankopt.ProfileTable(
-            rounds=ROUNDS if arguments.rounds is None else arguments.rounds, **timing(arguments)
-        ),
+        table=table(arguments, rounds=arguments.rounds),
     )
     print(strict_json(found.to_dict()) if arguments.json else found)
     if arguments.plot:

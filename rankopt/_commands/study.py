@@ -5,22 +5,31 @@ from __future__ import annotations
 import argparse
 import signal
 import sys
+from collections.abc import Sequence
 from typing import Any, Final, Literal
 
 from rankopt._commands.options import (
     INTERRUPTED,
+    add_command,
     calibration_option,
     check_output,
+    evaluate_option,
     function,
     give_plan,
     listed,
     made,
     model_and_inputs,
+    placed,
     timing,
     timing_options,
 )
+from rankopt._commands.searching import rank_options
+from rankopt._study.reading import DEFAULT_NAME
+from rankopt._study.samplers import DEFAULT_SAMPLER, SAMPLERS
+from rankopt._study.space import SPACES
+from rankopt._study.storage import DEFAULT_STORAGE, HEARTBEAT_SECONDS
 from rankopt._utils.strict_json import strict_json
-from rankopt.errors import RankoptError
+from rankopt.strategy import LATENCY
 
 __all__ = ["add_study"]
 
@@ -39,86 +48,192 @@ def add_study(
         common: Options of every command.
         model: Options that name a model.
     """
-    study = commands.add_parser("study", help="trials on the real metric, resumable, distributed")
-    actions = study.add_subparsers(required=True, metavar="ACTION")
-    where = argparse.ArgumentParser(add_help=False)
-    where.add_argument(
-        "--storage", default=None, metavar="URL",
-        help="path (SQLite), *.journal, postgresql+psycopg://…, grpc://host:port",
+    study = commands.add_parser(
+        "study", help="search plans by trials on the task's metric, resumable, in many processes",
+        description="Search plans by trials on the task's metric. A study lives in a storage that\n"
+        "any number of workers join; it survives their end.",
+        epilog="`rankopt study ACTION --help` describes the options of each.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
-    where.add_argument("--name", default=None, help="the study's name in the storage")
-    data = argparse.ArgumentParser(add_help=False)
-    data.add_argument(
-        "--evaluate", metavar="FILE.py:CALLABLE", required=True, help="metric of a model"
-    )
-    data.add_argument(
-        "--batches",
-        metavar="FILE.py:CALLABLE",
-        help="gives the batches of evaluate(model, batch)",
-    )
-    calibration_option(data, "makes unlabelled inputs, for better ranks and factors")
-    data.add_argument(
-        "--device", default="auto",
-        help="auto (a CUDA device that no other worker here has, else the CPU), cpu or cuda:N",
-    )  # fmt: skip
-    data.add_argument(
-        "--share-device", action="store_true", help="take a device although others have it"
-    )
-    data.add_argument(
-        "--threads",
-        type=int,
-        metavar="N",
-        help="for torch, on N cores no other worker is pinned to",
-    )
-    data.add_argument("--sampler", help="tpe, local, nsgaii, nsgaiii, gp, random, …")
-    data.add_argument(
-        "--heartbeat", type=int, metavar="SECONDS", help="between signs of life; same for all"
-    )
+    actions = study.add_subparsers(required=True, metavar="ACTION", help="what to do:")
+    where, data = _where(), _data()
+    _add_create(actions, [model, where, data])
+    _add_worker(actions, [model, where, data])
 
-    create = actions.add_parser("create", parents=[model, where, data], help="make a study")
-    create.add_argument("--budget", help="such as 'macs<=50%%'; left out, the whole front")
-    create.add_argument("--objective", help="macs, params, memory or latency")
-    create.add_argument("--direction", choices=["maximize", "minimize"], help="of the metric")
-    create.add_argument("--space", help="warp, tilt, stage or layer")
-    create.add_argument(
-        "--sizes", metavar="SHARES", type=_shares,
-        help="shares of the objective that plans are wanted at, such as 0.7,0.5,0.35",
+    status = add_command(
+        actions, "status", parents=[common, where],
+        summary="show how many trials there are, and the front",
+        description="Show how many trials are done, running and failed, and the plans that no "
+        "other beats in both size and metric.",
+        examples=("rankopt study status --storage study.db",),
     )  # fmt: skip
-    create.add_argument(
-        "--fisher", choices=list(CHOICES),
-        help="weigh outputs by the Fisher information; search lets trials choose",
-    )  # fmt: skip
-    create.add_argument(
-        "--asymmetric", choices=list(CHOICES),
-        help="fit layers to what those before pass on; search lets trials choose",
-    )  # fmt: skip
-    create.add_argument("--methods", help="decompositions to allow, comma-separated")
-    create.add_argument("--only", action="append", metavar="GLOB")
-    create.add_argument("--ignore", action="append", metavar="GLOB")
-    create.add_argument("--round-to", type=int, metavar="N")
-    timing_options(create)
-    create.set_defaults(run=_create)
-
-    worker = actions.add_parser("worker", parents=[model, where, data], help="run trials")
-    worker.add_argument("--n-trials", type=int, metavar="N", help="of the study in all")
-    worker.add_argument("--timeout", type=float, metavar="SECONDS")
-    worker.add_argument(
-        "--confidence", type=float, default=0.99, help="of stopping a trial early; 0 for never"
-    )
-    worker.set_defaults(run=_worker)
-
-    status = actions.add_parser("status", parents=[common, where], help="how a study stands")
     status.set_defaults(run=_status)
 
-    best = actions.add_parser("best", parents=[common, where], help="the best plan in a budget")
-    best.add_argument("--budget", help="left out, the study's own")
-    best.add_argument("-o", "--output", metavar="PLAN.json")
+    best = add_command(
+        actions, "best", parents=[common, where],
+        summary="show the best plan within a budget",
+        description="Show the plan of the best metric within a budget, and write it with -o.",
+        examples=("rankopt study best --storage study.db --budget 'macs<=40%' -o plan.json",),
+    )  # fmt: skip
+    best.add_argument(
+        "--budget", help="bounds on the whole model, such as 'macs<=40%%' (default: the study's)"
+    )
+    best.add_argument(
+        "-o", "--output", metavar="PLAN.json", help="file to write the plan to (default: none)"
+    )
     best.set_defaults(run=_best)
 
-    export = actions.add_parser("export", parents=[common, where], help="every Pareto plan")
-    export.add_argument("-o", "--output", metavar="FOLDER", required=True)
-    export.add_argument("--figures", action="store_true", help="HTML figures too (needs plotly)")
+    export = add_command(
+        actions, "export", parents=[common, where],
+        summary="write every plan of the front",
+        description="Write the plans that no other beats in both size and metric, and the status "
+        "of the study, to a folder.",
+        examples=("rankopt study export --storage study.db --figures -o front",),
+    )  # fmt: skip
+    export.add_argument(
+        "-o", "--output", metavar="FOLDER", required=True, help="folder to write to"
+    )
+    export.add_argument(
+        "--figures", action="store_true", help="write HTML figures as well (needs plotly)"
+    )
     export.set_defaults(run=_export)
+
+
+def _where() -> argparse.ArgumentParser:
+    """Options that name a study."""
+    parser = argparse.ArgumentParser(add_help=False)
+    where = parser.add_argument_group("storage options")
+    where.add_argument(
+        "--storage", default=DEFAULT_STORAGE, metavar="URL",
+        help="where the study is kept: a path (SQLite), a path that ends in .journal, "
+        f"postgresql+psycopg://… or grpc://HOST:PORT (default {DEFAULT_STORAGE})",
+    )  # fmt: skip
+    where.add_argument(
+        "--name",
+        help=f"the study's name in the storage (default: {DEFAULT_NAME}, or the only study that is "
+        "there to read)",
+    )  # fmt: skip
+    return parser
+
+
+def _data() -> argparse.ArgumentParser:
+    """Options of those who run trials, or prepare them."""
+    data = argparse.ArgumentParser(add_help=False)
+    evaluate_option(data, "measured in every trial; with --batches evaluate(model, batch)",
+                    required=True)  # fmt: skip
+    data.add_argument(
+        "--batches", metavar="FILE.py:CALLABLE",
+        help="a function that returns the batches of evaluate(model, batch), so that hopeless "
+        "trials can be stopped early (default: evaluate(model) is called once)",
+    )  # fmt: skip
+    calibration_option(data, "ranks and factors then follow the layers' outputs on them; the same "
+                       "for all workers")  # fmt: skip
+    data.add_argument(
+        "--sampler", choices=tuple(SAMPLERS),
+        help=f"what proposes trials (default: the study's, {DEFAULT_SAMPLER} for a new one)",
+    )  # fmt: skip
+    data.add_argument(
+        "--heartbeat", type=int, default=HEARTBEAT_SECONDS, metavar="SECONDS",
+        help="seconds between liveness signals; must be equal for all workers (default "
+        f"{HEARTBEAT_SECONDS})",
+    )  # fmt: skip
+    device = data.add_argument_group("device options")
+    device.add_argument(
+        "--device", default="auto",
+        help="cpu, cuda:N, or auto (default): a CUDA device that no other worker on this machine "
+        "uses, or the CPU if there is no CUDA",
+    )  # fmt: skip
+    device.add_argument(
+        "--share-device", action="store_true", help="allow a device that other workers use too"
+    )
+    device.add_argument(
+        "--threads", type=int, metavar="N",
+        help="CPU threads of this process, pinned to N cores that no other worker is pinned to "
+        "(default: torch's own number, not pinned)",
+    )  # fmt: skip
+    return data
+
+
+def _add_create(actions: Any, parents: Sequence[argparse.ArgumentParser]) -> None:
+    create = add_command(
+        actions, "create", parents=parents,
+        summary="make a study",
+        description="Make a study and queue its first trials, the plans of other strategies. Run "
+        "trials with `rankopt study worker`.",
+        examples=(
+            "rankopt study create nets.py:build --weights net.pt --input 1,3,32,32 --evaluate "
+            "data.py:accuracy --storage study.db",
+            "rankopt study create nets.py:build --weights net.pt --input 8,3,32,32 --evaluate "
+            "data.py:accuracy --objective latency --sizes 0.8,0.6 --storage study.db",
+        ),
+    )  # fmt: skip
+    search = create.add_argument_group("search options")
+    search.add_argument(
+        "--budget",
+        help="bounds that every plan keeps to, such as 'macs<=50%%' (default: none, the whole "
+        "front is searched)",
+    )
+    search.add_argument(
+        "--objective", choices=("macs", "params", "memory", LATENCY),
+        help="what to make small beside a good metric (default: latency under a budget on it, "
+        "else macs with example inputs, else params)",
+    )  # fmt: skip
+    search.add_argument(
+        "--direction", choices=["maximize", "minimize"],
+        help="whether the metric is better when higher or lower (default maximize)",
+    )  # fmt: skip
+    search.add_argument(
+        "--space", choices=tuple(SPACES),
+        help="what a trial chooses: the size and a few multipliers over the layers' sensitivities "
+        "(warp, the default), the size and a multiplier per layer (tilt), one share per stage of "
+        "the network (stage), or one share per layer (layer)",
+    )  # fmt: skip
+    search.add_argument(
+        "--sizes", metavar="SHARES", type=_shares,
+        help="shares of the objective that plans are wanted at, such as 0.7,0.5,0.35 (default: "
+        "trials choose the size)",
+    )  # fmt: skip
+    search.add_argument(
+        "--fisher", choices=tuple(CHOICES),
+        help="weigh the errors of layers by their effect on the model's outputs, the Fisher "
+        "information; search lets each trial choose (default no; needs --calibration)",
+    )  # fmt: skip
+    search.add_argument(
+        "--asymmetric", choices=tuple(CHOICES),
+        help="fit each layer to the outputs of the compressed layers before it; search lets each "
+        "trial choose (default no; needs --calibration)",
+    )  # fmt: skip
+    rank_options(search)
+    timing_options(create, device=False)
+    create.set_defaults(run=_create)
+
+
+def _add_worker(actions: Any, parents: Sequence[argparse.ArgumentParser]) -> None:
+    worker = add_command(
+        actions, "worker", parents=parents,
+        summary="run trials of a study",
+        description="Run trials of a study that `rankopt study create` made, with the same model, "
+        "data and metric. Start as many workers as there are devices; Ctrl-C and SIGTERM end one "
+        "without loss.",
+        examples=(
+            "rankopt study worker nets.py:build --weights net.pt --input 1,3,32,32 --evaluate "
+            "data.py:accuracy --storage study.db --n-trials 200",
+        ),
+    )  # fmt: skip
+    worker.add_argument(
+        "--n-trials", type=int, metavar="N",
+        help="stop when the study has N trials, those of all workers together (default: no limit)",
+    )  # fmt: skip
+    worker.add_argument(
+        "--timeout", type=float, metavar="SECONDS",
+        help="start no trial after this many seconds (default: no limit)",
+    )  # fmt: skip
+    worker.add_argument(
+        "--confidence", type=float, default=0.99, metavar="SHARE",
+        help="stop a trial early when it is hopeless with this confidence, above 0.5 and below 1 "
+        "(default 0.99; 0 never stops one)",
+    )  # fmt: skip
+    worker.set_defaults(run=_worker)
 
 
 def _shares(text: str) -> list[float]:
@@ -137,23 +252,17 @@ def _claimed(arguments: argparse.Namespace, *, share: bool = False) -> Any:
 def _open(arguments: argparse.Namespace, device: Any, *, create: bool, **more: Any) -> Any:
     """The study named by a command line, with the model and data named there too."""
     import rankopt
-    from rankopt._study.reading import DEFAULT_NAME
-    from rankopt._study.storage import DEFAULT_STORAGE, HEARTBEAT_SECONDS
 
     model, inputs = model_and_inputs(arguments)
-    try:
-        model = model.to(device)
-    except (RuntimeError, AssertionError) as error:
-        raise RankoptError(f"--device {device}: {str(error).splitlines()[0]}") from error
     return rankopt.study(
-        model,
+        placed(model, device),
         evaluate=function(arguments.evaluate),
         batches=made(arguments.batches),
         calibration=made(arguments.calibration),
-        storage=arguments.storage or DEFAULT_STORAGE,
+        storage=arguments.storage,
         name=arguments.name or DEFAULT_NAME,
         sampler=arguments.sampler,
-        heartbeat=HEARTBEAT_SECONDS if arguments.heartbeat is None else arguments.heartbeat,
+        heartbeat=arguments.heartbeat,
         example_inputs=inputs,
         create=create,
         **more,
@@ -183,6 +292,7 @@ def _create(arguments: argparse.Namespace) -> int:
             only=arguments.only,
             ignore=arguments.ignore,
             round_to=arguments.round_to,
+            rounding=arguments.rounding,
             seed=arguments.seed,
         ) as study,
     ):
@@ -214,9 +324,8 @@ def _worker(arguments: argparse.Namespace) -> int:
 
 def _load(arguments: argparse.Namespace) -> Any:
     import rankopt
-    from rankopt._study.storage import DEFAULT_STORAGE
 
-    return rankopt.Study.load(arguments.storage or DEFAULT_STORAGE, name=arguments.name)
+    return rankopt.Study.load(arguments.storage, name=arguments.name)
 
 
 def _status(arguments: argparse.Namespace) -> int:

@@ -54,12 +54,13 @@ class Basis(ABC):
     weight: Tensor | None
 
     @property
-    @abstractmethod
     def spectra(self) -> tuple[FloatArray, ...]:
         """Squared singular values of the unfolding each rank truncates.
 
-        Descending, [groups, size of the mode], one array per rank axis.
+        Descending, [groups, size of the mode], one array per rank axis, for
+        decompositions that have them (`Decomposition.has_spectra`).
         """
+        raise NotImplementedError
 
     @abstractmethod
     def error(self, ranks: Sequence[Any]) -> Any:
@@ -118,17 +119,19 @@ class Decomposition(ABC):
     Class attributes:
         name: As in plans and the registry.
         roles: Child name in the chain to role: ``first``, ``core`` or ``last``.
-        nested: Whether the factors of a smaller rank are a slice of a larger one's.
-        exact_error: Whether `Basis.error` is exact without fitting; otherwise it is
-            an estimate and `Basis.fitted_error` the truth.
+        exact_error: Whether `Basis.error` follows in closed form: what the factors of a
+            single rank lose, and of several ranks an upper bound. Otherwise it is an
+            estimate and `Basis.fitted_error` the truth.
+        has_spectra: Whether each rank truncates an unfolding of the weight, so that
+            `Basis.spectra` tell what it could lose.
         soft: Whether the basis can mix ranks of a weight that trains, by `Basis.projection`;
             of others, ranks are interpolated between fits at a few.
     """
 
     name: ClassVar[str]
     roles: ClassVar[Mapping[str, str]]
-    nested: ClassVar[bool] = True
     exact_error: ClassVar[bool] = True
+    has_spectra: ClassVar[bool] = True
     soft: ClassVar[bool] = False
 
     @abstractmethod
@@ -156,7 +159,8 @@ class Decomposition(ABC):
         """Compute the basis of a canonical weight [groups, out, in, *kernel].
 
         With `moments` errors are relative output errors, ‖(W − Ŵ)S‖/‖WS‖, and
-        factors minimise them.
+        factors minimise them. Of moments that have a mean, outputs are those less
+        their mean, which the bias of the chain then gives.
         """
 
     @abstractmethod

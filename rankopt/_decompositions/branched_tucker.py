@@ -211,7 +211,6 @@ class BranchedTucker(base.Decomposition):
 
     name: ClassVar[str] = "branched_tucker"
     roles: ClassVar[Mapping[str, str]] = {"first": "first", "core": "core", "last": "last"}
-    nested: ClassVar[bool] = False
     exact_error: ClassVar[bool] = False
     branches: int = 2
     init: Literal["deflate", "truncate"] = "deflate"

@@ -14,7 +14,7 @@ from rankopt._decompositions.base import Basis, Decomposition
 from rankopt._decompositions.weighed import WeighedBasis, weighed
 from rankopt._model.measure import tensor_digest
 
-__all__ = ["BasisCache", "shared"]
+__all__ = ["BasisCache", "clear_cache", "shared"]
 
 DEFAULT_BYTES: Final = 512 * 2**20
 
@@ -85,3 +85,29 @@ class BasisCache:
 
 
 shared: Final = BasisCache()
+
+
+def clear_cache(*, max_bytes: int | None = None) -> None:
+    """Forget the factorisations that searches of this process share, and bound what follows.
+
+    Searches and `rankopt.apply` keep the singular vectors and spectra of weights they have
+    seen, up to 512 MiB and the least recently used ones going first, so that a second search
+    of a model is fast. Nothing is ever stale; clear it to have the memory, or to time a search.
+    Measured times of layers lie elsewhere, in the folder that ``RANKOPT_CACHE`` names.
+
+    Args:
+        max_bytes: Hold at most so many bytes from now on, 0 for nothing; None leaves the
+            bound as it is.
+
+    Raises:
+        ValueError: `max_bytes` is no whole number of at least 0.
+
+    Example:
+        >>> rankopt.clear_cache(max_bytes=64 * 2**20)
+        >>> rankopt.clear_cache(max_bytes=512 * 2**20)  # as at the start
+    """
+    if max_bytes is not None:
+        if isinstance(max_bytes, bool) or not isinstance(max_bytes, int) or max_bytes < 0:
+            raise ValueError(f"max_bytes={max_bytes!r}: expected a whole number, 0 or more")
+        shared.max_bytes = max_bytes
+    shared.clear()

@@ -214,7 +214,7 @@ class CP(base.Decomposition):
     """A sum of r separable components: mix channels, filter each one, mix again.
 
     Ranks may exceed the channels. Factors are fitted, so errors before a choice
-    are estimates, corrected by fits at two ranks.
+    are estimates, corrected by fits at a few ranks (up to eight, `MOST_ANCHORS`).
 
     Args:
         stability: Weight of the components' sensitivity against the error. At 0
@@ -225,8 +225,8 @@ class CP(base.Decomposition):
 
     name: ClassVar[str] = "cp"
     roles: ClassVar[Mapping[str, str]] = {"first": "first", "core": "core", "last": "last"}
-    nested: ClassVar[bool] = False
     exact_error: ClassVar[bool] = False
+    has_spectra: ClassVar[bool] = False
     stability: float = 0.02
     sweeps: int = 50
 

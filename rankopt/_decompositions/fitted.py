@@ -238,10 +238,6 @@ class FittedBasis(base.Basis):
         assert self.weight is not None
         return math.prod(self.weight.shape[1:])
 
-    @property
-    def spectra(self) -> tuple[base.FloatArray, ...]:
-        raise NotImplementedError("ranks of this decomposition truncate no unfolding")
-
     def release(self) -> None:
         with self._lock:
             self._fits.clear()

@@ -1,4 +1,4 @@
-"""The dense weight that a chain's factors multiply out to."""
+"""What a chain's factors amount to: its dense weight, or its answer to one patch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from rankopt._decompositions.base import Decomposition
 from rankopt._model.layers import Layer
 
-__all__ = ["rebuild"]
+__all__ = ["rebuild", "response"]
 
 
 def rebuild(
@@ -27,14 +27,7 @@ def rebuild(
         ranks: Its ranks.
         factors: As `Basis.factors` gives them.
     """
-    plain = replace(
-        layer,
-        stride=tuple(1 for _ in layer.kernel),
-        dilation=tuple(1 for _ in layer.kernel),
-        padding=tuple(size - 1 for size in layer.kernel),
-        padding_mode="zeros",
-        bias=False,
-    )
+    plain = _plain(layer, padding=tuple(size - 1 for size in layer.kernel))
     first = next(iter(factors.values()))
     impulses = torch.eye(layer.in_channels, dtype=first.dtype, device=first.device)
     if layer.is_conv:
@@ -49,4 +42,34 @@ def rebuild(
             rows[:, index * inputs : (index + 1) * inputs]
             for index, rows in enumerate(out.unflatten(0, (layer.groups, -1)))
         ]
+    )
+
+
+def response(
+    method: Decomposition,
+    layer: Layer,
+    ranks: Sequence[int],
+    factors: Mapping[str, Tensor],
+    patch: Tensor,
+) -> Tensor:
+    """The product [out] of a chain's weight with one patch, without a bias.
+
+    Args:
+        method: The decomposition.
+        layer: The layer it treats.
+        ranks: Its ranks.
+        factors: As `Basis.factors` gives them.
+        patch: [groups, in/groups · pixels], of the factors' dtype.
+    """
+    chain = method.build(_plain(layer, padding=tuple(0 for _ in layer.kernel)), ranks)
+    inputs = patch.reshape(1, layer.in_channels, *layer.kernel)
+    out: Tensor = torch.func.functional_call(chain, dict(factors), (inputs,))
+    return out.flatten()
+
+
+def _plain(layer: Layer, *, padding: tuple[int, ...]) -> Layer:
+    """The layer meeting every pixel once, without a bias."""
+    ones = tuple(1 for _ in layer.kernel)
+    return replace(
+        layer, stride=ones, dilation=ones, padding=padding, padding_mode="zeros", bias=False
     )

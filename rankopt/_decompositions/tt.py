@@ -142,7 +142,6 @@ class TT(base.Decomposition):
     roles: ClassVar[Mapping[str, str]] = {
         "first": "first", "core1": "core", "core2": "core", "core3": "core", "last": "last"
     }  # fmt: skip
-    nested: ClassVar[bool] = False
     exact_error: ClassVar[bool] = False
 
     def refusal(self, layer: Layer) -> str | None:

@@ -23,10 +23,12 @@ _MODES: Final = {"input": 2, "output": 1}
 
 
 class _Basis(base.Basis):
-    """HOSVD vectors of both channel modes; the core's energies give every error.
+    """HOSVD vectors of both channel modes, whose core's energies bound every error.
 
-    Each part is computed when first asked for and shared by copies of the basis.
-    With moments of the channels the tensor is whitened along its input mode.
+    Truncating that core loses what its energies say; the factors, whose second mode
+    is fitted to the truncated first, lose no more. Each part is computed when first
+    asked for and shared by copies of the basis. With moments of the channels the tensor
+    is whitened along its input mode.
     """
 
     def __init__(self, weight: Tensor, hooi: int, moments: Moments | None = None) -> None:
@@ -283,12 +285,15 @@ class Tucker2(base.Decomposition):
     A mode at full rank needs no factor: the chain then has two layers, or at
     full rank in both modes one.
 
+    `Basis.error`, and with it the error in a plan, is that of truncating the HOSVD:
+    an upper bound of what the factors lose, a few percent above it. With moments of
+    whole patches it is what they lose.
+
     Args:
         hooi: Sweeps of higher-order orthogonal iteration after the sequentially
             truncated HOSVD that factors are made by. They cost a factorisation
-            each and lower the error by well under 1%. `Basis.error` is that of the
-            nested truncation, so an upper bound for any number of sweeps. With
-            moments of whole patches there is nothing to sweep.
+            each and lower the error by well under 1%. `Basis.error` leaves them out
+            of account. With moments of whole patches there is nothing to sweep.
     """
 
     name: ClassVar[str] = "tucker2"

@@ -8,6 +8,7 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from rankopt._calibration.collect import collect
 from rankopt._calibration.normal_equations import Sums, batched, paired_rows, put, run_watched
@@ -112,9 +113,14 @@ def channel_moments(
 
 
 def _pixelwise(layer: Layer) -> Layer:
-    """The layer as one that meets every input pixel on its own, all groups together."""
+    """The layer as one that meets every input pixel on its own, all groups together.
+
+    Without a bias: the moments wanted are those about zero.
+    """
     ones, zeros = (1,) * len(layer.kernel), (0,) * len(layer.kernel)
-    return replace(layer, kernel=ones, stride=ones, dilation=ones, padding=zeros, groups=1)
+    return replace(
+        layer, kernel=ones, stride=ones, dilation=ones, padding=zeros, groups=1, own_bias=False
+    )
 
 
 def started(modules: Modules, basis: MergeBasis, ranks: Sequence[int]) -> dict[str, nn.Module]:
@@ -185,7 +191,7 @@ def _regress(
     """Fit the middle (stage 1) or last (stage 2) weight of every merge in one pass."""
     sums = {merge.bottleneck.name: Sums() for merge in merges}
     entering: dict[str, Tensor] = {}
-    handles: list[Any] = []
+    handles: list[RemovableHandle] = []
     for merge in merges:
         _, middle, last = merge.bottleneck.targets
         if stage == 1 and _too_large(merge):

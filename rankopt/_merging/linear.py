@@ -13,6 +13,7 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils.hooks import RemovableHandle
 
 from rankopt._calibration.normal_equations import Sums, batched, paired_rows, put, run_watched
 from rankopt._merging.bottlenecks import Bottleneck
@@ -53,7 +54,7 @@ def fit_linear(
     for stage in range(_STAGES if merges else 0):
         sums = {merge.bottleneck.name: Sums() for merge in merges}
         waiting: dict[str, Tensor] = {}
-        handles: list[Any] = []
+        handles: list[RemovableHandle] = []
         for merge in merges:
             first, middle, last = (modules[name] for name in merge.bottleneck.targets)
             meet = _meet(merge, stage, sums[merge.bottleneck.name], waiting)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from rankopt._model import measure, surgery
 from rankopt._model.measure import tensors_in
+from rankopt._utils.arguments import check_integer
 from rankopt.errors import CalibrationError
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "divergence",
     "divergence_loss",
     "hold",
+    "kl",
     "main_output",
     "misfit",
     "relative_error",
@@ -60,7 +62,12 @@ PIECE: Final = 2**20
 
 
 def batches(
-    model: nn.Module, data: Any, *, max_samples: int | None = MAX_SAMPLES, labelled: bool = False
+    model: nn.Module,
+    data: Any,
+    *,
+    max_samples: int | None = MAX_SAMPLES,
+    labelled: bool = False,
+    name: str = "calibration",
 ) -> Iterator[tuple[Any, int]]:
     """Yield (inputs on the model's device, number of samples).
 
@@ -72,25 +79,26 @@ def batches(
         max_samples: Where to stop; None reads to the end.
         labelled: Whether the last item of every tuple is a label, whatever its shape, as in
             data to train on; unless the model requires it.
+        name: What messages call the data.
 
     Raises:
         CalibrationError: Not an iterable of inputs, or empty.
-        ValueError: `max_samples` is below 1.
+        ValueError: `max_samples` is no integer of at least 1.
     """
     if isinstance(data, (Tensor, str, Mapping)) or not isinstance(data, Iterable):
         raise CalibrationError(
-            f"calibration is a {type(data).__name__}; expected an iterable of batches, such as a "
+            f"{name} is a {type(data).__name__}; expected an iterable of batches, such as a "
             "DataLoader or a list of tensors (for one batch x, pass [x])"
         )
-    if max_samples is not None and max_samples < 1:
-        raise ValueError(f"{max_samples} calibration samples: expected at least 1, or None for all")
+    if max_samples is not None:
+        check_integer(f"{name}_samples", max_samples, 1)
     device, seen = surgery.device_of(model), 0
     positional, required = _positional_arguments(model), _requires_labels(model)
     for batch in data:
         if isinstance(batch, Mapping) and not required:
             batch = {key: value for key, value in batch.items() if key != LABELS}
-        inputs = measure.to_device(_without_labels(batch, positional, labelled), device)
-        size = batch_size(inputs)
+        inputs = measure.to_device(_without_labels(batch, positional, labelled, name), device)
+        size = batch_size(inputs, name)
         if max_samples is not None and seen + size > max_samples:
             inputs, size = _first(inputs, max_samples - seen), max_samples - seen
         if size:
@@ -99,7 +107,7 @@ def batches(
         if max_samples is not None and seen >= max_samples:
             return
     if not seen:
-        raise CalibrationError("calibration is empty: it yielded no batch")
+        raise CalibrationError(f"{name} is empty: it yielded no batch")
 
 
 def _positional_arguments(model: nn.Module) -> tuple[int, int] | None:
@@ -129,12 +137,14 @@ def _requires_labels(model: nn.Module) -> bool:
     return found.default is inspect.Parameter.empty
 
 
-def _without_labels(batch: Any, positional: tuple[int, int] | None, labelled: bool) -> Any:
+def _without_labels(
+    batch: Any, positional: tuple[int, int] | None, labelled: bool, name: str
+) -> Any:
     if isinstance(batch, (Tensor, Mapping)):
         return batch
     if not isinstance(batch, (tuple, list)) or not batch:
         raise CalibrationError(
-            f"calibration yielded a {type(batch).__name__}; expected a tensor, a tuple, a list or "
+            f"{name} yielded a {type(batch).__name__}; expected a tensor, a tuple, a list or "
             "a mapping of tensors"
         )
     first, last = batch[0], batch[-1]
@@ -155,11 +165,11 @@ def _without_labels(batch: Any, positional: tuple[int, int] | None, labelled: bo
     return batch[0] if len(batch) == 1 else tuple(batch)
 
 
-def batch_size(inputs: Any) -> int:
+def batch_size(inputs: Any, name: str = "calibration") -> int:
     """Samples in a batch: the length of its first tensor that has one."""
     first = next((tensor for tensor in tensors_in(inputs) if tensor.dim()), None)
     if first is None:
-        raise CalibrationError("calibration yielded a batch without a tensor that has a batch size")
+        raise CalibrationError(f"{name} yielded a batch without a tensor that has a batch size")
     return len(first)
 
 
@@ -260,7 +270,7 @@ def divergence_loss(before: Any, after: Any, *, temperature: float = 1.0) -> Ten
     if old.shape != new.shape:
         raise CalibrationError(f"outputs changed from {list(old.shape)} to {list(new.shape)}")
     scores = scores_classes(before)
-    distance = partial(_kl, temperature=temperature) if scores else relative_error
+    distance = partial(kl, temperature=temperature) if scores else relative_error
     found = distance(old, new)
     if bool(found.isnan()) and bool(distance(old, old).isnan()):
         raise CalibrationError(
@@ -270,25 +280,32 @@ def divergence_loss(before: Any, after: Any, *, temperature: float = 1.0) -> Ten
     return found
 
 
-def _kl(old: Tensor, new: Tensor, temperature: float) -> Tensor:
-    """Mean KL of the classes of two logits, times temperature²; -inf masks a class."""
+def kl(old: Tensor, new: Tensor, *, temperature: float = 1.0, exact: bool = True) -> Tensor:
+    """Mean KL of the classes of two logits, times temperature²; -inf masks a class.
+
+    Sums are in float64, piece by piece, where `exact`; a loss of training does with float32.
+    """
     dim = class_dim(old)
     if dim == -1:
         old, new = (logits.reshape(-1, logits.shape[-1]) for logits in (old, new))
     total = torch.zeros((), device=old.device)
-    for pair in _pieces(old, new):
+    for pair in _pieces(old, new) if exact else [_single(old, new)]:
         p, q = (piece.div(temperature).log_softmax(dim=dim) for piece in pair)
         total = total + (p.exp() * (p - q).masked_fill(p == -math.inf, 0)).sum()
     return temperature**2 * total / (old.numel() // old.shape[dim])
 
 
-def relative_error(old: Tensor, new: Tensor) -> Tensor:
-    """‖new - old‖²/‖old‖² of outputs, without entries that are infinite in the old one."""
+def relative_error(old: Tensor, new: Tensor, *, exact: bool = True) -> Tensor:
+    """‖new - old‖²/‖old‖² of outputs, without entries that are infinite in the old one.
+
+    `exact` as of `kl`; a loss also has to stay finite where the old output is zero.
+    """
     total = torch.zeros(2, device=old.device)
-    for pair in _pieces(old.flatten(), new.flatten()):
-        a, b = (piece.masked_fill(pair[0].isinf(), 0) for piece in pair)
+    for pair in _pieces(old.flatten(), new.flatten()) if exact else [_single(old, new)]:
+        masked = pair[0].isinf()  # such as classes that are left out
+        a, b = (piece.masked_fill(masked, 0) for piece in pair)
         total = total + torch.stack([(b - a).square().sum(), a.square().sum()])
-    return total[0] / total[1].clamp_min(1e-300)
+    return total[0] / total[1].clamp_min(1e-300 if exact else 1e-12)
 
 
 def _pieces(old: Tensor, new: Tensor) -> Iterator[tuple[Tensor, ...]]:
@@ -297,6 +314,11 @@ def _pieces(old: Tensor, new: Tensor) -> Iterator[tuple[Tensor, ...]]:
     rows = max(1, PIECE // max(old[:1].numel(), 1))
     for pair in zip(old.split(rows), new.split(rows), strict=True):
         yield tuple(piece.to(exact) for piece in pair)
+
+
+def _single(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Tensors whose sums neither overflow nor lose all but the first digits."""
+    return tuple(x.float() if x.dtype.itemsize < 4 else x for x in tensors)
 
 
 def scores_classes(output: Any) -> bool:

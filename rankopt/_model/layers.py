@@ -57,6 +57,7 @@ class Layer:
         groups: Groups; 1 for linear layers.
         padding_mode: Of a convolution.
         bias: Whether there is a bias.
+        own_bias: Whether there is one that no layer has but those that share the weight.
         dtype: Of the weight, such as ``float32``.
         transposed: Whether the weight is stored [in, out].
         aliases: Other names of the same module.
@@ -81,6 +82,7 @@ class Layer:
     groups: int = 1
     padding_mode: str = "zeros"
     bias: bool = False
+    own_bias: bool = False
     dtype: str = "float32"
     transposed: bool = False
     aliases: tuple[str, ...] = ()
@@ -203,7 +205,7 @@ def find_layers(model: nn.Module) -> list[Layer]:
         entry = names.setdefault(module, [])
         if name not in entry:
             entry.append(name)
-    layers: list[tuple[Layer, int]] = []
+    layers: list[tuple[Layer, nn.Module]] = []
     owners: dict[int, list[tuple[str, str]]] = {}
     for module, paths in names.items():
         for key, parameter in module.named_parameters(recurse=False):
@@ -211,10 +213,14 @@ def find_layers(model: nn.Module) -> list[Layer]:
     for module, paths in names.items():
         layer = _describe(module, paths[0], tuple(paths[1:]))
         if layer is not None:
-            weight = getattr(module, "weight", None)
-            layers.append((layer, id(weight)))
+            layers.append((layer, module))
     described = {layer.name: layer for layer, _ in layers}
-    return [_resolve_ties(layer, owners.get(key, []), described) for layer, key in layers]
+
+    def users(module: nn.Module, key: str) -> list[tuple[str, str]]:
+        return owners.get(id(module._parameters.get(key)), [])
+
+    tied = [(_resolve_ties(x, users(m, "weight"), described), m) for x, m in layers]
+    return [replace(x, own_bias=_owns(x, users(m, "bias"))) for x, m in tied]
 
 
 Pattern: TypeAlias = "str | Callable[[Layer], bool]"
@@ -261,11 +267,12 @@ def _matches(layer: Layer, pattern: Pattern) -> bool:
 def _as_patterns(patterns: Patterns, keyword: str) -> tuple[Pattern, ...]:
     if isinstance(patterns, str) or callable(patterns):
         return (patterns,)
-    listed = tuple(patterns)
+    listed = tuple(patterns) if isinstance(patterns, Iterable) else (patterns,)
     for pattern in listed:
         if not isinstance(pattern, str) and not callable(pattern):
             raise ModelError(
-                f"{keyword}={pattern!r}: expected a glob on module names or a function of a layer"
+                f"{keyword}={pattern!r}: expected a glob on module names, a function of a layer, "
+                "or several of these"
             )
     return listed
 
@@ -336,6 +343,8 @@ def _refusal(layer: Layer, module: nn.Module, weight: Tensor) -> str | None:
         return f"its weight is a {type(weight).__name__}, not a plain parameter"
     if not weight.is_floating_point():
         return f"its weight is {layer.dtype}, not floating point"
+    if weight.dtype.itemsize < 2:  # torch computes no norm or decomposition of these
+        return f"its weight is {layer.dtype}, which cannot be decomposed; 16 bits are the least"
     if layer.groups > 1 and layer.groups == layer.in_channels:
         return "depthwise: each group has one input channel"
     return attached(module)
@@ -366,6 +375,11 @@ def _other(module: nn.Module, base: Mapping[str, Any]) -> Layer | None:
         reason = f"{type(module).__name__} is not a layer rankopt decomposes"
         return Layer(**base, shape=shape, refusal=reason)
     return None
+
+
+def _owns(layer: Layer, users: list[tuple[str, str]]) -> bool:
+    """Whether the users of a bias are the layer and those that share its weight."""
+    return bool(users) and {(name, "bias") for name in (layer.name, *layer.tied_to)} >= {*users}
 
 
 def _resolve_ties(

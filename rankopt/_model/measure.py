@@ -189,6 +189,12 @@ def check_inputs(example_inputs: Any) -> None:
             f"example_inputs is a {type(example_inputs).__name__}; expected a tensor, a tuple of "
             "positional arguments or a dict of keyword arguments"
         )
+    first = next((tensor for tensor in tensors_in(example_inputs) if tensor.dim()), None)
+    if first is not None and first.numel() == 0:
+        raise ModelError(
+            f"example_inputs: a tensor of shape {list(first.shape)} holds no sample to run the "
+            "model on; give at least one"
+        )
 
 
 @contextmanager

@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, SupportsFloat, TypeAlias
 
 from torch import nn
 
 from rankopt.errors import EvaluationError
 
-__all__ = ["mean", "metric_of", "number", "parsed"]
+__all__ = ["Evaluate", "EvaluateBatch", "Score", "mean", "metric_of", "parsed"]
+
+# A number, or one and its weight.
+Score: TypeAlias = SupportsFloat | tuple[SupportsFloat, SupportsFloat]
+# The metric of a model: one for all, or from a generator one for each batch.
+Evaluate: TypeAlias = Callable[[nn.Module], Score | Iterator[Score]]
+# That of one batch, for studies that are given the batches.
+EvaluateBatch: TypeAlias = Callable[[nn.Module, Any], Score]
 
 
 def mean(values: Sequence[tuple[float, float]]) -> float:
@@ -23,20 +30,6 @@ def mean(values: Sequence[tuple[float, float]]) -> float:
     return sum(value * weight for value, weight in values) / sum(weight for _, weight in values)
 
 
-def number(value: Any) -> float:
-    """A metric as a float, NaN included.
-
-    Raises:
-        EvaluationError: It is no number.
-    """
-    try:
-        return float(value)
-    except (TypeError, ValueError, RuntimeError) as error:  # of a tensor, say
-        raise EvaluationError(
-            f"evaluate gave a {type(value).__name__}; expected a number"
-        ) from error
-
-
 def parsed(value: Any, *, finite: bool = True) -> tuple[float, float]:
     """A number and its weight.
 
@@ -45,8 +38,8 @@ def parsed(value: Any, *, finite: bool = True) -> tuple[float, float]:
     """
     pair = value if isinstance(value, tuple) and len(value) == 2 else (value, 1.0)
     try:
-        found, weight = float(pair[0]), float(pair[1])
-    except (TypeError, ValueError, RuntimeError) as error:
+        found, weight = map(_number, pair)
+    except (TypeError, ValueError, RuntimeError) as error:  # of a tensor, say
         raise EvaluationError(
             f"evaluate gave a {type(value).__name__}; expected a number, or (number, weight)"
         ) from error
@@ -57,9 +50,13 @@ def parsed(value: Any, *, finite: bool = True) -> tuple[float, float]:
     return found, weight
 
 
-def metric_of(
-    evaluate: Callable[[nn.Module], Any], model: nn.Module, *, finite: bool = True
-) -> float:
+def _number(value: Any) -> float:
+    if isinstance(value, (str, bytes)):  # which float() would read
+        raise TypeError
+    return float(value)
+
+
+def metric_of(evaluate: Evaluate, model: nn.Module, *, finite: bool = True) -> float:
     """The metric of a model, the weighted mean where `evaluate` yields one for each batch.
 
     Raises:
@@ -68,8 +65,8 @@ def metric_of(
     """
     try:
         found = evaluate(model)
-        found = found if isinstance(found, Iterator) else [found]
-        values = [parsed(value, finite=finite) for value in found]
+        scores = found if isinstance(found, Iterator) else [found]
+        values = [parsed(score, finite=finite) for score in scores]
     except EvaluationError:
         raise
     except Exception as error:

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from rankopt._model import measure, surgery
+from rankopt._model.hooks import hooked
 from rankopt._model.layers import Layer
 from rankopt._model.stand_ins import irreplaceable
 from rankopt._model.unpack import UnpackedAttention, is_registered
@@ -65,11 +66,14 @@ class Call:
         shape: Of the input.
         dtype: Such as ``float32``.
         memory_format: ``contiguous`` or ``channels_last``.
+        autocast: The dtype of the autocast it was called under, the model's own or the
+            caller's; None for none.
     """
 
     shape: tuple[int, ...]
     dtype: str = "float32"
     memory_format: str = "contiguous"
+    autocast: str | None = None
 
     @classmethod
     def of(cls, entering: Tensor) -> Call:
@@ -77,10 +81,13 @@ class Call:
         layout = _FORMATS.get(entering.dim())
         last = layout is not None and entering.is_contiguous(memory_format=layout)
         last = last and not entering.is_contiguous()
+        device = entering.device.type
+        cast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
         return cls(
             tuple(entering.shape),
             str(entering.dtype).removeprefix("torch."),
             "channels_last" if last else "contiguous",
+            str(torch.get_autocast_dtype(device)).removeprefix("torch.") if cast else None,
         )
 
     def example(self, device: torch.device) -> Tensor:
@@ -139,6 +146,8 @@ class Probe:
                 layer = layer.refused(self.reads[layer.name])
             elif layer.name not in self.positions:
                 layer = layer.refused("example_inputs never reach it")
+            elif layer.macs == 0:  # an expert that no row was sent to, or a batch of none
+                layer = layer.refused("example_inputs give it nothing to compute")
             annotated.append(layer)
         return annotated
 
@@ -175,7 +184,7 @@ def probe(view: nn.Module, layers: Iterable[Layer], example_inputs: Any) -> Prob
 
         return hook
 
-    handles: list[Any] = [
+    handles = [
         module.register_forward_hook(count(name), with_kwargs=True)
         for name, module in watched.items()
     ]
@@ -187,7 +196,7 @@ def probe(view: nn.Module, layers: Iterable[Layer], example_inputs: Any) -> Prob
     classes: dict[nn.Module, Any] = {module: type(module) for module in watched.values()}
     names = {id(module): name for name, module in watched.items()}
     try:
-        with _Recorder(result, names):
+        with hooked(handles), _Recorder(result, names):
             for module, cls in classes.items():
                 module.__class__ = _watching(cls)
             with measure.preserve_rng(), measure.evaluation(view):
@@ -212,8 +221,6 @@ def probe(view: nn.Module, layers: Iterable[Layer], example_inputs: Any) -> Prob
     finally:
         for module, cls in classes.items():
             module.__class__ = cls
-        for handle in handles:
-            handle.remove()
     if not result.crossed:  # packed projections of these are split, and all is probed again
         called = [name for name in result.calls if name not in result.reads]
         result.reads |= irreplaceable(view, called, inputs)

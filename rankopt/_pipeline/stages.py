@@ -22,7 +22,7 @@ from rankopt._build.fold import check_foldable, fold
 from rankopt._build.provenance import plan_of, remember_plan
 from rankopt._model import measure, surgery
 from rankopt._model.inputs import digest, hold, tensors_in
-from rankopt._model.metric import metric_of
+from rankopt._model.metric import Evaluate, metric_of
 from rankopt._model.spelled import spelled
 from rankopt._pipeline.checks import TUNING
 from rankopt._search.opening import uses_metric
@@ -38,6 +38,7 @@ from rankopt.errors import (
 )
 from rankopt.plan import RankPlan
 from rankopt.registry import strategies
+from rankopt.training.batches import fingerprint
 from rankopt.training.finetune import finetune as train_on
 from rankopt.training.repair import recover
 
@@ -71,7 +72,12 @@ class Run:
     """The stages, what they made, and where that is kept."""
 
     def __init__(
-        self, model: nn.Module, work: Path, evaluate: Any, seed: int, progress: bool | None
+        self,
+        model: nn.Module,
+        work: Path,
+        evaluate: Evaluate | None,
+        seed: int,
+        progress: bool | None,
     ) -> None:
         self.model, self.work, self.evaluate = model, work, evaluate
         self.seed, self.progress = seed, progress
@@ -129,6 +135,7 @@ class Run:
                 "calibration": None if self.calibration is None else digest(self.calibration),
                 "example_inputs": spelled(self.inputs),
                 "evaluate": None if self.evaluate is None else spelled(self.evaluate),
+                "train": None if train is None else fingerprint(train),
             }
         )
         self.dense_metric = self._metric(surgery.unwrap(self.model))
@@ -148,6 +155,8 @@ class Run:
             before = made.get(key, value)
             if key == "settings":  # those of stages that are yet to come may change
                 before, value = ({n: each.get(n) for n in begun} for each in (before, value))
+            if key == "train" and "finetune" not in begun:
+                continue
             if before != value:
                 raise CheckpointError(
                     f"{path} was made with {key} {before}, this call has {value}; use the "
@@ -293,7 +302,7 @@ class Run:
             "teacher": self.model,
             "calibration": self.calibration,
             "calibration_samples": None,
-            "seconds": RECOVER_SECONDS,
+            "seconds": None if "steps" in (how or {}) else RECOVER_SECONDS,
             "seed": self.seed,
             "progress": self.progress,
             **(how or {}),

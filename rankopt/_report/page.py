@@ -10,12 +10,12 @@ from typing import Any, Final, TypeGuard
 from rankopt._report.charts import Line, line_chart
 from rankopt._report.sources import Contents, TrainingRun
 from rankopt._report.style import STYLE
-from rankopt._utils.tables import count, milliseconds
+from rankopt._utils.tables import count, counted, milliseconds
 from rankopt.plan import Decision, RankPlan
 
 __all__ = ["page"]
 
-AXES: Final = {"params": "parameters", "macs": "MACs", "memory": "memory", "latency": "time"}
+AXES: Final = {"params": "parameters", "macs": "MACs", "memory": "memory", "latency": "latency"}
 
 
 def page(contents: Contents) -> str:
@@ -37,20 +37,20 @@ def page(contents: Contents) -> str:
 
 def _title(contents: Contents) -> str:
     if contents.plan is None:
-        return "rankopt: " + (contents.runs[0].name if contents.runs else "comparison")
-    return f"{contents.plan.model.get('class', 'model')}, compressed"
+        return f"Training report: {contents.runs[0].name}" if contents.runs else "Comparison report"
+    return f"Compression report: {contents.plan.model.get('class', 'model')}"
 
 
 def _subtitle(contents: Contents) -> str:
     plan = contents.plan
     if plan is None:
         return ""
-    parts = [f"strategy <b>{escape(str(plan.strategy.get('name', 'by hand')))}</b>"]
+    parts = [f"Strategy <b>{escape(str(plan.strategy.get('name', 'by hand')))}</b>"]
     if plan.budget is not None:
         parts.append(f"budget {escape(plan.budget.explain())}")
     kept = len(plan.decisions) - len(plan.changes)
-    parts.append(f"{len(plan.changes)} sites changed, {kept} kept")
-    parts.append(f"searched in {plan.seconds:.1f} s")
+    parts.append(f"{counted(len(plan.changes), 'layer')} decomposed, {kept} kept")
+    parts.append(f"search time {_duration(plan.seconds)}")
     return f'<p class="lead">{" · ".join(parts)}</p>'
 
 
@@ -72,7 +72,7 @@ def _figures(contents: Contents) -> str:
                 tiles.append(_ratio(axis, before, found, how if axis == "latency" else ""))
         metrics = [s["metric"] for s in contents.stages if _finite(s["metric"])]
         if metrics:
-            tiles.append(_tile("metric, so far", f"{metrics[-1]:.4g}", "not finished"))
+            tiles.append(_tile("Metric so far", f"{metrics[-1]:.4g}", "not finished"))
     if not tiles:
         tiles = [tile for run in contents.runs for tile in _trained(run)]
     return f'<section class="tiles">{"".join(tiles)}</section>{verdict}' if tiles else ""
@@ -83,23 +83,23 @@ def _compared(values: Mapping[str, Any]) -> list[str]:
     metric = values["metric"]
     if metric is not None:
         before, after = metric["before"], metric["after"]
-        change = f", {after - before:+.3g}" if _finite(before) and _finite(after) else ""
-        tiles.append(_tile("metric", _metric(after), f"{_metric(before)} dense{change}"))
+        change = f", change {after - before:+.3g}" if _finite(before) and _finite(after) else ""
+        tiles.append(_tile("Metric", _metric(after), f"dense {_metric(before)}{change}"))
     error, same = values.get("output_error"), values.get("agreement")
     if error is not None or same is not None:
-        note = "" if same is None else f", {100 * same:.1f}% in the same class"
+        note = "" if same is None else f", {100 * same:.1f}% of predicted classes unchanged"
         text = "not finite" if error is None else f"{error:.2g}"
-        tiles.append(_tile("outputs", text, f"relative error{note}"))
+        tiles.append(_tile("Output error", text, f"relative to dense{note}"))
     for axis in ("params", "macs", "memory"):
         if values[axis] is not None and values[axis]["before"]:
             tiles.append(_ratio(axis, values[axis]["before"], values[axis]["after"]))
     ratio = values["latency_ratio"]
     if ratio is not None:
         before, after = (values[f"latency_{when}_ms"]["median"] for when in ("before", "after"))
-        between = f"95%: {100 * ratio['low']:.1f} to {100 * ratio['high']:.1f}%"
+        between = f"95% interval {100 * ratio['low']:.1f} to {100 * ratio['high']:.1f}%"
         tiles.append(
             _tile(
-                "of the time",
+                _share("latency"),
                 f"{100 * ratio['median']:.1f}%",
                 f"{milliseconds(before)} → {milliseconds(after)}; {between}",
             )
@@ -111,22 +111,33 @@ def _ratio(axis: str, before: float, after: float, how: str = "") -> str:
     shown = milliseconds if axis == "latency" else count
     unit = "B" if axis == "memory" else ""
     text = f"{shown(before)}{unit} → {shown(after)}{unit}" + (f", {how}" if how else "")
-    return _tile(f"of the {AXES.get(axis, axis)}", f"{100 * after / before:.1f}%", text)
+    return _tile(_share(axis), f"{100 * after / before:.1f}%", text)
+
+
+def _share(axis: str) -> str:
+    """What a percentage is of.
+
+    Example:
+        >>> _share("params")
+        'Parameters, % of dense'
+    """
+    name = AXES.get(axis, axis)
+    return f"{name[:1].upper()}{name[1:]}, % of dense"
 
 
 def _trained(run: TrainingRun) -> list[str]:
     last = run.epochs[-1] if run.epochs else None
     if last is None:
         return []
-    tiles = [_tile("loss", f"{last['loss']:.4g}", f"after {len(run.epochs)} epochs")]
+    tiles = [_tile("Training loss", f"{last['loss']:.4g}", f"after {len(run.epochs)} epochs")]
     if last["accuracy"] is not None:
-        tiles.append(_tile("training accuracy", f"{last['accuracy']:.2f}%", "last epoch"))
+        tiles.append(_tile("Training accuracy", f"{last['accuracy']:.2f}%", "last epoch"))
     metrics = [(e["metric"], e["epoch"]) for e in run.epochs if _finite(e["metric"])]
     if metrics:
         best, epoch = max(metrics, key=lambda pair: pair[0])
-        tiles.append(_tile("metric", f"{best:.4g}", f"best, epoch {epoch + 1}"))
+        tiles.append(_tile("Metric", f"{best:.4g}", f"best, epoch {epoch + 1}"))
     seconds = sum(epoch["seconds"] for epoch in run.epochs)
-    tiles.append(_tile("training", _duration(seconds), f"{_mean_speed(run):.0f} samples/s"))
+    tiles.append(_tile("Training time", _duration(seconds), f"{_mean_speed(run):.0f} samples/s"))
     return tiles
 
 
@@ -182,7 +193,7 @@ def _stages(stages: Sequence[Mapping[str, Any]]) -> str:
         )
         for stage in stages
     ]
-    columns = ("stage", "time", "params", "metric", "what came of it")
+    columns = ("Stage", "Time", "Parameters", "Metric", "Result")
     return "<section><h2>Stages</h2>" + _table(columns, rows, words=(0, 4)) + "</section>"
 
 
@@ -190,11 +201,11 @@ def _run(run: TrainingRun) -> str:
     charts = [
         line_chart(title, [_series(run, key, title) for key, title in lines], x_label="epoch")
         for title, lines in (
-            ("loss", [("loss", "loss")]),
-            ("training accuracy, %", [("accuracy", "accuracy")]),
-            ("metric", [("metric", "metric")]),
-            ("samples per second", [("samples_per_second", "speed")]),
-            ("learning rate", [("learning_rate", "rate")]),
+            ("Loss", [("loss", "loss")]),
+            ("Training accuracy, %", [("accuracy", "accuracy")]),
+            ("Metric", [("metric", "metric")]),
+            ("Throughput, samples/s", [("samples_per_second", "speed")]),
+            ("Learning rate", [("learning_rate", "rate")]),
         )
     ]
     if not any(charts):
@@ -231,10 +242,11 @@ def _layers(plan: RankPlan) -> str:
     total = counted or sum(before for before, _ in costs) or 1
     rows = [_layer(decision, axis, largest, total) for decision in plan]
     name = AXES[axis]
-    columns = ("layer", "weight", "method", "ranks", f"{name}, dense and now", "error", "reason")
+    columns = ("Layer", "Weight", "Method", "Ranks", _share(axis), "Error", "Reason")
     return (
-        f"<section><h2>Layers</h2><p class=lead>Bars: {name} of the dense layer (pale) and of what "
-        "is in its place now, on one scale. Error: relative, of weight or output.</p>"
+        f'<section><h2>Layers</h2><p class="lead">Bars: {name} of the dense layer (pale) and of '
+        "its replacement (solid), all on one scale. Error: relative error of the weight or, with "
+        "calibration, of the layer's output.</p>"
         + _table(columns, rows, words=(0, 2, 4, 6))
         + "</section>"
     )
@@ -272,8 +284,8 @@ def _provenance(plan: RankPlan) -> str:
         for key, value in group.items()
     ]
     return (
-        "<details><summary>How the plan was made</summary>"
-        + _table(("what", "value"), rows, words=(0, 1))
+        "<details><summary>Strategy, model and environment of the plan</summary>"
+        + _table(("Field", "Value"), rows, words=(0, 1))
         + "</details>"
     )
 

@@ -99,8 +99,9 @@ def problem_of(
     budget: Budget | None,
     methods: str | Decomposition | Sequence[str | Decomposition],
 ) -> Problem:
-    every = [methods] if isinstance(methods, (str, Decomposition)) else methods
-    available = [decompositions.create(method) for method in every]
+    if isinstance(methods, str) or not isinstance(methods, Iterable):
+        methods = [methods]
+    available = [decompositions.create(method) for method in methods]
     modules = dict(surgery.named_modules(view))
 
     def weight(layer: Layer) -> Tensor:

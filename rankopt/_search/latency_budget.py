@@ -8,7 +8,6 @@ not, layer by layer the choices of the one give way to those of the other.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import takewhile
@@ -16,8 +15,9 @@ from typing import Any, Final
 
 from rankopt._search.model_clock import SLACK, WIDTH
 from rankopt._timing.latency import Measured
+from rankopt._timing.noise import warn_of_noise
 from rankopt.budget import Budget
-from rankopt.errors import BudgetInfeasible, DeadlineExceeded, RankoptWarning
+from rankopt.errors import BudgetInfeasible, DeadlineExceeded
 from rankopt.plan import RankPlan
 from rankopt.strategy import LATENCY, Problem, Strategy
 from rankopt.strategy.sites import figure
@@ -219,14 +219,9 @@ def solve(
         raise _slower(rounds.budget, None, done, rounds.share)
     best = max(fitting, key=lambda e: e.took)
     # A plan that changes nothing takes the dense model's time, however that is measured.
-    if best.plan.changes and any(entry.measured.ratio.noisy for entry in done):
-        widest = max((e.measured.ratio for e in done), key=lambda r: (r.high - r.low) / r.median)
-        warnings.warn(
-            f"the time of the whole model varies too much to decide: {widest} of dense; the "
-            "machine is busy, throttled or not warm; close other programs and search again",
-            RankoptWarning,
-            stacklevel=3,
-        )
+    if best.plan.changes:
+        ratios = [entry.measured.ratio for entry in done]
+        warn_of_noise(ratios, what="the time of the whole model varies")
     return _annotated(best, done, rounds.budget, dense_ms)
 
 

@@ -19,7 +19,7 @@ from rankopt._model.layers import Layer, Patterns, check_materialised, find_laye
 from rankopt._model.probe import Probe, probe
 from rankopt._search.merge_widths import Choice, Widths
 from rankopt._search.verify import environment, verify
-from rankopt.budget import Budget
+from rankopt.budget import Budget, check_inputs
 from rankopt.errors import BudgetError, ModelError
 from rankopt.plan import KEEP, MERGE, Decision, RankPlan
 from rankopt.strategy.rank_choices import check_round_to
@@ -125,6 +125,7 @@ def merge_plan(
         BudgetError: The budget cannot be read, or needs inputs not given.
         BudgetInfeasible: It cannot be met; says what can.
         LayerError: A weight holds NaN or infinity.
+        CalibrationError: `calibration` is empty, or the model fails on it.
 
     References:
         arXiv 2407.20266, section 2.3, for the uniform r = p/2.
@@ -202,11 +203,7 @@ def _checked(
     for axis in () if allowed is None else allowed.axes:
         if axis not in ("params", "macs", "memory"):
             raise BudgetError(f"merging takes budgets on params, macs and memory, not on {axis}")
-    if allowed is not None and "macs" in allowed.axes and inputs is None:
-        raise BudgetError(
-            "a budget on macs needs example_inputs: MACs depend on the input's size; pass a "
-            "tensor, a tuple or a dict to call the model with, or bound params instead"
-        )
+    check_inputs(() if allowed is None else allowed.axes, inputs)
     return allowed
 
 

@@ -21,7 +21,7 @@ from rankopt._model.probe import Probe
 from rankopt.budget import Budget
 from rankopt.errors import BudgetInfeasible, CalibrationError
 from rankopt.plan import Factors
-from rankopt.strategy.allocation import allocate
+from rankopt.strategy.allocation import allocate, limits
 
 __all__ = ["Choice", "Widths"]
 
@@ -71,8 +71,14 @@ class Widths:
         self.bases: dict[str, MergeBasis] = {}
 
     def calibrate(self, data: Any, samples: int | None) -> None:
-        """Read the inputs; the moments of the activations follow when they are needed."""
+        """Read the inputs; the moments of the activations follow when they are needed.
+
+        Raises:
+            CalibrationError: There are none, or the model fails on them.
+        """
         self.held = hold(self.view, data, max_samples=samples)
+        with measure.evaluation(self.view):  # or their fault would show as that of the result
+            run(self.view, self.held[0])
         self.factors = Factors(_FITTED, digest(self.held))
 
     # Prices
@@ -184,15 +190,15 @@ class Widths:
         """The widths of least total damage within the budget."""
         self._prepare()
         axes = budget.axes
-        limits = np.array([budget.ratio(axis) * self.before[axis] for axis in axes])
-        menus = [self._menu(block, axes, limits) for block in self.blocks]
+        whole = limits(budget.ratios, self.before)
+        menus = [self._menu(block, axes, whole) for block in self.blocks]
         dense = [self.dense(block) for block in self.blocks]
         fixed = np.array([self.before[a] - sum(cost[a] for cost in dense) for a in axes])
         weights = self._sensitivities()
         damages = [w * menu[2] for w, menu in zip(weights, menus, strict=True)]
         found = None
-        if (limits - fixed > 0).all():
-            found = allocate(damages, [menu[1] for menu in menus], np.floor(limits) - fixed)
+        if (whole - fixed > 0).all():
+            found = allocate(damages, [menu[1] for menu in menus], whole - fixed)
         if found is None:
             raise self._infeasible(budget, fixed, [menu[1] for menu in menus])
         reason = "least total damage within the budget"
@@ -215,7 +221,7 @@ class Widths:
             self.bases[block.name] = prepare(self.modules, block, moments)
 
     def _menu(
-        self, block: Bottleneck, axes: Sequence[str], limits: Array
+        self, block: Bottleneck, axes: Sequence[str], whole: Array
     ) -> tuple[npt.NDArray[np.int64], Array, Array]:
         """(ranks, costs, energy lost) of the undominated widths, the full ones first."""
         choices = []
@@ -229,7 +235,7 @@ class Widths:
         costs = np.stack([np.asarray(cost[axis], dtype=np.float64) for axis in axes], axis=1)
         costs[-1] = [dense[axis] for axis in axes]  # the full widths: nothing is done
         energy = sum(self.bases[block.name].energies((first, second)))
-        order = np.lexsort((energy, (costs / limits).mean(axis=1)))
+        order = np.lexsort((energy, (costs / whole).mean(axis=1)))
         best = np.minimum.accumulate(energy[order])
         kept = order[np.append(True, energy[order][1:] < best[:-1])]
         full = len(first) - 1

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Final
 
 from rankopt._model.metric import mean
 from rankopt.budget import RATIO_AXES, Budget
-from rankopt.errors import BudgetInfeasible, DeadlineExceeded, RankoptWarning
+from rankopt.errors import BudgetInfeasible, DeadlineExceeded, warn
 from rankopt.plan import RankPlan
 from rankopt.strategy import Problem, Strategy
 
@@ -122,7 +121,7 @@ class _Bisection:
     def answer(self) -> RankPlan:
         """The smallest accepted plan; the model as it is where there is none."""
         if self.accepted is None:
-            warnings.warn(f"{self._story}; every layer is kept", RankoptWarning, stacklevel=4)
+            warn(f"{self._story}; every layer is kept")
             problem = self.problem
             kept = [
                 problem.keep(site, "every smaller model loses too much") for site in problem.sites

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -27,19 +26,19 @@ from rankopt._model.inputs import (
     run,
 )
 from rankopt._model.layers import Patterns
+from rankopt._model.metric import Evaluate, EvaluateBatch
 from rankopt._model.probe import Probe
 from rankopt._search.describe import describe, problem_of, selected
 from rankopt._search.trial import TrialModel
 from rankopt._search.verify import environment, verify
 from rankopt.agreement import Agreement
-from rankopt.budget import Budget
+from rankopt.budget import Budget, check_inputs
 from rankopt.errors import (
     BudgetError,
     CalibrationError,
     EvaluationError,
     ModelError,
-    NotYetSupported,
-    RankoptWarning,
+    warn,
 )
 from rankopt.plan import Decision, RankPlan
 from rankopt.strategy import Option, Problem, Strategy, decide
@@ -52,7 +51,6 @@ DIVERGENCE_SAMPLES: Final = 256
 DISTANCE_SAMPLES: Final = 512
 # Of outputs that are not finite; a number, as plans hold no other.
 FARTHEST: Final = 1e30
-SHELL: Final = " (in the shell --input 1,3,224,224)"
 
 
 @dataclass(frozen=True)
@@ -96,7 +94,7 @@ def open_problem(
     example_inputs: Any = None,
     calibration: Any = None,
     calibration_samples: int | None = MAX_SAMPLES,
-    evaluate: Any = None,
+    evaluate: Evaluate | EvaluateBatch | None = None,
     batches: Sequence[Any] | None = None,
     methods: str | Decomposition | Sequence[str | Decomposition] = Strategy.methods,
     only: Patterns = (),
@@ -132,54 +130,43 @@ def _warn_of_chains(model: nn.Module) -> None:
     """Say what becomes of a model that was compressed before."""
     known = plan_of(model)
     if known is not None and known.changes:
-        warnings.warn(
+        warn(
             f"this {type(model).__name__} was compressed already: its factors would be decomposed "
             "once more, and the budget is a share of the compressed model; for a further round "
-            "make it dense first, rankopt.fold(model, original), or use rankopt.compress(rounds=2)",
-            RankoptWarning,
-            stacklevel=5,
+            "make it dense first, rankopt.fold(model, original), or use rankopt.compress(rounds=2)"
         )
 
 
 def uses_metric(budget: Budget | None, strategy: Strategy) -> bool:
     """Whether a search calls `evaluate`."""
     drops = budget is not None and budget.metric_drop is not None
-    return drops or "evaluate" in strategy.tags.needs
+    return drops or "evaluate" in strategy.promises.needs
 
 
 def check_request(
     budget: Budget | None, strategy: Strategy, inputs: Any, calibration: Any, evaluate: Any
 ) -> Budget | None:
     bounded = () if budget is None else (*budget.axes, *filter(None, [budget.minimize]))
-    if budget is None and not strategy.tags.unbudgeted:
+    if budget is None and not strategy.promises.unbudgeted:
         raise BudgetError(
             f"strategy {strategy.name!r} needs a budget: it has no natural amount of compression"
         )
-    for axis, what in (
-        ("macs", "MACs depend"),
-        ("latency", "time depends"),
-        ("latency_ms", "time depends"),
-    ):
-        if axis in bounded and inputs is None:
-            raise BudgetError(
-                f"a budget on {axis} needs example_inputs: {what} on the input's size; pass a "
-                f"tensor, a tuple or a dict to call the model with{SHELL}, or bound params instead"
-            )
-    if "latency" in strategy.tags.needs and inputs is None:
+    check_inputs(bounded, inputs)
+    if "latency" in strategy.promises.needs and inputs is None:
         raise ModelError(
             f"strategy {strategy.name!r} needs example_inputs= to time the layers with: a tensor, "
-            f"a tuple or a dict to call the model with{SHELL}"
+            "a tuple or a dict to call the model with"
         )
     for name, value in (("calibration", calibration), ("evaluate", evaluate)):
-        if name in strategy.tags.needs and value is None:
-            raise ModelError(f"strategy {strategy.name!r} needs {name}= (in the shell --{name})")
+        if name in strategy.promises.needs and value is None:
+            raise ModelError(f"strategy {strategy.name!r} needs {name}=")
     drops = budget is not None and budget.metric_drop is not None
     if drops and evaluate is None:
         raise BudgetError(
             "a budget on metric_drop needs evaluate=: a function of a model that gives the metric"
         )
     if evaluate is not None and not uses_metric(budget, strategy):
-        raise NotYetSupported(
+        raise BudgetError(
             f"strategy {strategy.name!r} uses evaluate= only with a budget on metric_drop, such as "
             "'metric_drop<=0.01, minimize=macs'; leave it out"
         )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from operator import index
 from typing import Any, Final
 
 import torch
@@ -15,7 +16,7 @@ from rankopt._search.describe import describe
 from rankopt._timing.candidates import cliffs, grid_values, line
 from rankopt._timing.layer_profile import LayerProfile, ProfileRow
 from rankopt._timing.layer_time import Chain, LayerTime
-from rankopt._timing.profile_table import ProfileTable
+from rankopt._timing.profile_table import ProfileTable, check_table
 from rankopt.errors import LayerError, ModelError
 from rankopt.registry import decompositions
 from rankopt.strategy import Site, Strategy
@@ -55,6 +56,7 @@ def profile(
     Raises:
         ModelError: No such layer, or the model fails on the inputs.
         LayerError: The layer cannot be decomposed, or a rank is infeasible.
+        ValueError: `ranks` are no whole numbers, or `table` is no table.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(64, 64))
@@ -65,7 +67,9 @@ def profile(
         >>> [row.ranks for row in found.rows]
         [(8,), (16,)]
     """
-    table = table or ProfileTable()
+    table = check_table(table, "table")
+    wanted = None if ranks is None else _checked(ranks)
+    measure.check_inputs(example_inputs)
     source = surgery.unwrap(model)
     with torch.no_grad(), measure.preserve_rng():
         _, layers, seen = describe(source, example_inputs, runs=True)
@@ -74,27 +78,30 @@ def profile(
     chosen = _method(found, method)
     axes = chosen.rank_axes(found)
     maxima = tuple(axis.maximum for axis in axes)
-    dense_macs = float(found.macs or 1)
+    assert found.macs  # layers without work are refused
+    dense_macs = float(found.macs)
 
-    def work(wanted: Sequence[int]) -> float:
-        return float(chosen.macs(found, wanted)) / dense_macs
+    def work(ranks: Sequence[int]) -> float:
+        return float(chosen.macs(found, ranks)) / dense_macs
 
     site = Site((found,), (chosen,), {"macs": dense_macs})
     times = SiteTimes(table, seen.calls, device=surgery.device_of(source))
     before = table.calls
 
-    def run(wanted: Sequence[tuple[int, ...]]) -> dict[tuple[int, ...], LayerTime]:
-        timed = times.time(site, [Chain(), *(Chain(chosen, each) for each in wanted)])
+    def run(points: Sequence[tuple[int, ...]]) -> dict[tuple[int, ...], LayerTime]:
+        timed = times.time(site, [Chain(), *(Chain(chosen, each) for each in points)])
         return {chain.ranks: time for chain, time in timed.items()}
 
-    if ranks is None:
+    if wanted is None:
         step = max(axis.step for axis in axes)
         points = [line(maxima, int(rank)) for rank in grid_values(max(maxima), GRID, step)]
         measured = run(_feasible(points, axes))
         near = _feasible(_beside_cliffs(measured, maxima, work), axes)
         measured |= run([each for each in near if each not in measured])
+    elif isinstance(ranks, str) or not isinstance(ranks, Iterable):
+        raise ValueError(f"ranks={ranks!r}: expected several, such as [8, 16, 32]")
     else:
-        measured = run([_expanded(chosen, found, axes, rank) for rank in ranks])
+        measured = run([_expanded(chosen, found, axes, rank) for rank in wanted])
     dense = measured.pop(())
     rows = tuple(
         ProfileRow(each, work(each), time.latency_ms, time.ratio)
@@ -113,6 +120,25 @@ def profile(
         conditions=table.conditions(times.device, seen.calls[found.name][0]),
         runs=table.calls - before,
     )
+
+
+def _checked(ranks: Any) -> list[int | tuple[int, ...]]:
+    """The ranks that a caller wants, as whole numbers of Python's own."""
+    if not isinstance(ranks, Iterable) or isinstance(ranks, str):
+        raise ValueError(f"ranks={ranks!r}: expected a sequence, such as [8, 16] or [(8, 4)]")
+    found: list[int | tuple[int, ...]] = []
+    for rank in ranks:
+        several = isinstance(rank, Iterable) and not isinstance(rank, str)
+        try:
+            found.append(tuple(map(index, rank)) if several else index(rank))
+        except TypeError as error:
+            raise ValueError(
+                f"ranks: {rank!r} is no rank; expected whole numbers, such as 8, or one for each "
+                "axis, such as (8, 4)"
+            ) from error
+    if not found:
+        raise ValueError("ranks: expected at least one; None times about 32 of them")
+    return found
 
 
 def _named(layers: Sequence[Layer], name: str) -> Layer:
@@ -151,9 +177,8 @@ def _expanded(
         maxima = tuple(axis.maximum for axis in axes)
         method.check_ranks(layer, [rank if a.maximum == max(maxima) else a.step for a in axes])
         return _feasible([line(maxima, rank)], axes)[0]
-    wanted = tuple(int(each) for each in rank)
-    method.check_ranks(layer, wanted)
-    return wanted
+    method.check_ranks(layer, rank)
+    return tuple(rank)
 
 
 def _found_cliffs(

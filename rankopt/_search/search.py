@@ -13,12 +13,13 @@ from rankopt._decompositions.base import Decomposition
 from rankopt._model import measure
 from rankopt._model.inputs import MAX_SAMPLES
 from rankopt._model.layers import Patterns
+from rankopt._model.metric import Evaluate
 from rankopt._search.factor_choice import SEARCH, Choice, check_choices, fitted_in_order, nearest
 from rankopt._search.latency_budget import solve
 from rankopt._search.metric_drop import within_drop
 from rankopt._search.model_clock import ModelClock, bounds_latency, price_time
 from rankopt._search.opening import check_request, open_problem
-from rankopt._timing.profile_table import ProfileTable
+from rankopt._timing.profile_table import ProfileTable, check_table
 from rankopt.budget import Budget
 from rankopt.errors import PlanError
 from rankopt.plan import RankPlan
@@ -42,7 +43,7 @@ def search(
     calibration_samples: int | None = MAX_SAMPLES,
     asymmetric: Choice = False,
     fisher: Choice = False,
-    evaluate: Any = None,
+    evaluate: Evaluate | None = None,
     methods: str | Decomposition | Sequence[str | Decomposition] | None = None,
     only: Patterns = (),
     ignore: Patterns = (),
@@ -70,7 +71,8 @@ def search(
             how each layer is used instead of reading the model's source.
         calibration: An iterable of inputs (tensors, tuples, mappings, a
             DataLoader); labels are left out. Factors and errors are then those
-            of the layers' outputs, and `apply` needs the same inputs.
+            of the layers' outputs, whose mean a bias keeps where there is one (see
+            `rankopt.plan.Factors`), and `apply` needs the same inputs.
         calibration_samples: Where to stop reading; None reads to the end.
         asymmetric: Whether `apply` fits each layer to what the layers before it, compressed
             already, pass on, rather than to the inputs of the dense model
@@ -81,7 +83,7 @@ def search(
             those of the model, the Fisher information (arXiv 2505.17974). Needs
             calibration and a model that can be differentiated in eval mode. ``search``
             searches without and with it, and takes the nearer outputs likewise.
-        evaluate: The task's metric, ``evaluate(model) -> float``: for strategies that
+        evaluate: The task's metric, see `rankopt.Evaluate`: for strategies that
             measure it (`optuna`) and for budgets on ``metric_drop``. It runs in eval mode
             under saved random generators and must not change the model.
         methods: Decompositions to choose from, names or instances, one or several; None
@@ -104,17 +106,20 @@ def search(
         reason, and that meets the budget on the built model.
 
     Raises:
-        BudgetError: The budget cannot be read, or needs inputs not given.
+        BudgetError: The budget cannot be read, or needs inputs not given; or `evaluate` is
+            given, and neither the budget (by ``metric_drop``) nor the strategy uses it.
         BudgetInfeasible: It cannot be met; says what can.
-        ModelError: No layer can be decomposed, or the model fails on the inputs.
+        ModelError: `model` is no module, no layer can be decomposed, the model fails on the
+            inputs, or the strategy, `asymmetric` or `fisher` needs inputs not given.
         LayerError: A weight holds NaN or infinity.
         EvaluationError: `evaluate` raised, gave no finite number or changed the model.
-        CalibrationError: `calibration` is empty, or the model fails on it.
+        CalibrationError: `calibration` is empty or no iterable of inputs, the model fails on
+            it, or what its layers take in is not finite.
         RegistryError: No strategy or decomposition of that name.
         DeadlineExceeded: `timeout` passed before there was a plan.
-        NotYetSupported: `evaluate` without a budget on ``metric_drop`` or a strategy that
-            uses it.
-        ValueError: `round_to`, `rounding` or `timeout` out of range.
+        PlanError: The strategy returned no plan.
+        ValueError: `round_to`, `rounding`, `timeout`, `calibration_samples`, `asymmetric` or
+            `fisher` out of range, or `profile` is no table.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU())
@@ -126,6 +131,7 @@ def search(
     check_round_to(round_to)
     check_rounding(rounding)
     check_timeout(timeout)
+    table = check_table(profile, "profile")
     deadline = None if timeout is None else time.monotonic() + timeout
     chosen = strategies.create(strategy)
     allowed = check_request(Budget.parse(budget), chosen, example_inputs, calibration, evaluate)
@@ -148,22 +154,22 @@ def search(
         problem.round_to, problem.rounding = round_to, rounding
         problem.fisher, problem.asymmetric = fisher is True, asymmetric is not False
         clock: ModelClock | None = None
-        if bounds_latency(allowed) or "latency" in chosen.tags.needs:
+        if bounds_latency(allowed) or "latency" in chosen.promises.needs:
             assert opened.seen is not None
-            clock = ModelClock(opened.source, example_inputs, profile or ProfileTable())
+            clock = ModelClock(opened.source, example_inputs, table)
             price_time(problem, clock, opened.seen)
             problem.check_deadline()
 
         def find(one: Problem) -> RankPlan:
             limits = one.budget
             timed = limits is not None and (limits.latency or limits.latency_ms)
-            if clock is not None and timed and not chosen.tags.latency:
+            if clock is not None and timed and not chosen.promises.latency:
                 return solve(one, chosen, clock.measure, clock.dense_ms)
             return _searched(chosen, one)
 
         if SEARCH in (asymmetric, fisher):
             plan = nearest(problem, find, asymmetric=asymmetric, fisher=fisher)
-        elif "metric_drop" in (allowed.axes if allowed else ()) and not chosen.tags.metric_drop:
+        elif "metric_drop" in (allowed.axes if allowed else ()) and not chosen.promises.metric_drop:
             plan = within_drop(chosen, problem, find)
         else:
             plan = find(problem)

@@ -12,18 +12,17 @@ import torch
 from torch import Tensor, nn
 
 from rankopt._build.asymmetric import fitted_in_order
-from rankopt._build.chains import chains_of, steps_of
+from rankopt._build.chains import Filling, chains_of, steps_of
 from rankopt._build.settle import NormSettler
 from rankopt._decompositions.base import Decomposition
 from rankopt._model import measure, surgery
-from rankopt._model.metric import mean, parsed
+from rankopt._model.metric import Evaluate, EvaluateBatch, mean, parsed
 from rankopt.errors import EvaluationError
 from rankopt.plan import FISHER, KEEP, Decision, RankPlan
 from rankopt.strategy import Problem, Site
 
-__all__ = ["Evaluate", "TrialModel"]
+__all__ = ["TrialModel"]
 
-Evaluate = Callable[..., Any]
 # Chains of earlier candidates are kept up to this size, for they come again.
 CHAIN_BYTES: Final = 512 * 2**20
 _WORDS: Final = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -53,12 +52,13 @@ class TrialModel:
         self,
         problem: Problem,
         view: nn.Module,
-        evaluate: Evaluate,
+        evaluate: Evaluate | EvaluateBatch,
         *,
         batches: Sequence[Any] | None = None,
         held: Sequence[Any] | None = None,
     ) -> None:
-        self._problem, self._evaluate, self._batches = problem, evaluate, batches
+        self._problem, self._batches = problem, batches
+        self._evaluate: Callable[..., Any] = evaluate
         self._dense, self._held = surgery.clone(view).eval(), held
         self._settler = None if held is None else NormSettler(self._dense, held)
         self._sites = {site.name: site for site in problem.sites}
@@ -139,7 +139,7 @@ class TrialModel:
             decision,
             site.layers,
             [self._modules[layer.name] for layer in site.layers],
-            partial(self._factors, site, decision.factors.fisher),
+            partial(self._filling, site, decision.factors.fisher),
         )
         self._chains[place] = made
         self._bytes += _size(made)
@@ -150,10 +150,11 @@ class TrialModel:
             self._bytes -= _size(self._chains.pop(old))
         return made
 
-    def _factors(
+    def _filling(
         self, site: Site, fisher: bool, method: Decomposition, ranks: Sequence[int]
-    ) -> dict[str, Tensor]:
-        return self._problem.basis(site, method, fisher=fisher).factors(ranks)
+    ) -> Filling:
+        factors = self._problem.basis(site, method, fisher=fisher).factors(ranks)
+        return Filling.of(factors, self._problem.known(site, fisher))
 
     def metric(self, decisions: Iterable[Decision]) -> float:
         """The metric of the candidate, the weighted mean over its batches; see `values`."""

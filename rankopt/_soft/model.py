@@ -200,7 +200,7 @@ class SoftModel(nn.Module):
         return dict(zip(self.relaxation.axes, used.tolist(), strict=True))
 
     def soft_weights(self) -> dict[str, Tensor]:
-        """Parameter name in the model to its soft weight, as stored."""
+        """Parameter name in the model to its soft weight or bias, as stored."""
         named: dict[str, Tensor] = {}
         # Autocast would project the weights in half precision.
         with torch.autocast(self.scores.device.type, enabled=False):

@@ -19,7 +19,7 @@ from rankopt._decompositions.rebuild import rebuild
 from rankopt._model.layers import Layer, stored_weight
 from rankopt.strategy.relaxation import Menu, Relaxation
 
-__all__ = ["SoftSite"]
+__all__ = ["SoftSite", "named_parameters"]
 
 T = TypeVar("T")
 
@@ -42,11 +42,15 @@ class SoftSite(nn.Module):
             factors a plan has, wherever no gradient is asked for.
     """
 
+    mean: Tensor | None
+
     def __init__(
         self, model: nn.Module, relaxation: Relaxation, menu: Menu, *, frozen: bool
     ) -> None:
         super().__init__()
         self.layers = menu.site.layers
+        known = relaxation.problem.known(menu.site)
+        self.register_buffer("mean", None if known is None else known.mean, persistent=False)
         self.truncations = nn.ModuleList()
         problem = relaxation.problem
         for method in menu.site.methods:
@@ -62,7 +66,9 @@ class SoftSite(nn.Module):
                     _Truncations(basis.projection(), places, ranks, maxima, own)
                 )
             else:
-                weight = _canonical(self.layers[0], _stored(model, self.layers[0]).detach())
+                weight = _canonical(
+                    self.layers[0], _parameter(model, self.layers[0], "weight").detach()
+                )
                 fitted = _Fitted(method, menu.site.layer, basis, weight)
                 self.truncations.append(_Interpolations(fitted, places, ranks))
         self.dense = menu.methods.index(None) if None in menu.methods else None
@@ -73,19 +79,42 @@ class SoftSite(nn.Module):
         """Factors of the weight as trained; None where any of its truncation will do."""
         for truncation in self.truncations:
             if isinstance(truncation, _Interpolations) and truncation.fitted.method == method:
-                weight = _canonical(self.layers[0], _stored(model, self.layers[0]))
+                weight = _canonical(self.layers[0], _parameter(model, self.layers[0], "weight"))
                 return truncation.fitted.factors(weight, ranks)
         return None
 
     def forward(self, model: nn.Module, probabilities: Tensor) -> dict[str, Tensor]:
-        dense = _canonical(self.layers[0], _stored(model, self.layers[0]))
+        """Weights, and the biases that follow from them, by parameter name in the model."""
+        dense = _canonical(self.layers[0], _parameter(model, self.layers[0], "weight"))
         mixed = torch.zeros_like(dense)
         if self.dense is not None:
             mixed = probabilities[self.dense].to(dense.dtype) * dense
         for truncation in self.truncations:
             mixed = mixed + truncation(dense, probabilities)
-        stored = stored_weight(self.layers[0], mixed)
-        return {f"{layer.name}.weight" if layer.name else "weight": stored for layer in self.layers}
+        return named_parameters(model, self.layers, dense, mixed, self.mean)
+
+
+def named_parameters(
+    model: nn.Module, layers: Sequence[Layer], dense: Tensor, weight: Tensor, mean: Tensor | None
+) -> dict[str, Tensor]:
+    """Values by parameter name with which a site's layers compute with another weight.
+
+    Args:
+        model: Holds the layers.
+        layers: Of the site.
+        dense: Their own canonical weight, [groups, out, in, *kernel].
+        weight: The other.
+        mean: Of their inputs, [groups, in·pixels], if biases make up for what becomes of it.
+    """
+    stored = stored_weight(layers[0], weight)
+    named = {f"{layer.name}.weight".removeprefix("."): stored for layer in layers}
+    if mean is not None:
+        mean = mean.to(torch.promote_types(dense.dtype, torch.float32))
+        lost = ((dense - weight).flatten(2).to(mean) @ mean[..., None]).flatten()
+        for layer in layers:
+            bias = _parameter(model, layer, "bias")
+            named[f"{layer.name}.bias".removeprefix(".")] = bias + lost.to(bias)
+    return named
 
 
 class _Shared:
@@ -295,10 +324,9 @@ def _sure(probabilities: Tensor) -> int | None:
     return int(index) if float(most) >= SURE else None
 
 
-def _stored(model: nn.Module, layer: Layer) -> Tensor:
-    module: Any = model.get_submodule(layer.name)
-    weight: Tensor = module.weight
-    return weight
+def _parameter(model: nn.Module, layer: Layer, key: str) -> Tensor:
+    found: Tensor = getattr(model.get_submodule(layer.name), key)
+    return found
 
 
 def _canonical(layer: Layer, weight: Tensor) -> Tensor:

@@ -182,7 +182,7 @@ def make_space(
         asymmetric: Whether factors are fitted in order; ``search`` lets trials choose.
         sizes: See `SizedSpace`; None for those of `spec`, if it has any.
     """
-    if kind not in SPACES:
+    if not isinstance(kind, str) or kind not in SPACES:
         raise StudyError(f"space={kind!r}: expected one of {', '.join(SPACES)}")
     space: Space
     if switched:

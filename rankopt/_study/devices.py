@@ -11,8 +11,6 @@ import hashlib
 import os
 import platform
 import re
-import sys
-import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +19,8 @@ from typing import Final
 import torch
 
 from rankopt._timing.profile_store import cache_folder
-from rankopt.errors import RankoptError, RankoptWarning
+from rankopt._utils.locks import lock, turn
+from rankopt.errors import RankoptError, warn
 
 __all__ = ["AUTO", "Device", "available_devices", "claim_device", "opening_lock", "timing_lock"]
 
@@ -108,7 +107,7 @@ def _chosen(
         names = ", ".join(device.name for device in fitting)
         raise RankoptError(
             f"device {wanted!r}: {names} {'is' if len(fitting) == 1 else 'are'} held by other "
-            "workers; wait for them, or share (share=True, --share-device)"
+            "workers; wait for them, or share it (share=True)"
         )
     return torch.device(fitting[os.getpid() % len(fitting)].name)
 
@@ -136,13 +135,9 @@ def _threads(count: int) -> Iterator[None]:
 def timing_lock() -> contextlib.AbstractContextManager[None]:
     """Hold until the block ends what only one process of a machine has at a time."""
     try:
-        return _turn(_opened("timing"))
+        return turn(_opened("timing"))
     except RankoptError as error:
-        warnings.warn(
-            f"{error}; models are timed without waiting for other processes that time",
-            RankoptWarning,
-            stacklevel=3,
-        )
+        warn(f"{error}; models are timed without waiting for other processes that time")
         return contextlib.nullcontext()
 
 
@@ -156,41 +151,18 @@ def opening_lock(where: str, name: str) -> contextlib.AbstractContextManager[Non
     place = where if "://" in where else str(Path(where).absolute())
     digest = hashlib.sha256(f"{place} {name}".encode()).hexdigest()[:16]
     try:
-        return _turn(_opened(f"study-{digest}"))
+        return turn(_opened(f"study-{digest}"))
     except RankoptError:  # no folder to lock in: at worst, plans are queued twice
         return contextlib.nullcontext()
-
-
-@contextlib.contextmanager
-def _turn(handle: int) -> Iterator[None]:
-    """Wait for a lock, and hold it until the block ends."""
-    try:
-        _lock(handle, wait=True)
-        yield
-    finally:
-        os.close(handle)
 
 
 def _try(name: str, held: contextlib.ExitStack) -> bool:
     """Lock a name if nobody has it, until `held` ends."""
     handle = _opened(name)
-    if not _lock(handle, wait=False):
+    if not lock(handle, wait=False):
         os.close(handle)
         return False
     held.callback(os.close, handle)
-    return True
-
-
-def _lock(handle: int, *, wait: bool) -> bool:
-    """Whether the lock was got; Windows has none of this kind, and everyone gets it."""
-    if sys.platform == "win32":
-        return True
-    import fcntl
-
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except BlockingIOError:
-        return False
     return True
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -12,8 +12,9 @@ from rankopt._decompositions.base import Decomposition
 from rankopt._model import measure, surgery
 from rankopt._model.inputs import MAX_SAMPLES
 from rankopt._model.layers import Patterns
+from rankopt._model.metric import Evaluate, EvaluateBatch
 from rankopt._search.model_clock import ModelClock, bounds_latency, price_time
-from rankopt._search.opening import SHELL, open_problem
+from rankopt._search.opening import open_problem
 from rankopt._search.verify import environment
 from rankopt._study.opening import existing, open_study
 from rankopt._study.reading import DEFAULT_NAME, load_optuna
@@ -28,9 +29,10 @@ from rankopt._study.storage import (
 )
 from rankopt._study.study import Study
 from rankopt._study.warm import WARM_STARTS
-from rankopt._timing.profile_table import ProfileTable
-from rankopt.budget import Budget
-from rankopt.errors import BudgetError, ModelError, StudyError
+from rankopt._timing.profile_table import ProfileTable, check_table
+from rankopt._utils.arguments import check_integer, is_number
+from rankopt.budget import Budget, check_inputs
+from rankopt.errors import ModelError, StudyError
 from rankopt.strategy import LATENCY, Strategy
 from rankopt.strategy.rank_choices import check_round_to, check_rounding
 
@@ -42,7 +44,7 @@ def study(
     model: nn.Module,
     budget: str | Budget | None = None,
     *,
-    evaluate: Callable[..., Any],
+    evaluate: Evaluate | EvaluateBatch,
     batches: Sequence[Any] | None = None,
     storage: Any = DEFAULT_STORAGE,
     name: str = DEFAULT_NAME,
@@ -80,8 +82,7 @@ def study(
         model: A trained model; not changed.
         budget: Bounds that plans shall keep to; trials over it are not evaluated. None
             searches the whole front. Of latency see `objective`.
-        evaluate: ``evaluate(model)`` gives the metric, or yields it batch by batch: a
-            number, or a pair of number and weight. With `batches`,
+        evaluate: The task's metric, see `rankopt.Evaluate`. With `batches`,
             ``evaluate(model, batch)`` gives it for one. Metrics that come in batches
             let hopeless trials be stopped early.
         batches: A sequence, the same and in the same order for all trials.
@@ -123,10 +124,16 @@ def study(
         progress: Whether to show progress bars while preparing.
 
     Raises:
-        StudyError: The storage fails, or the study was made for something else.
-        BudgetError: The budget is one a study cannot keep to.
-        ModelError: As of `rankopt.search`.
-        ValueError: `round_to` or `rounding` out of range.
+        StudyError: The storage fails, the study was made for something else, or a setting of
+            the study itself, such as `space` or `sampler`, is none it knows.
+        BudgetError: The budget is one a study cannot keep to, or needs inputs not given; its
+            `BudgetInfeasible` where no plan fits.
+        ModelError: As of `rankopt.search`; also `evaluate` is no function.
+        LayerError: As of `rankopt.search`.
+        CalibrationError: As of `rankopt.search`.
+        RegistryError: No decomposition of that name.
+        ValueError: `round_to`, `rounding`, `calibration_samples` or `seed` out of range, or
+            `profile` is no table.
 
     Example:
         >>> net = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 8)).eval()
@@ -139,8 +146,15 @@ def study(
         True
     """
     surgery.check_model(model)
+    check_table(profile, "profile")
     if not callable(evaluate):
         raise ModelError(f"evaluate={evaluate!r}: expected a function of a model")
+    if not isinstance(name, str) or not name:
+        raise StudyError(f"name={name!r}: expected the study's name, a string")
+    if seed is not None:
+        check_integer("seed", seed, 0)
+    if sizes is not None and not (isinstance(sizes, Iterable) and all(map(is_number, sizes))):
+        raise StudyError(f"sizes={sizes!r}: expected shares of the original, such as [0.7, 0.5]")
     known: dict[str, Any] | None = None
     where = shown(storage)
     opened_storage = open_storage(storage, heartbeat=heartbeat, create=create)
@@ -160,11 +174,8 @@ def study(
     weighing = _choice("fisher", fisher, known, calibration)
     ordering = _choice("asymmetric", asymmetric, known, calibration)
     timed = objective == LATENCY or bounds_latency(wanted) or (known or {}).get("times") is not None
-    for axis in ("macs", LATENCY):
-        if example_inputs is None and (axis in (*axes, objective) or (timed and axis == LATENCY)):
-            raise BudgetError(
-                f"{axis}: need example_inputs, a tensor, a tuple or a dict to call with{SHELL}"
-            )
+    figures = (*axes, objective, LATENCY if timed else None)
+    check_inputs(figures, example_inputs, asked="a budget or an objective")
     with torch.no_grad(), measure.preserve_rng():
         opened = open_problem(
             model,
@@ -184,7 +195,7 @@ def study(
         problem.fisher = weighing is True
         if timed:
             assert opened.seen is not None
-            table = profile or _table(known)
+            table = _table(known) if profile is None else profile
             clock = ModelClock(opened.source, example_inputs, table)
             times = None if known is None else known.get("times")
             price_time(problem, clock, opened.seen, axis=True, known=times)

@@ -24,6 +24,7 @@ from rankopt._study.study import Study
 from rankopt._study.trial import Runner
 from rankopt._study.warm import WARM_STARTS, queue_dense, queue_warm_starts, warm_names
 from rankopt._timing.latency import Measured
+from rankopt._utils.arguments import is_number
 from rankopt._version import __version__
 from rankopt.errors import BudgetError, ModelError, StudyError
 from rankopt.plan import RankPlan
@@ -73,7 +74,7 @@ def open_study(
             adopt_times(problem, known["times"])
         axis = _axis(problem, objective, known)
         sense = _sense(direction, known)
-        if confidence is not None and not 0.5 < confidence < 1:
+        if confidence is not None and not (is_number(confidence) and 0.5 < confidence < 1):
             raise StudyError(f"confidence={confidence!r}: expected a number above 0.5 and below 1")
         _check_budget(problem, sense)
         request = {
@@ -145,12 +146,12 @@ def _axis(problem: Problem, objective: str | None, known: Mapping[str, Any] | No
         if bounds_latency(problem.budget):
             return LATENCY
         return "macs" if "macs" in problem.totals else "params"
-    if axis not in problem.totals:
+    if not isinstance(axis, str) or axis not in problem.totals:
         raise StudyError(
             f"objective={axis!r}: expected one of {', '.join(problem.totals)}"
             + ("" if "macs" in problem.totals else "; macs and latency need example_inputs")
         )
-    return str(axis)
+    return axis
 
 
 def _known_sampler(known: Mapping[str, Any] | None) -> str:
@@ -159,7 +160,7 @@ def _known_sampler(known: Mapping[str, Any] | None) -> str:
     if found not in SAMPLERS:
         raise StudyError(
             f"the study was begun with a sampler of the caller's own ({found}): give sampler= "
-            f"again, or a name such as {DEFAULT_SAMPLER!r} (in the shell --sampler)"
+            f"again, or a name such as {DEFAULT_SAMPLER!r}"
         )
     return str(found)
 

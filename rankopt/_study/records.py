@@ -256,6 +256,5 @@ def _check_totals(
             had, got = ("none" if value is None else f"{value:,}" for value in (before, now))
             raise StudyError(
                 f"study {name!r} was made with other example_inputs: the dense model has {axis} "
-                f"{had} there, {got} here; give the same (in the shell --input), or another "
-                "study name"
+                f"{had} there, {got} here; give the same, or another study name"
             )

@@ -53,7 +53,7 @@ def make_sampler(spec: Any, seed: int | None) -> optuna.samplers.BaseSampler:
 
     if isinstance(spec, optuna.samplers.BaseSampler):
         return spec
-    if spec not in SAMPLERS:
+    if not isinstance(spec, str) or spec not in SAMPLERS:
         raise StudyError(
             f"sampler={spec!r}: expected one of {', '.join(SAMPLERS)}, or an Optuna sampler"
         )

@@ -261,8 +261,10 @@ class Leases:
     """Signs of life for storages without heartbeats, and what both leave open.
 
     A worker writes its name and the time into the trial it runs; any worker gives up
-    trials whose lease has run out. Trials that were claimed but whose worker died
-    before its first sign of life are given up likewise, in databases too.
+    trials whose lease has run out: by the clock if the lease was written on the same host,
+    else if it was not seen to change for as long, as clocks of hosts differ. Trials that
+    were claimed but whose worker died before its first sign of life are given up likewise,
+    in databases too.
 
     Args:
         study: The Optuna study.
@@ -276,6 +278,8 @@ class Leases:
         storage = study._storage
         self._memory = isinstance(storage, optuna.storages.InMemoryStorage)
         self._beats = optuna.storages._heartbeat.is_heartbeat_enabled(storage)
+        # Trial number to its last lease and when that was first seen, by this process's clock.
+        self._seen: dict[int, tuple[float, float]] = {}
 
     @contextlib.contextmanager
     def held(self, trial: optuna.Trial, worker: str) -> Iterator[None]:
@@ -336,7 +340,12 @@ class Leases:
             return False  # the database's heartbeat decides
         lease = trial.user_attrs.get(LEASE)
         if lease is not None:
-            return time.time() - float(lease) > patience
+            if str(trial.user_attrs.get(WORKER)).startswith(f"{platform.node()}:"):
+                return time.time() - float(lease) > patience
+            known = self._seen.get(trial.number)
+            if known is None or known[0] != lease:
+                known = self._seen[trial.number] = float(lease), time.monotonic()
+            return time.monotonic() - known[1] > patience
         started = trial.datetime_start
         return started is not None and (datetime.now() - started).total_seconds() > patience
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import os
 import time
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import cached_property
@@ -13,7 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from rankopt._study.devices import timing_lock
-from rankopt._study.front import Front, Seen, timed, timed_key, timing_of
+from rankopt._study.front import Front, timed
+from rankopt._study.front_times import time_front
 from rankopt._study.reading import counts, load_optuna, nothing_yet, quiet, record_of
 from rankopt._study.records import Point, read_request
 from rankopt._study.storage import (
@@ -26,12 +26,12 @@ from rankopt._study.storage import (
     storage_errors,
 )
 from rankopt._study.trial import RECORDED
-from rankopt._timing.latency import Interval, Measured
+from rankopt._timing.noise import warn_of_noise
 from rankopt._utils.progress import progress_bar
 from rankopt.budget import Budget
-from rankopt.errors import DeadlineExceeded, RankoptWarning, StudyError
+from rankopt.errors import DeadlineExceeded, StudyError, warn
 from rankopt.plan import RankPlan
-from rankopt.strategy import LATENCY, check_timeout
+from rankopt.strategy import check_timeout
 
 if TYPE_CHECKING:
     import optuna
@@ -42,7 +42,6 @@ __all__ = ["Study"]
 
 # How often a worker that has nothing left to start looks at those that still run.
 POLL_SECONDS: Final = 0.5
-UNCHANGED: Final = Interval(1.0, 1.0, 1.0)
 
 
 class Study:
@@ -192,11 +191,9 @@ class Study:
             trials = [trial for trial in self.optuna.get_trials(deepcopy=False) if counts(trial)]
         failed = [error for trial in trials if (error := record_of(trial).get("error"))]
         if failed and len(failed) == len(trials):
-            warnings.warn(
+            warn(
                 f"{len(failed)} of {len(trials)} trials failed, the last with: {failed[-1]}; put "
-                "it right and run more trials",
-                RankoptWarning,
-                stacklevel=3,
+                "it right and run more trials"
             )
 
     @property
@@ -207,11 +204,14 @@ class Study:
         """Time the whole models of the front against the dense one, where that was not done.
 
         `run` does so at its end. Trials predict a time from layers alone; from here on the
-        study knows only the models that were timed, by the measured times. One process of a
-        machine measures at a time.
+        study knows only the models that were timed, by the measured times. What varied too
+        much to decide by is timed again. One process of a machine measures at a time.
 
         Args:
             progress: Whether to show a progress bar; None decides by the terminal.
+
+        Warns:
+            RankoptWarning: Times vary too much to decide by.
 
         Raises:
             StudyError: It knows no times, was opened to be read, or the storage fails.
@@ -221,27 +221,24 @@ class Study:
                 "nothing to time: open the study with rankopt.study(…, objective='latency') or "
                 "with a budget on latency"
             )
-        assert self._runner is not None
-        measure = self._runner.measure
-        assert measure is not None
-        with storage_errors(self.where), timing_lock(), quiet():
-            front = self._front(predicted=True)
-            known = timed(self.optuna)
-            wanted = [p for p in front.pareto() if p.trial not in known]
-            with progress_bar("timing the front", len(wanted), enabled=progress) as advance:
-                for point in wanted:
-                    found = self._timed(measure, point, front.dense[LATENCY])
-                    self.optuna.set_user_attr(timed_key(point.trial), timing_of(found))
-                    advance()
+        self._time_front(renew=True, progress=progress)
         return self
 
-    @staticmethod
-    def _timed(measure: Callable[[Any], Measured], point: Seen, dense_ms: float) -> Measured:
-        rows = point.record["rows"]
-        if any(rows):
-            return measure(rows)
-        same = Interval(dense_ms, dense_ms, dense_ms)  # the dense model takes its own time
-        return Measured(UNCHANGED, same, same)
+    def _time_front(self, *, renew: bool, progress: bool | None = None) -> None:
+        """Time models of the front; `renew` also those whose time varied too much."""
+        assert self._runner is not None
+        assert self._runner.measure is not None
+        with storage_errors(self.where), timing_lock(), quiet():
+            front = self._front(predicted=True)
+            found = time_front(
+                self.optuna, front, self._runner.measure, renew=renew, progress=progress
+            )
+        noisy = sum(ratio.noisy for ratio in found)
+        warn_of_noise(
+            found,
+            what=f"the times of {noisy} of the {len(found)} models timed now vary",
+            again="call Study.measure or run again, which times these anew",
+        )
 
     def _run_one(self) -> None:
         """Ask for a trial, run it, tell the storage."""
@@ -369,7 +366,8 @@ class Study:
         if not front.points:
             raise nothing_yet(self.optuna)
         if self._times_models:
-            front = self.measure()._front()
+            self._time_front(renew=False)
+            front = self._front()
         chosen = front.best(wanted)
         plan = replace(chosen.plan(self.request), budget=wanted)
         if wanted is None or wanted.metric_drop is None:

@@ -11,7 +11,7 @@ from rankopt._study.reading import counts
 from rankopt._study.records import options_in, rows_of
 from rankopt._study.space import Space
 from rankopt.budget import Budget
-from rankopt.errors import RankoptError, RankoptWarning, StudyError
+from rankopt.errors import RankoptError, RankoptWarning, StudyError, warn
 from rankopt.registry import strategies
 from rankopt.strategy import Option, Problem
 
@@ -34,7 +34,7 @@ def warm_names(given: str | Sequence[str]) -> tuple[str, ...]:
     Raises:
         StudyError: One that was asked for is not registered.
     """
-    names = (given,) if isinstance(given, str) else tuple(given)
+    names = tuple(given) if isinstance(given, (list, tuple)) else (given,)
     unknown = [name for name in names if name not in strategies]
     if unknown and names != WARM_STARTS:
         raise StudyError(
@@ -86,11 +86,7 @@ def queue_warm_starts(
         except RankoptError:  # infeasible there, or not for this model
             continue
         except Exception as error:  # a plugin's fault is not to end the study
-            warnings.warn(
-                f"warm start {label} is left out: {type(error).__name__}: {error}",
-                RankoptWarning,
-                stacklevel=4,
-            )
+            warn(f"warm start {label} is left out: {type(error).__name__}: {error}")
             continue
         options = options_in(given, plan)
         _queue(study, space, label, space.switched_on(options) if on else space.own(options))

@@ -28,7 +28,9 @@ def conditions(
     settings: dict[str, Any] = {"clock": clock, "cuda_graph": cuda_graph}
     if compile:
         settings["compile"] = True
-    if torch.is_autocast_enabled(device.type):
+    if call is not None and call.autocast is not None:
+        settings["autocast"] = f"torch.{call.autocast}"
+    elif call is None and torch.is_autocast_enabled(device.type):
         settings["autocast"] = str(torch.get_autocast_dtype(device.type))
     if device.type == "cuda":
         if torch.backends.cudnn.deterministic:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Final
 
 import numpy as np
@@ -46,7 +47,7 @@ class LayerTime:
     dense_ms: Array
     session: str = ""
 
-    @property
+    @cached_property
     def ratio(self) -> Interval:
         """Median of the paired ratios chain / dense; below 1 is faster."""
         return Interval.of(self.ratios)
@@ -56,7 +57,7 @@ class LayerTime:
         """Chain / dense per round, [rounds]."""
         return np.asarray(self.chain_ms / self.dense_ms)
 
-    @property
+    @cached_property
     def latency_ms(self) -> Interval:
         """Median milliseconds of the chain."""
         return Interval.of(self.chain_ms)
@@ -97,5 +98,19 @@ class LayerTime:
 
     @classmethod
     def from_json(cls, value: Any) -> LayerTime:
-        """Read the times of a store's entry."""
-        return cls(np.array(value["ms"]), np.array(value["dense_ms"]), value["session"])
+        """Read the times of a store's entry.
+
+        Raises:
+            ValueError: It is of another form, or holds what no clock measures.
+        """
+        if not isinstance(value, dict) or set(value) != {"ms", "dense_ms", "session"}:
+            raise ValueError(f"stored times {value!r}: expected ms, dense_ms and session")
+        try:
+            chain, dense = (np.array(value[key], np.float64) for key in ("ms", "dense_ms"))
+        except TypeError as error:
+            raise ValueError(f"stored times {value!r}: {error}") from error
+        if chain.ndim != 1 or not chain.size or chain.shape != dense.shape:
+            raise ValueError(f"stored times {value!r}: expected as many of the chain as of dense")
+        if not (np.isfinite([chain, dense]).all() and min(chain.min(), dense.min()) > 0):
+            raise ValueError(f"stored times {value!r}: expected milliseconds above 0")
+        return cls(chain, dense, str(value["session"]))

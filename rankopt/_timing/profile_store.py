@@ -7,13 +7,13 @@ import os
 import sqlite3
 import sys
 import time
-import warnings
 from collections.abc import Mapping
-from contextlib import closing, suppress
+from contextlib import AbstractContextManager, closing, nullcontext, suppress
 from pathlib import Path
 from typing import Any, Final
 
-from rankopt.errors import RankoptWarning
+from rankopt._utils.locks import turn
+from rankopt.errors import warn
 
 __all__ = ["CONDITIONS", "ProfileStore", "cache_folder"]
 
@@ -75,10 +75,14 @@ class ProfileStore:
         query = f"SELECT chain, value FROM timings WHERE {_WHERE}"
         try:
             found = self._connection.execute(query, [*key, layer]).fetchall()
-            return {chain: json.loads(value) for chain, value in found}
-        except (sqlite3.DatabaseError, ValueError) as error:
+        except sqlite3.DatabaseError as error:
             self._recover(str(error))
             return {}
+        values: dict[str, Any] = {}
+        for chain, text in found:
+            with suppress(ValueError, TypeError):  # no JSON: as if it had not been timed
+                values[chain] = json.loads(text)
+        return values
 
     def put(self, conditions: Mapping[str, str], layer: str, values: Mapping[str, Any]) -> None:
         """Store times by chain; all of them or, if the process dies, none."""
@@ -109,13 +113,14 @@ class ProfileStore:
             return _memory()
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
+            found = _identity(self.path)
             try:
                 return _connect(self.path)
             except _UnusableError as error:
-                self._set_aside(str(error))
+                self._set_aside(str(error), found)
                 return _connect(self.path)
         except (OSError, sqlite3.Error, _UnusableError) as error:
-            self._warn(
+            warn(
                 f"{self.path} cannot be written ({error}); layer times are kept in memory and "
                 "measured again next time; set RANKOPT_CACHE to a folder that can be written"
             )
@@ -128,31 +133,52 @@ class ProfileStore:
         self._connection = self._open()
         if self.path is None:
             return
+        found = _identity(self.path)
         try:
             with closing(_connect(self.path)) as fresh:
                 fresh.execute("SELECT chain, value FROM timings").fetchall()
         except (sqlite3.Error, _UnusableError):
             self._connection.close()
-            self._set_aside(why)
+            self._set_aside(why, found)
             self._connection = self._open()
 
-    def _set_aside(self, why: str) -> None:
+    def _set_aside(self, why: str, found: tuple[int, int] | None) -> None:
+        """Rename the file that was found unusable, unless another process has done so.
+
+        Args:
+            why: What is wrong with it.
+            found: `_identity` of that file.
+        """
         assert self.path is not None
         kept = self.path.with_name(f"{self.path.name}.set-aside-{time.time_ns()}")
-        try:
-            os.replace(self.path, kept)
-        except FileNotFoundError:  # another process was faster
-            return
-        for suffix in ("-wal", "-shm"):
-            self.path.with_name(self.path.name + suffix).unlink(missing_ok=True)
-        self._warn(
+        with _turn_at(self.path):
+            if found is None or _identity(self.path) != found:
+                return  # another process was faster, and what lies there now is its good file
+            # The log first: once the file is gone, another process may begin one with a log.
+            for suffix in ("-wal", "-shm", ""):
+                with suppress(FileNotFoundError):
+                    os.replace(f"{self.path}{suffix}", f"{kept}{suffix}")
+        warn(
             f"the cache of layer times {self.path} cannot be used ({why}); "
             f"it was renamed to {kept.name} and a new one is begun"
         )
 
-    @staticmethod
-    def _warn(text: str) -> None:
-        warnings.warn(text, RankoptWarning, stacklevel=5)
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    """What tells a file from another that takes its name; None where there is none."""
+    try:
+        facts = path.stat()
+    except OSError:
+        return None
+    return facts.st_dev, facts.st_ino
+
+
+def _turn_at(path: Path) -> AbstractContextManager[None]:
+    """Hold a lock beside a file, where its folder can hold one, until the block ends."""
+    try:
+        return turn(os.open(f"{path}.lock", os.O_RDWR | os.O_CREAT, 0o600))
+    except OSError:  # nothing can be renamed there either
+        return nullcontext()
 
 
 def _memory() -> sqlite3.Connection:

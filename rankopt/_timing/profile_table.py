@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -35,7 +36,7 @@ from rankopt._timing.layer_time import DENSE, Chain, LayerTime
 from rankopt._timing.profile_store import FILE_NAME, ProfileStore, cache_folder
 from rankopt.errors import LayerError
 
-__all__ = ["ProfileTable"]
+__all__ = ["ProfileTable", "check_table"]
 
 ROUNDS: Final = 11
 # Shorter timings are repeated: below this the clock and the interpreter show.
@@ -60,6 +61,10 @@ class ProfileTable:
         cuda_graph: Whether to time replays of CUDA graphs (inference on CUDA).
         compile: Whether layers, chains and whole models run under `torch.compile`, each
             compiled by itself: seconds for each.
+        refresh: Which stored times are measured anew, and replaced: None those that varied too
+            much to decide by (a wide interval: the machine was busy then), True all, False none,
+            so that one file gives the same decisions again. What a table has measured itself it
+            keeps.
         clock: ``wall`` (CUDA events on a GPU), ``process`` for CPU time on one thread, which
             a busy machine disturbs less (see `rankopt._timing.latency.process_ms`), or a function
             that runs another and returns milliseconds, whose times are not stored on disk.
@@ -77,6 +82,7 @@ class ProfileTable:
         rounds: int = ROUNDS,
         cuda_graph: bool = False,
         compile: bool = False,
+        refresh: bool | None = None,
         clock: Literal["wall", "process"] | Clock = "wall",
     ) -> None:
         if mode not in MODES:
@@ -87,7 +93,9 @@ class ProfileTable:
             raise ValueError("cuda_graph=True replays inference; it has no mode='training'")
         if not callable(clock) and clock not in ("wall", "process"):
             raise ValueError(f"clock={clock!r}: expected 'wall', 'process' or a function")
-        self.mode, self.rounds = mode, rounds
+        if refresh not in (None, True, False):
+            raise ValueError(f"refresh={refresh!r}: expected True, False or None")
+        self.mode, self.rounds, self.refresh = mode, rounds, refresh
         self.cuda_graph, self.compile = cuda_graph, compile
         self.clock_name = "custom" if callable(clock) else clock
         self.clock: Clock | None = process_ms if clock == "process" else None
@@ -149,8 +157,7 @@ class ProfileTable:
         where, text = self.conditions(device, call), _signature(layer, call)
         key = (*where.values(), text)
         if key not in self._known:
-            stored = self._opened().rows(where, text)
-            self._known[key] = {name: LayerTime.from_json(value) for name, value in stored.items()}
+            self._known[key] = self._stored(where, text)
         known = self._known[key]
         wanted = list(dict.fromkeys(chains))
         enough = min(self.rounds, rounds or self.rounds)
@@ -195,6 +202,20 @@ class ProfileTable:
         return runner(
             module, inputs, mode=self.mode, cuda_graph=self.cuda_graph, compile=self.compile
         )
+
+    def _stored(self, where: Mapping[str, str], layer: str) -> dict[str, LayerTime]:
+        """What earlier tables measured and is not to be measured anew, by chain."""
+        if self.refresh:
+            return {}
+        found: dict[str, LayerTime] = {}
+        for name, value in self._opened().rows(where, layer).items():
+            with suppress(ValueError):  # written by something else, or damaged
+                time = LayerTime.from_json(value)
+                # The dense layer's ratio is 1 however much its time varies.
+                interval = time.latency_ms if name == DENSE else time.ratio
+                if self.refresh is False or not interval.noisy:
+                    found[name] = time
+        return found
 
     def _opened(self) -> ProfileStore:
         if self._store is None:
@@ -252,6 +273,8 @@ class ProfileTable:
     ) -> Callable[[], Any]:
         """A function that runs the chain once; it has run once already."""
         module = _build(layer, chain, call, device)
+        if call.autocast is not None or torch.is_autocast_enabled(device.type):
+            module = _Autocast(module, call, device)
         module.train(self.mode == "training")
         run = self.runner(module, inputs)
         between()
@@ -261,6 +284,37 @@ class ProfileTable:
             torch.cuda.empty_cache()
             raise
         return run
+
+
+def check_table(table: Any, name: str) -> ProfileTable:
+    """A table that a caller gave as argument `name`; the user's own where it is None.
+
+    Raises:
+        ValueError: It is something else, such as a path.
+    """
+    if table is None:
+        return ProfileTable()
+    if not isinstance(table, ProfileTable):
+        raise ValueError(
+            f"{name}={table!r}: expected a rankopt.ProfileTable, such as "
+            "rankopt.ProfileTable('times.sqlite')"
+        )
+    return table
+
+
+class _Autocast(nn.Module):
+    """A layer under the autocast of the model's call, or without any, whatever the caller's is."""
+
+    def __init__(self, module: nn.Module, call: Call, device: torch.device) -> None:
+        super().__init__()
+        self.module, self.enabled = module, call.autocast is not None
+        self.dtype = getattr(torch, call.autocast) if call.autocast is not None else None
+        self.device_type = device.type
+
+    def forward(self, entering: Tensor) -> Tensor:
+        with torch.autocast(self.device_type, self.dtype, enabled=self.enabled):
+            leaving: Tensor = self.module(entering)
+        return leaving
 
 
 def _sessions(layer: Layer, chains: Sequence[Chain]) -> Iterator[list[Chain]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,11 +12,22 @@ import numpy.typing as npt
 
 from rankopt._decompositions.base import Decomposition
 from rankopt._utils.streams import stdout_to_stderr
-from rankopt.errors import CalibrationError, RankoptWarning
+from rankopt.errors import CalibrationError, warn
 from rankopt.strategy.problem import Problem
 from rankopt.strategy.sites import LATENCY, Frontier, Option, Site
 
-__all__ = ["Allocation", "allocate", "choose", "damage", "damage_of", "menu", "sensitivities"]
+__all__ = [
+    "Allocation",
+    "allocate",
+    "choose",
+    "damage",
+    "damage_of",
+    "fixed",
+    "limits",
+    "menu",
+    "sensitivities",
+    "within",
+]
 
 Array = npt.NDArray[np.float64]
 # Options per site after thinning; neighbours differ by little beyond this.
@@ -57,9 +67,9 @@ class Allocation:
 
 
 def allocate(
-    damages: Sequence[Array], costs: Sequence[Array], limits: Array, *, exact: bool = True
+    damages: Sequence[Array], costs: Sequence[Array], room: Array, *, exact: bool = True
 ) -> Allocation | None:
-    """Choose one option per site: least total damage, every cost within its limit.
+    """Choose one option per site: least total damage, every cost within the room.
 
     Lagrangian bisection on a common price gives a feasible choice and a bound; if
     they are further apart than `GOOD_GAP`, HiGHS then solves the integer program.
@@ -67,13 +77,13 @@ def allocate(
     Args:
         damages: Per site [options].
         costs: Per site [options, axes].
-        limits: [axes].
+        room: [axes] what they may cost together.
         exact: Whether to call HiGHS at all.
 
     Returns:
-        The allocation; None if no choice is within the limits.
+        The allocation; None if no choice is within the room.
     """
-    scaled = [cost / limits for cost in costs]
+    scaled = [cost / room for cost in costs]
     found = _lagrangian(damages, scaled)
     if exact and (found is None or found.gap > GOOD_GAP):
         solved = _integer_program(damages, scaled, found)
@@ -103,13 +113,8 @@ def choose(
         The options and how good they are; None if no choice is within the ratios.
     """
     axes = list(ratios)
-    whole = {axis: ratios[axis] * problem.totals[axis] for axis in axes}
-    # Counts are whole numbers, times are not.
-    limits = np.array([x if axis == LATENCY else math.floor(x) for axis, x in whole.items()])
-    fixed = np.array(
-        [problem.totals[a] - sum(site.cost[a] for site in problem.sites) for a in axes]
-    )
-    if (limits - fixed <= 0).any():
+    room = limits(ratios, problem.totals) - fixed(problem, axes)
+    if (room <= 0).any():
         return None
     # Among options of equal damage the cheapest is preferred.
     spent = [
@@ -120,10 +125,34 @@ def choose(
         np.array([[option.cost[axis] for axis in axes] for option in options], dtype=np.float64)
         for options in menus
     ]
-    found = allocate(spent, costs, limits - fixed, exact=exact)
+    found = allocate(spent, costs, room, exact=exact)
     if found is None:
         return None
     return [options[i] for options, i in zip(menus, found.chosen, strict=True)], found
+
+
+def limits(ratios: Mapping[str, float], totals: Mapping[str, float]) -> Array:
+    """[axes] the most that a whole model may cost, in the unit of each axis.
+
+    Args:
+        ratios: Axis to the largest share of the original model's figure.
+        totals: Axis to that figure.
+    """
+    whole = {axis: ratio * totals[axis] for axis, ratio in ratios.items()}
+    # Counts are whole numbers, times are not; nothing costs less than one.
+    return np.array([x if axis == LATENCY else max(math.floor(x), 1) for axis, x in whole.items()])
+
+
+def fixed(problem: Problem, axes: Sequence[str]) -> Array:
+    """[axes] what the layers cost that are not among the sites."""
+    return np.array(
+        [problem.totals[axis] - sum(site.cost[axis] for site in problem.sites) for axis in axes]
+    )
+
+
+def within(used: Array, room: Array | float = 1.0) -> Any:
+    """[...] whether costs [..., axes] are within the room, but for rounding."""
+    return (used <= room * WITHIN).all(axis=-1)
 
 
 def _lagrangian(damages: Sequence[Array], costs: Sequence[Array]) -> Allocation | None:
@@ -147,11 +176,11 @@ def _lagrangian(damages: Sequence[Array], costs: Sequence[Array]) -> Allocation 
         return terms - price
 
     low, high = 0.0, 1.0
-    if (used(pick(low)) <= WITHIN).all():
+    if within(used(pick(low))):
         chosen = pick(low)
         return Allocation(tuple(chosen), _total(damages, chosen), _total(damages, chosen))
     for _ in range(200):
-        if (used(pick(high)) <= WITHIN).all():
+        if within(used(pick(high))):
             break
         high *= 4
     else:
@@ -160,7 +189,7 @@ def _lagrangian(damages: Sequence[Array], costs: Sequence[Array]) -> Allocation 
     for _ in range(BISECTIONS):
         middle = (low + high) / 2
         bound = max(bound, dual(middle))
-        if (used(pick(middle)) <= WITHIN).all():
+        if within(used(pick(middle))):
             high = middle
         else:
             low = middle
@@ -175,7 +204,7 @@ def _spend_slack(damages: Sequence[Array], costs: Sequence[Array], chosen: list[
         best: tuple[float, int, int] | None = None
         for site, (damage, cost) in enumerate(zip(damages, costs, strict=True)):
             now = chosen[site]
-            fits = (used - cost[now] + cost <= WITHIN).all(axis=1)
+            fits = within(used - cost[now] + cost)
             gains = np.where(fits, damage[now] - damage, 0.0)
             option = int(np.argmax(gains))
             if gains[option] > 0 and (best is None or gains[option] > best[0]):
@@ -224,7 +253,7 @@ def _integer_program(
         for start, size in zip(offsets, sizes, strict=True)
     ]
     used = np.sum([cost[i] for cost, i in zip(costs, chosen, strict=True)], axis=0)
-    if (used > WITHIN).any():  # within the solver's tolerance, not ours
+    if not within(used):  # within the solver's tolerance, not ours
         return None
     bound = result.mip_dual_bound
     known = start.bound if start is not None else 0.0
@@ -300,11 +329,7 @@ def sensitivities(problem: Problem, menus: Sequence[Sequence[Option]]) -> list[f
         try:
             moved = problem.divergence({index: probe})
         except CalibrationError as error:  # outputs whose shape depends on their values
-            warnings.warn(
-                f"sensitivities cannot be measured ({error}); all layers weigh alike",
-                RankoptWarning,
-                stacklevel=3,
-            )
+            warn(f"sensitivities cannot be measured ({error}); all layers weigh alike")
             return None
         found.append(max(moved, 1e-12) / float(probe.error or 1.0) ** 2)
     return _finite(problem, found)
@@ -317,11 +342,9 @@ def _finite(problem: Problem, found: Sequence[float]) -> list[float]:
         return [*found]
     most = FATAL * max((figure for figure in found if math.isfinite(figure)), default=1.0)
     names = ", ".join(problem.sites[i].name for i in lost)
-    warnings.warn(
+    warn(
         f"layer {names}: decomposed alone to half its cost, the model's outputs are not finite; it "
-        f"weighs {FATAL:.0f} times as much as any other, ignore= leaves it dense",
-        RankoptWarning,
-        stacklevel=4,
+        f"weighs {FATAL:.0f} times as much as any other, ignore= leaves it dense"
     )
     return [most if i in lost else figure for i, figure in enumerate(found)]
 

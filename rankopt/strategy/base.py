@@ -7,11 +7,11 @@ factorising and writing the plan are the problem's work.
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from dataclasses import asdict, dataclass, is_dataclass
 from typing import Any, ClassVar
 
+from rankopt._utils.arguments import is_number
 from rankopt.plan import RankPlan
 from rankopt.strategy.problem import Problem
 
@@ -46,7 +46,7 @@ class Strategy(ABC):
 
     Class attributes:
         name: As in the registry and in plans.
-        tags: What it promises; see `Tags`.
+        tags: What it promises by default; see `Tags` and `promises`.
         methods: Decompositions it chooses from unless `search` is given others;
             a strategy that does not choose takes the first that applies.
 
@@ -56,6 +56,11 @@ class Strategy(ABC):
     name: ClassVar[str]
     tags: ClassVar[Tags] = Tags()
     methods: ClassVar[tuple[str, ...]] = ("svd", "tucker2", "spatial_svd")
+
+    @property
+    def promises(self) -> Tags:
+        """What it promises with these settings: `tags`, unless a setting changes it."""
+        return self.tags
 
     @abstractmethod
     def search(self, problem: Problem) -> RankPlan:
@@ -85,7 +90,5 @@ def check_timeout(timeout: float | None) -> None:
 
 def check_share(name: str, value: float, *, low: float = 0.0, high: float = 1.0) -> None:
     """Raise ValueError unless `value` is a finite number in [low, high]."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise ValueError(f"{name}={value!r}: expected a number")
-    if not math.isfinite(value) or not low <= value <= high:
+    if not is_number(value) or not low <= value <= high:
         raise ValueError(f"{name}={value!r}: expected a number from {low:g} to {high:g}")

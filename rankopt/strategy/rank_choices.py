@@ -10,9 +10,11 @@ import numpy as np
 import numpy.typing as npt
 
 from rankopt._decompositions.base import RankAxis
+from rankopt._utils.arguments import check_choice, check_integer
 from rankopt.strategy.sites import Frontier
 
 __all__ = [
+    "ROUNDINGS",
     "allowed_ranks",
     "check_round_to",
     "check_rounding",
@@ -24,20 +26,19 @@ __all__ = [
 
 # Rank tuples looked at per site and method: every pair of up to 512 x 512.
 GRID_POINTS: Final = 2**18
+ROUNDINGS: Final = ("down", "nearest", "up")
 
 Ranks = npt.NDArray[np.int64]
 
 
 def check_round_to(round_to: int) -> None:
     """Raise ValueError unless ranks can be multiples of `round_to`."""
-    if isinstance(round_to, bool) or not isinstance(round_to, int) or round_to < 1:
-        raise ValueError(f"round_to={round_to!r}: expected an integer of at least 1")
+    check_integer("round_to", round_to, 1)
 
 
 def check_rounding(rounding: str) -> None:
     """Raise ValueError unless `rounding` says which multiple a rank becomes."""
-    if rounding not in ("down", "nearest", "up"):
-        raise ValueError(f"rounding={rounding!r}: expected 'down', 'nearest' or 'up'")
+    check_choice("rounding", rounding, ROUNDINGS)
 
 
 def rank_step(axis: RankAxis, round_to: int) -> int:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
@@ -20,16 +19,14 @@ import torch
 from torch import Tensor
 
 from rankopt._decompositions.base import Decomposition
-from rankopt.errors import ModelError, RankoptWarning
-from rankopt.strategy.allocation import NEGLIGIBLE_ERROR, allocate
+from rankopt.errors import ModelError, warn
+from rankopt.strategy.allocation import NEGLIGIBLE_ERROR, allocate, fixed, limits, within
 from rankopt.strategy.problem import Problem
 from rankopt.strategy.sites import Option, Site
 
 __all__ = ["Menu", "Relaxation"]
 
 Array = npt.NDArray[np.float64]
-# Axes whose figures are whole numbers; a measured one is not.
-COUNTED: Final = ("params", "macs", "memory")
 BISECTIONS: Final = 60
 SWEEPS: Final = 20
 
@@ -78,17 +75,14 @@ class Relaxation:
         self.problem, self.axes = problem, problem.budget.axes
         if soft:
             _check_soft(problem)
-        limits = self.limits = _limits(problem)
-        fixed = np.array(
-            [problem.totals[a] - sum(site.cost[a] for site in problem.sites) for a in self.axes]
-        )
-        self.menus = tuple(_menu(problem, site, limits, soft=soft) for site in problem.sites)
+        self.limits = _limits(problem)
+        self.menus = tuple(_menu(problem, site, self.limits, soft=soft) for site in problem.sites)
         sizes = [len(menu) for menu in self.menus]
         self.owner = np.repeat(np.arange(len(sizes)), sizes)
         self.starts = np.concatenate([[0], np.cumsum(sizes)[:-1]]).astype(np.int64)
         self.shares: Array = np.concatenate([menu.shares for menu in self.menus])
         self.error: Array = np.concatenate([menu.error for menu in self.menus])
-        self.room: Array = 1.0 - fixed / limits
+        self.room: Array = 1.0 - fixed(problem, self.axes) / self.limits
         self.sizes = np.array(sizes)
         self._check_room()
 
@@ -218,16 +212,12 @@ class Relaxation:
         first = np.where(values >= peaks, np.arange(len(self)), len(self))
         return np.minimum.reduceat(first, self.starts)
 
-    def _fits(self, used: Array) -> Any:
-        # Shares are whole numbers over a limit: half a unit is no rounding error.
-        return (used <= self.room * (1 + 1e-12)).all(axis=-1)
-
     def _fitting(self, values: Array, load: Array) -> npt.NDArray[np.int64] | None:
         def choose(price: float) -> npt.NDArray[np.int64]:
             return self._best(values - price * load)
 
         def fits(price: float) -> bool:
-            return bool(self._fits(self.shares[choose(price)].sum(axis=0)))
+            return bool(within(self.shares[choose(price)].sum(axis=0), self.room))
 
         if fits(0.0):
             return choose(0.0)
@@ -247,7 +237,7 @@ class Relaxation:
         while True:
             now = chosen[self.owner]
             gains = scores[now] - scores
-            fits = self._fits(used - self.shares[now] + self.shares)
+            fits = within(used - self.shares[now] + self.shares, self.room)
             gains = np.where(fits, gains, 0.0)
             best = int(np.argmax(gains))
             if gains[best] <= 0:
@@ -276,7 +266,7 @@ class Relaxation:
         if found is None:
             return chosen
         best = np.array([i[k] for i, k in zip(places, found.chosen, strict=True)])
-        fits = bool(self._fits(self.shares[best].sum(axis=0)))
+        fits = bool(within(self.shares[best].sum(axis=0), self.room))
         return best if fits and scores[best].sum() < scores[chosen].sum() else chosen
 
     def options(self, chosen: Sequence[int] | npt.NDArray[np.int64]) -> list[Option]:
@@ -332,11 +322,9 @@ def _check_soft(problem: Problem) -> None:
             "spatial_svd (methods=), or choose ranks by rankopt.search"
         )
     if left_out:
-        warnings.warn(
+        warn(
             f"{left_out} left out: its factors cannot follow a weight that trains; "
-            "rankopt.search, with strategy 'knapsack' or 'relaxed', chooses among them",
-            RankoptWarning,
-            stacklevel=4,
+            "rankopt.search, with strategy 'knapsack' or 'relaxed', chooses among them"
         )
 
 
@@ -348,13 +336,10 @@ def _trains(method: Decomposition) -> bool:
 def _limits(problem: Problem) -> Array:
     """[axes] the most the whole model may cost, in the axes' units."""
     assert problem.budget is not None
-    axes = problem.budget.axes
-    limits = np.array([problem.budget.ratio(axis) * problem.totals[axis] for axis in axes])
-    whole = np.array([axis in COUNTED for axis in axes])
-    return np.where(whole, np.maximum(np.floor(limits), 1.0), limits)
+    return limits(problem.budget.ratios, problem.totals)
 
 
-def _menu(problem: Problem, site: Site, limits: Array, *, soft: bool) -> Menu:
+def _menu(problem: Problem, site: Site, whole: Array, *, soft: bool) -> Menu:
     """Every undominated option of a site over all its methods."""
     rows: list[tuple[float, float, int, tuple[int, ...]]] = []
     for index, method in enumerate(site.methods):
@@ -386,4 +371,4 @@ def _menu(problem: Problem, site: Site, limits: Array, *, soft: bool) -> Menu:
         for method, chosen in zip(methods, ranks, strict=True)
     ]
     figures = np.array([[float(cost[a]) for a in problem.budget.axes] for cost in costs])
-    return Menu(site, tuple(methods), tuple(ranks), figures / limits, np.array(errors))
+    return Menu(site, tuple(methods), tuple(ranks), figures / whole, np.array(errors))

@@ -67,6 +67,8 @@ class _DecompositionSuite:
         else:
             yield self.fitted_error_is_what_was_lost
             yield self.estimates_are_errors
+        if self.method.has_spectra:
+            yield self.spectra_are_energies
         if self.method.soft:
             yield self.mixes_ranks
 
@@ -141,6 +143,15 @@ class _DecompositionSuite:
         errors = np.asarray(basis.error(grids))
         for axis in range(errors.ndim):
             assert (np.diff(errors, axis=axis) <= FLOAT64_ERROR).all(), f"axis {axis}"
+
+    def spectra_are_energies(self) -> None:
+        spectra = self.method.prepare(self.weight).spectra
+        assert len(spectra) == len(self.full), "one spectrum per rank"
+        energy = self.weight.to(torch.float64).square().flatten(1).sum(dim=1).numpy()
+        for axis, found in enumerate(spectra):
+            assert (np.diff(found) <= FLOAT64_ERROR * energy[:, None]).all(), f"axis {axis} rises"
+            gap = np.abs(found.sum(axis=1) - energy)
+            assert (gap <= FLOAT64_ERROR * energy).all(), f"axis {axis}: not the weight's energy"
 
     def mixes_ranks(self) -> None:
         basis, exact = self.method.prepare(self.weight), self.weight.to(torch.float64)

@@ -5,7 +5,10 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import random
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any, Final
+from unittest import mock
 
 import numpy as np
 import torch
@@ -19,7 +22,7 @@ from rankopt._timing.profile_table import ProfileTable
 from rankopt.errors import BudgetInfeasible, DeadlineExceeded
 from rankopt.plan import Decision, RankPlan
 from rankopt.registry import strategies
-from rankopt.strategy import Strategy, Tags
+from rankopt.strategy import Problem, Strategy, Tags
 from rankopt.testing.check import Check
 from rankopt.testing.planted import planted_inputs, planted_model
 
@@ -58,11 +61,11 @@ def strategy_checks(strategy: Strategy | str, **search_arguments: Any) -> list[C
         suite.stops_at_the_deadline,
         suite.survives_interrupts,
     ]
-    if made.tags.deterministic:
+    if made.promises.deterministic:
         checks.append(suite.is_deterministic)
-    if made.tags.monotone:
+    if made.promises.monotone:
         checks.append(suite.is_monotone)
-    if made.tags.unbudgeted:
+    if made.promises.unbudgeted:
         checks.append(suite.answers_without_a_budget)
     return [Check(made.name, check.__name__, check) for check in checks]
 
@@ -72,7 +75,7 @@ class _StrategySuite:
 
     def __init__(self, strategy: Strategy, arguments: dict[str, Any]) -> None:
         self.strategy, self.arguments = strategy, arguments
-        self.timed = "latency" in strategy.tags.needs
+        self.timed = "latency" in strategy.promises.needs
         if self.timed:  # decisions are compared, so times must not vary
             table = ProfileTable(clock=ModelledClock(), rounds=3)
             self.arguments = {"profile": table, **arguments}
@@ -87,9 +90,10 @@ class _StrategySuite:
 
     def has_name_and_tags(self) -> None:
         assert isinstance(self.strategy.name, str) and self.strategy.name, "name is no text"
-        assert isinstance(self.strategy.tags, Tags), "tags is no rankopt.Tags"
+        assert isinstance(type(self.strategy).tags, Tags), "tags is no rankopt.Tags"
+        assert isinstance(self.strategy.promises, Tags), "promises is no rankopt.Tags"
         known = {"calibration", "evaluate", "latency"}
-        assert self.strategy.tags.needs <= known, f"needs beyond {sorted(known)}"
+        assert self.strategy.promises.needs <= known, f"needs beyond {sorted(known)}"
 
     def settings_are_frozen(self) -> None:
         assert dataclasses.is_dataclass(self.strategy), "not a dataclass"
@@ -164,26 +168,20 @@ class _StrategySuite:
 
     def survives_interrupts(self) -> None:
         model = planted_model()
-        before = _snapshot(model)
-
-        class Interrupting(type(self.strategy)):  # type: ignore[misc]
-            def search(self, problem: Any) -> RankPlan:
-                super().search(problem)
-                raise KeyboardInterrupt
-
-        values = {f.name: getattr(self.strategy, f.name) for f in dataclasses.fields(self.strategy)}  # type: ignore[arg-type]
-        interrupting = Interrupting(**values)
+        with _questions() as asked:
+            plan = self.plan(self.BUDGETS[0], model)
+        before, drawn = _snapshot(model), _generators()
         try:
-            rankopt.search(
-                model,
-                self.BUDGETS[0],
-                strategy=interrupting,
-                **{"example_inputs": planted_inputs(), **self.arguments},
-            )
+            with _questions(interrupt_at=(len(asked) + 1) // 2):
+                self.plan(self.BUDGETS[0], model)
         except KeyboardInterrupt:
             assert _snapshot(model) == before, "an interrupt left the model changed"
+            assert _generators() == drawn, "an interrupt left a global random generator moved"
         else:
             raise AssertionError("KeyboardInterrupt was swallowed")
+        if self.strategy.promises.deterministic:
+            again = self.plan(self.BUDGETS[0], model)
+            assert again.decisions == plan.decisions, "after an interrupt the answer is another"
 
     def is_deterministic(self) -> None:
         with measure.preserve_rng():
@@ -209,6 +207,27 @@ class _StrategySuite:
         plan = self.plan(None)
         assert plan.budget is None
         assert plan.changes, "nothing was decomposed"
+
+
+@contextmanager
+def _questions(interrupt_at: int | None = None) -> Iterator[list[str]]:
+    """What strategies ask of their problems meanwhile; Ctrl-C arrives at one of the questions."""
+    asked: list[str] = []
+
+    def watched(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
+        def ask(*arguments: Any, **named: Any) -> Any:
+            asked.append(name)
+            if len(asked) == interrupt_at:
+                raise KeyboardInterrupt
+            return method(*arguments, **named)
+
+        return ask
+
+    with ExitStack() as stack:
+        for name in ("basis", "frontier", "option", "check_deadline"):
+            method = getattr(Problem, name)
+            stack.enter_context(mock.patch.object(Problem, name, watched(name, method)))
+        yield asked
 
 
 def squared_error(model: nn.Module, decision: Decision) -> float:

@@ -2,27 +2,32 @@
 
 from __future__ import annotations
 
+import hashlib
+import random
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import islice
 from typing import Any, Final
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from rankopt._model import inputs as calibration
 from rankopt._model import measure
+from rankopt._model.inputs import batches, compared, misfit, tensors_in
+from rankopt._model.spelled import spelled
 from rankopt.errors import CalibrationError, ModelError, TrainingError
 
 __all__ = [
     "Batch",
     "call",
     "check_labels",
+    "fingerprint",
+    "generators",
     "groups",
     "kept_sampler",
-    "logits_of",
     "prepared",
     "right",
     "share",
@@ -53,9 +58,9 @@ def split(model: nn.Module, batch: Any, *, labelled: bool, step: int, plain: boo
     """
     if not labelled:
         try:
-            ((inputs, _),) = calibration.batches(model, [batch], max_samples=None)
+            ((inputs, _),) = batches(model, [batch], max_samples=None, name="train")
         except CalibrationError as error:
-            raise TrainingError(f"step {step}: {error}".replace("calibration", "train")) from error
+            raise TrainingError(f"step {step}: {error}") from error
         if isinstance(inputs, Mapping):  # labels would only make the model compute a loss
             inputs = {key: value for key, value in inputs.items() if key != "labels"}
         return inputs, None
@@ -74,7 +79,7 @@ def split(model: nn.Module, batch: Any, *, labelled: bool, step: int, plain: boo
     advice = (
         "to train without labels give a teacher and Distillation(labels=0, logits=1)"
         if not isinstance(batch, Mapping)
-        else calibration.misfit(model, batch) or "name them 'labels'"
+        else misfit(model, batch) or "name them 'labels'"
     )
     raise TrainingError(
         f"step {step}: train yielded a {type(batch).__name__} without labels; {EXPECTED}; {advice}"
@@ -92,8 +97,8 @@ def call(model: nn.Module, inputs: Any, step: int) -> Any:
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, TypeError, ValueError, IndexError) as error:
-        shapes = [f"{list(t.shape)} {t.dtype}" for t in calibration.tensors_in(inputs)]
-        advice = calibration.misfit(model, inputs)
+        shapes = [f"{list(t.shape)} {t.dtype}" for t in tensors_in(inputs)]
+        advice = misfit(model, inputs)
         if advice is not None and isinstance(inputs, tuple):
             advice += " beside the labels; map it, such as [(b[0], b[1]) for b in loader]"
         raise TrainingError(
@@ -102,20 +107,13 @@ def call(model: nn.Module, inputs: Any, step: int) -> Any:
         ) from error
 
 
-def logits_of(output: Any) -> Tensor:
-    """The logits of an output, else its first floating-point tensor."""
-    found = calibration.main_output(output)
-    logits: Tensor = found["logits"] if isinstance(found, Mapping) else found
-    return logits
-
-
 def check_labels(labels: Tensor, output: Any, step: int) -> None:
     """Check class indices before a kernel, which may not name its reason, does.
 
     Raises:
         TrainingError: Labels of another number, type or range than the logits call for.
     """
-    logits = logits_of(output)
+    logits = compared(output)
     if labels.is_floating_point() or labels.dtype == torch.bool:
         raise TrainingError(
             f"step {step}: labels are {labels.dtype}; the default loss takes class indices of an "
@@ -141,13 +139,13 @@ def task_loss(output: Any, labels: Any) -> Tensor:
     if isinstance(output, Mapping) and output.get("loss") is not None:
         own: Tensor = output["loss"]
         return own
-    return F.cross_entropy(logits_of(output), labels.to(torch.int64), ignore_index=IGNORED)
+    return F.cross_entropy(compared(output), labels.to(torch.int64), ignore_index=IGNORED)
 
 
 def right(output: Any, labels: Any) -> tuple[Tensor, Tensor] | None:
     """(number of right classes, number of labels); None where labels are no classes."""
     try:
-        logits = logits_of(output)
+        logits = compared(output)
     except CalibrationError:
         return None
     if not isinstance(labels, Tensor) or labels.is_floating_point() or logits.dim() < 2:
@@ -211,9 +209,44 @@ def share(loader: Any, accelerator: Any) -> Iterator[Any]:
         yield turn[accelerator.process_index]
 
 
-def groups(batches: Iterable[Any], size: int, limit: int) -> Iterator[list[Any]]:
+def generators(train: Any) -> list[torch.Generator]:
+    """The generators of its own that a loader draws its order from; those to seed each epoch."""
+    batch_sampler = getattr(train, "batch_sampler", None)
+    inner = getattr(batch_sampler, "sampler", None)
+    holders = (train, getattr(train, "sampler", None), batch_sampler, inner)
+    found = [getattr(holder, "generator", None) for holder in holders]
+    return list({id(one): one for one in found if isinstance(one, torch.Generator)}.values())
+
+
+def fingerprint(train: Any) -> str | None:
+    """Number of samples and a digest of the first, as far as they are known without drawing.
+
+    Of a loader that is the data set's; None of an iterable without items.
+    """
+    source = getattr(train, "dataset", train)
+    if not (hasattr(source, "__getitem__") and hasattr(source, "__len__")):
+        return None
+    digest = hashlib.sha256(f"{type(source).__name__} {len(source)}".encode())
+    with measure.preserve_rng():  # the sample may be augmented
+        torch.manual_seed(0)
+        random.seed(0)
+        np.random.seed(0)
+        try:
+            parts = torch.utils._pytree.tree_leaves(source[0])
+        except Exception:  # training tells what is wrong with the data
+            parts = []
+    for part in parts:
+        if isinstance(part, np.ndarray):
+            part = torch.from_numpy(np.ascontiguousarray(part))
+        if isinstance(part, Tensor):
+            digest.update(measure.tensor_digest(part.detach()))
+        digest.update(spelled(part).encode())
+    return digest.hexdigest()[:16]
+
+
+def groups(loader: Iterable[Any], size: int, limit: int) -> Iterator[list[Any]]:
     """The first `limit` batches in groups of `size`, one optimiser step each."""
-    iterator = islice(batches, limit)
+    iterator = islice(loader, limit)
     while group := list(islice(iterator, size)):
         yield group
 

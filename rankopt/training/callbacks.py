@@ -61,13 +61,10 @@ def lightning_callback(freezer: Freezer, *, steps: int | None = None) -> Any:
         def on_train_start(self, trainer: Any, pl_module: Any) -> None:
             _check_alone(trainer.world_size)
 
-        def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
-            if steps is None:
-                freezer.step(trainer.current_epoch)
-
+        # Not at the start of an epoch: a run that goes on within one does not get there.
         def on_train_batch_start(self, trainer: Any, pl_module: Any, *_: Any) -> None:
-            if steps is not None:
-                freezer.step(trainer.global_step // steps)
+            done = trainer.current_epoch if steps is None else trainer.global_step // steps
+            freezer.step(done)
 
         def on_train_end(self, trainer: Any, pl_module: Any) -> None:
             freezer.release()

@@ -7,8 +7,8 @@ per-element means in place of its sums; logits at a temperature follow 1503.0253
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -20,7 +20,8 @@ from rankopt._build.apply import unpacked_clone
 from rankopt._build.fold import effective_weight
 from rankopt._build.provenance import plan_of
 from rankopt._model import surgery
-from rankopt._model.inputs import class_dim, compared, main_output, run
+from rankopt._model.hooks import hooked
+from rankopt._model.inputs import class_dim, compared, kl, run
 from rankopt._model.layers import canonical_weight
 from rankopt.errors import CalibrationError, ModelError
 from rankopt.plan import MERGE
@@ -219,25 +220,24 @@ class PairedOutputs:
         self.names = [name for name in names if name in ours and name in theirs]
         self._seen: tuple[dict[str, Tensor], dict[str, Tensor]] = ({}, {})
         self._watched = [(ours, self._seen[0]), (theirs, self._seen[1])]
-        self._handles: list[Any] = []
+        self._hooks = ExitStack()
+        self.watching = False  # whether outputs are being stored
 
     def __enter__(self) -> PairedOutputs:
-        for modules, seen in self._watched:
-            for name in self.names:
-                self._handles.append(modules[name].register_forward_hook(_store(seen, name)))
+        handles = (
+            modules[name].register_forward_hook(_store(seen, name))
+            for modules, seen in self._watched
+            for name in self.names
+        )
+        self._hooks.enter_context(hooked(handles))
+        self.watching = True
         return self
 
     def __exit__(self, *_: object) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        self._hooks.close()
+        self.watching = False
         for seen in self._seen:
             seen.clear()
-
-    @property
-    def watching(self) -> bool:
-        """Whether outputs are being stored."""
-        return bool(self._handles)
 
     def forget(self) -> None:
         """Before a forward of both: layers may not run in each."""
@@ -361,21 +361,12 @@ def _mean_squared(name: str, wanted: Tensor, found: Tensor) -> Tensor:
 
 def _divergence(wanted: Any, found: Any, temperature: float) -> Tensor:
     """T²·KL per sample or position; mean squared error of a single column."""
-    old, new = (_logits(output).float() for output in (wanted, found))
+    old, new = (compared(output) for output in (wanted, found))
     if old.shape != new.shape:
         raise ModelError(
             f"the teacher's output is {list(old.shape)}, the model's {list(new.shape)}; distil "
             "from a model with the same outputs"
         )
-    dim = class_dim(old)
-    if old.dim() < 2 or old.shape[dim] == 1:
-        return F.mse_loss(new, old)
-    rows = (logits.movedim(dim, -1).flatten(0, -2) / temperature for logits in (old, new))
-    p, q = (row.log_softmax(dim=-1) for row in rows)
-    return temperature**2 * F.kl_div(q, p, reduction="batchmean", log_target=True)
-
-
-def _logits(output: Any) -> Tensor:
-    found = main_output(output)
-    logits: Tensor = found["logits"] if isinstance(found, Mapping) else found
-    return logits
+    if old.dim() < 2 or old.shape[class_dim(old)] == 1:
+        return F.mse_loss(new.float(), old.float())
+    return kl(old, new, temperature=temperature, exact=False)

@@ -12,7 +12,7 @@ __all__ = ["not_finite", "overflowing"]
 def not_finite(step: int, epochs: int, folder: Path | None) -> TrainingError:
     """A loss or gradient that is NaN or infinite, after so many complete epochs."""
     kept = f"those of epoch {epochs}" if epochs else "what they were"
-    where = "" if folder is None else f", and the checkpoint in {folder} is intact"
+    where = f", and the checkpoint in {folder} is intact" if epochs and folder else ""
     return TrainingError(
         f"step {step} (epoch {epochs + 1}): the loss or its gradient is not finite; the model's "
         f"weights are {kept}{where}; try a lower learning_rate, or look for NaN in the data"

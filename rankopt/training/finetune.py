@@ -11,6 +11,8 @@ from typing import Any
 from torch import nn
 
 from rankopt._model import measure, surgery
+from rankopt._model.metric import Evaluate
+from rankopt._utils.arguments import check_integer
 from rankopt.errors import ModelError
 from rankopt.training.augmentation import augmentation
 from rankopt.training.batches import check_iterable, kept_sampler
@@ -18,7 +20,7 @@ from rankopt.training.distillation import Distillation, check_precision
 from rankopt.training.freezing import release
 from rankopt.training.launcher import accelerated
 from rankopt.training.loop import Loop
-from rankopt.training.recipe import MakeOptimizer, Recipe, check_integer
+from rankopt.training.recipe import MakeOptimizer, Recipe
 from rankopt.training.schedules import Schedule
 
 __all__ = ["Training", "check_request", "finetune"]
@@ -84,7 +86,7 @@ def finetune(
     schedule: str = "cosine",
     warmup: float | None = None,
     loss: Callable[[Any, Any], Any] | None = None,
-    evaluate: Callable[[nn.Module], float] | None = None,
+    evaluate: Evaluate | None = None,
     patience: int | None = None,
     accumulate: int = 1,
     clip: float | None = 1.0,
@@ -121,7 +123,7 @@ def finetune(
         loss: Of (output, labels); None for the model's own loss or cross-entropy.
         evaluate: The metric of a model, higher is better, after every epoch and before the
             first; the best weights are kept, those it started with included. Without
-            it those of the last epoch.
+            it those of the last epoch. NaN is worse than any number.
         patience: Stop after this many epochs without a better metric.
         accumulate: Batches per optimiser step.
         clip: Largest gradient norm; None for no clipping.
@@ -141,13 +143,15 @@ def finetune(
         The history, and which epoch's weights the model has.
 
     Raises:
-        ValueError: A setting out of range.
-        ModelError: Nothing to train, float16 parameters, no plan to freeze by, or a teacher
-            with other outputs.
-        EvaluationError: `evaluate` gave no number.
+        ValueError: A setting out of range, or without another that it needs.
+        ModelError: `model` or `teacher` is no module, `train` cannot be read every epoch, nothing
+            in the model trains, or float16 parameters do; no plan to freeze by, or a teacher
+            without the layers or with other outputs.
+        EvaluationError: `evaluate` raised, or gave no number.
         TrainingError: A batch it cannot use, or a loss that is not finite; the model then
             has the weights of the last complete epoch.
         CheckpointError: The folder holds another run, or a damaged checkpoint.
+        RankoptError: The folder cannot be made.
         MissingDependency: accelerate is not installed.
 
     Example:
@@ -230,12 +234,15 @@ def check_request(model: nn.Module | None, train: Any, **settings: Any) -> Recip
     augmentation(given["augment"])
     if given["batches_per_epoch"] is not None:
         check_integer("batches_per_epoch", given["batches_per_epoch"], 1)
-    if given["teacher"] is None and given["distillation"] is not None:
+    terms, loss = given["distillation"], given["loss"]
+    if not (terms is None or isinstance(terms, Distillation)):
+        raise ValueError(f"distillation={terms!r}: expected a rankopt.training.Distillation")
+    if not (loss is None or callable(loss)):
+        raise ValueError(f"loss={loss!r}: expected a function of (output, labels)")
+    if given["teacher"] is None and terms is not None:
         raise ValueError("distillation= needs teacher=, the dense model to learn from")
-    unlabelled = (
-        isinstance(given["distillation"], Distillation) and not given["distillation"].labels
-    )
-    if given["loss"] is not None and unlabelled:
+    unlabelled = terms is not None and not terms.labels
+    if loss is not None and unlabelled:
         raise ValueError("loss= is of labels, which Distillation(labels=0) does not use; drop one")
     if given["patience"] is not None and given["evaluate"] is None:
         raise ValueError("patience= needs evaluate=, the metric that is to improve")

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from rankopt._build.provenance import plan_of
 from rankopt._model import measure, surgery
+from rankopt._model.hooks import hooked
 from rankopt.errors import ModelError
 from rankopt.plan import Decision, RankPlan
 from rankopt.registry import decompositions
@@ -193,17 +194,16 @@ class Freezer:
             per_output = module.weight[0].numel()
             macs[id(module)] += output.numel() * per_output
 
-        handles = [
-            f.module.register_forward_hook(hook) for f in self._factors if id(f.module) in macs
-        ]
+        counted = [f.module for f in self._factors if id(f.module) in macs]
         model = self._model
         inputs = measure.to_device(example_inputs, surgery.device_of(model))
-        try:
-            with torch.no_grad(), measure.preserve_rng(), measure.evaluation(model):
-                total = measure.count_macs(model, inputs)
-        finally:
-            for handle in handles:
-                handle.remove()
+        with (
+            hooked(module.register_forward_hook(hook) for module in counted),
+            torch.no_grad(),
+            measure.preserve_rng(),
+            measure.evaluation(model),
+        ):
+            total = measure.count_macs(model, inputs)
         return sum(macs.values()) / max(total, 1)
 
     def ceiling(self, phase: int, example_inputs: Any) -> float:

@@ -6,7 +6,6 @@ import hashlib
 import math
 import random
 import time
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from itertools import chain, islice
@@ -18,10 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from rankopt._model import measure, surgery
-from rankopt._model.metric import number
+from rankopt._model.metric import Evaluate, metric_of
 from rankopt._model.spelled import spelled
+from rankopt._utils.arguments import check_integer
 from rankopt._utils.progress import progress_bar
-from rankopt.errors import RankoptWarning, TrainingError
+from rankopt.errors import TrainingError, warn
 from rankopt.training import batches as data
 from rankopt.training import state as files
 from rankopt.training.distillation import Distillation, Distiller
@@ -29,7 +29,7 @@ from rankopt.training.exchange import Exchange
 from rankopt.training.failures import not_finite, overflowing
 from rankopt.training.freezing import Freezer
 from rankopt.training.objective import Objective, so_far
-from rankopt.training.recipe import Recipe, check_integer
+from rankopt.training.recipe import Recipe
 from rankopt.training.schedules import NoFreezing
 
 __all__ = ["Loop"]
@@ -56,7 +56,7 @@ class Loop:
         teacher: nn.Module | None,
         distillation: Distillation | None,
         loss: Callable[[Any, Any], Any] | None,
-        evaluate: Callable[[nn.Module], float] | None,
+        evaluate: Evaluate | None,
         augment: Any,
         batches_per_epoch: int | None,
         folder: Any,
@@ -70,6 +70,7 @@ class Loop:
         self.plain.to(accelerator.device)
         if batches_per_epoch is not None:
             check_integer("batches_per_epoch", batches_per_epoch, 1)
+        self.data = data.fingerprint(train)
         self.loader, self.batches = data.prepared(train, accelerator, batches_per_epoch)
         self.steps_per_epoch = -(-self.batches // recipe.accumulate)
         # Optimisers are made before anything is frozen, so that they know every factor.
@@ -98,6 +99,7 @@ class Loop:
         self.before: float | None = None
         self.step = 0
         self.skipped = 0  # in a row
+        self.began_with = measure.weights_digest(self.plain)
 
     # Set-up
 
@@ -125,6 +127,7 @@ class Loop:
             "precision": recipe.precision,
             "seed": recipe.seed,
             "batches_per_epoch": self.batches,
+            "train": self.data,
             "processes": self.accelerator.num_processes,
         }
 
@@ -141,12 +144,14 @@ class Loop:
             if hasattr(self.given, "_orig_mod"):  # compiled before there were hooks
                 torch.compiler.reset()
         good: dict[str, Tensor] | None = None
+        given, finished = self.began_with, False
         try:
             with stack:
                 good = files.copied(self.plain.state_dict())
                 self._resume()
                 if not self.history:
                     self._start()
+                finished = len(self.history) >= self.recipe.epochs
                 while len(self.history) < self.recipe.epochs and not self._impatient():
                     good = files.copied(self.plain.state_dict())
                     self._epoch(len(self.history))
@@ -164,6 +169,11 @@ class Loop:
                     module.training = mode
                 for parameter in self.plain.parameters():
                     parameter.grad = None
+        if finished and given not in (self.began_with, measure.weights_digest(self.plain)):
+            warn(
+                f"{self.folder} holds a finished run that began with other weights; the model has "
+                "the weights of that run now; use another folder= to train it"
+            )
         return "patience" if len(self.history) < self.recipe.epochs else "done"
 
     def _start(self) -> None:
@@ -197,15 +207,14 @@ class Loop:
         if not taken:
             raise TrainingError(f"train yielded no batch in epoch {epoch + 1}")
         if taken < self.steps_per_epoch:
-            warnings.warn(
+            warn(
                 f"train yielded {taken} steps in epoch {epoch + 1} where {self.steps_per_epoch} "
                 "were announced, so that the learning rate falls too late; pass the true number "
-                "as batches_per_epoch=",
-                RankoptWarning,
-                stacklevel=2,
+                "as batches_per_epoch="
             )
         if processes > 1:  # each has seen other batches; statistics are those of the first
-            for buffer in self.plain.buffers():
+            averaged = [] if self.average is None else self.average.buffers()
+            for buffer in chain(self.plain.buffers(), averaged):
                 torch.distributed.broadcast(buffer, 0)
         seconds = time.perf_counter() - started
         totals = self.accelerator.reduce(totals, "sum")
@@ -286,6 +295,8 @@ class Loop:
         """
         batches = data.share(self.loader, self.accelerator)
         self._seed(self._stream(epoch, process=0))
+        for own in data.generators(self.loader):
+            own.manual_seed(self._stream(epoch, process=0))
         if self.accelerator.num_processes > 1:
             first = list(islice(batches, 1))
             self._seed(self._stream(epoch))
@@ -331,6 +342,7 @@ class Loop:
                 "step": self.step,
                 "history": self.history,
                 "before": self.before,
+                "began_with": self.began_with,
                 "best_epoch": self.best_epoch,
                 "best": self.best,
                 "model": self.plain.state_dict(),
@@ -352,7 +364,8 @@ class Loop:
         if self.evaluate is None:
             return None
         with torch.no_grad(), measure.preserve_rng(), measure.evaluation(model):
-            value = number(self.evaluate(model))
+            # NaN is a metric here: of a model that is broken, and no bar to any other.
+            value = metric_of(self.evaluate, model, finite=False)
         if self.accelerator.num_processes > 1:  # all must agree on what is best
             shared = torch.tensor(value, device=self.accelerator.device, dtype=torch.float64)
             torch.distributed.broadcast(shared, 0)
@@ -373,6 +386,7 @@ class Loop:
         saved = files.load_state(self.folder, self._identity())
         if saved is None:
             return
+        self.began_with = saved["began_with"]
         self.plain.load_state_dict(saved["model"])
         self.optimizer.load_state_dict(saved["optimizer"])
         if self.average is not None:

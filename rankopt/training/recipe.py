@@ -10,9 +10,10 @@ from typing import Any, Final
 import torch
 from torch import nn
 
+from rankopt._utils.arguments import check_integer
 from rankopt.training.schedules import FREEZING, NoFreezing, Schedule
 
-__all__ = ["OPTIMIZERS", "PRECISIONS", "RATES", "Recipe", "check_integer", "rate"]
+__all__ = ["OPTIMIZERS", "PRECISIONS", "RATES", "Recipe", "rate"]
 
 RATES: Final = ("cosine", "one-cycle", "constant")
 PRECISIONS: Final = ("no", "bf16", "fp16")
@@ -155,12 +156,6 @@ def rate(schedule: str, step: int, total: int, warmup: float) -> float:
 
 def _cosine(start: float, end: float, share: float) -> float:
     return end + (start - end) * 0.5 * (1 + math.cos(math.pi * share))
-
-
-def check_integer(name: str, value: Any, least: int) -> None:
-    """Raise `ValueError` unless a setting is an integer of at least so much."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{name}={value!r}: expected an integer of at least {least}")
 
 
 def _check_number(

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
-import time
-from collections.abc import Callable, Iterator, Mapping
+import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
@@ -13,22 +13,24 @@ import torch
 from torch import Tensor, nn
 
 from rankopt._build.apply import settle_norms
-from rankopt._calibration.batchnorm import has_norms
+from rankopt._build.settle import COMPARED_SAMPLES
+from rankopt._calibration.batchnorm import has_norms, norm_statistics
 from rankopt._model import measure, surgery
 from rankopt._model.inputs import (
     MAX_SAMPLES,
     affordable_samples,
-    batch_size,
-    compared,
     divergence,
     hold,
     main_output,
     run,
-    tensors_in,
 )
+from rankopt._model.inputs import (
+    batch_size as size_of,
+)
+from rankopt._utils.arguments import check_choice, check_integer, is_number
 from rankopt._utils.progress import progress_bar
-from rankopt.errors import CalibrationError, ModelError
-from rankopt.training.augmentation import augmentation
+from rankopt.errors import ModelError, RankoptWarning
+from rankopt.training.augmentation import Augment, augmentation
 from rankopt.training.distillation import (
     PairedOutputs,
     check_precision,
@@ -37,6 +39,9 @@ from rankopt.training.distillation import (
     train_as_evaluated,
 )
 from rankopt.training.freezing import release
+from rankopt.training.limit import REASONS, Limit, Stopped
+from rankopt.training.repair_loss import repair_loss
+from rankopt.training.samples import Samples
 
 __all__ = ["Recovery", "check_settings", "recover"]
 
@@ -45,8 +50,10 @@ HELD_OUT: Final = 1 / 16
 GRADIENT_NORM: Final = 1.0
 # Without BatchNorm, and with it.
 LEARNING_RATES: Final = (3e-4, 1e-3)
-# Weight of the layers' outputs beside the model's.
-FEATURES: Final = 3.0
+# What a step costs, in runs of the model: the teacher's, its own, and twice for the gradient.
+STEP_PASSES: Final = 4
+# Share of the time left that BatchNorm statistics may take.
+SETTLING: Final = 0.25
 
 
 @dataclass(frozen=True)
@@ -60,6 +67,8 @@ class Recovery:
         steps: Optimiser steps taken.
         seconds: Wall-clock time.
         kept: Whether the repaired weights were kept; False if they were no better.
+        stopped: Why the training ended: ``seconds`` or ``steps`` were used up, there was
+            nothing to repair (``converged``), or the loss was ``not finite``.
     """
 
     before: float
@@ -67,12 +76,14 @@ class Recovery:
     steps: int
     seconds: float
     kept: bool
+    stopped: Stopped
 
     def __str__(self) -> str:
         verdict = "" if self.kept else "; no better, so the model is as it was"
         return (
-            f"recovered for {self.seconds:.0f} s ({self.steps} steps): divergence from the "
-            f"teacher on held-out inputs {self.before:.4g} before, {self.after:.4g} after{verdict}"
+            f"recovered for {self.seconds:.0f} s ({self.steps} steps, until "
+            f"{REASONS[self.stopped]}): divergence from the teacher on held-out inputs "
+            f"{self.before:.4g} before, {self.after:.4g} after{verdict}"
         )
 
 
@@ -83,7 +94,8 @@ def recover(
     *,
     teacher: nn.Module,
     calibration: Any,
-    seconds: float = 120.0,
+    seconds: float | None = None,
+    steps: int | None = None,
     batch_size: int = 64,
     learning_rate: float | None = None,
     precision: Literal["no", "bf16"] = "no",
@@ -95,8 +107,8 @@ def recover(
     """Train a compressed model towards its teacher's outputs, in place, without labels.
 
     The loss is the divergence of the outputs plus the mean relative error² of the
-    outputs of the decomposed layers; Adam with a cosine schedule over the time
-    given. A part of the inputs is held out, and the model is left as it was if
+    outputs of the decomposed layers; Adam with a cosine schedule over the time or the
+    steps given. A part of the inputs is held out, and the model is left as it was if
     it does not come closer to its teacher there.
 
     Args:
@@ -105,7 +117,13 @@ def recover(
         teacher: The dense model; not changed.
         calibration: Inputs; labels are left out. Batches may differ in shape, such as
             texts of several lengths: a step takes samples of one shape.
-        seconds: Wall-clock limit.
+        seconds: Wall-clock limit of all, reading inputs and settling BatchNorm statistics
+            included; these use fewer samples where the time would not do for all. How far
+            training comes depends on the machine. None for no limit beside `steps`, and for 120
+            seconds without `steps`.
+        steps: Limit of optimiser steps. Without `seconds` no clock matters, and two runs with
+            one `seed` on one machine give the same weights. With both, the first to be
+            reached ends it.
         batch_size: Samples per step.
         learning_rate: Adam's, at the start; None for 1e-3 where BatchNorm holds the scale of
             what the layers pass on, 3e-4 elsewhere.
@@ -118,250 +136,238 @@ def recover(
         progress: Whether to show a progress bar.
 
     Returns:
-        What was achieved, measured on the inputs held out.
+        What was achieved, measured on the inputs held out, and why it ended.
 
     Raises:
-        CalibrationError: Too few inputs, or inputs a model fails on.
-        ModelError: Nothing to train, float16 parameters, or outputs of another shape.
+        ValueError: A setting out of range.
+        CalibrationError: Too few inputs, inputs a model fails on or for which the teacher's
+            outputs are not finite, or outputs of another shape than the teacher's.
+        ModelError: `model` or `teacher` is no module, nothing in the model trains, or float16
+            parameters do.
+
+    Warns:
+        RankoptWarning: The time was up before the first step.
 
     Example:
         >>> dense = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 4)).eval()
         >>> small = rankopt.apply(dense, rankopt.search(dense, "params<=60%"))
         >>> data = [torch.randn(64, 16) for _ in range(4)]
-        >>> done = rankopt.recover(small, teacher=dense, calibration=data, seconds=1)
-        >>> done.after <= done.before
-        True
+        >>> done = rankopt.recover(small, teacher=dense, calibration=data, steps=50)
+        >>> done.steps, done.stopped, done.after <= done.before
+        (50, 'steps', True)
     """
     surgery.check_model(model)
     surgery.check_model(teacher, "teacher")
-    check_settings(seconds, precision, augment, batch_size)
+    check_settings(
+        seconds=seconds,
+        steps=steps,
+        precision=precision,
+        augment=augment,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        seed=seed,
+    )
     release(model)
-    started = time.perf_counter()
+    limit = Limit(seconds, steps)
     with measure.preserve_rng():
-        samples = _Samples(hold(model, calibration, max_samples=calibration_samples))
-    train, test = samples.split(HELD_OUT)
-    if learning_rate is None:
-        learning_rate = LEARNING_RATES[has_norms(model)]
-    least = 2 if has_norms(model) else 1  # a single value has no variance
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    if not parameters:
-        raise ModelError("recover has nothing to train: every parameter has requires_grad=False")
-    check_precision(model, "recover")
-    generator = torch.Generator().manual_seed(seed)
-    change = augmentation(augment)
-    guide = private_teacher(teacher).to(surgery.device_of(model))
-    device = surgery.device_of(model).type
-    tested = list(samples.batches(test, batch_size))
-    if len(test) > (most := affordable_samples(guide, tested)):
-        tested = list(samples.batches(test[:: math.ceil(len(test) / most)], batch_size))
-    with torch.no_grad():
-        wanted = [main_output(run(guide, inputs)) for inputs in tested]
-
-    def distance() -> float:
-        with torch.no_grad(), measure.evaluation(model):
-            pairs = zip(tested, wanted, strict=True)
-            return sum(divergence(old, run(model, x)) for x, old in pairs) / len(tested)
-
-    before = distance()
-    saved = copy.deepcopy(model.state_dict())  # extra state may be anything
-    modes = [(module, module.training) for module in model.modules()]
-    layers = PairedOutputs(model, guide, decomposed(model))
-    steps = 0
+        samples = Samples(hold(model, calibration, max_samples=calibration_samples))
+    repair = _Repair(model, teacher, samples, batch_size, limit)
+    before = repair.distance()
+    if before == 0:
+        return Recovery(before, before, 0, limit.elapsed, False, "converged")
+    settling = repair.settled_in_time()
     try:
-        with measure.preserve_rng(), torch.enable_grad(), layers:
-            torch.manual_seed(seed)
-            train_as_evaluated(model)
-            optimiser = torch.optim.Adam(parameters, lr=learning_rate)
-            limit = seconds * 0.95 - (time.perf_counter() - started)
-            begun = time.perf_counter()
-            with progress_bar("recovering", None, enabled=progress) as advance:
-                for inputs in samples.endless(train, batch_size, generator, least):
-                    spent = (time.perf_counter() - begun) / max(limit, 1e-9)
-                    if spent >= 1:
-                        break
-                    for group in optimiser.param_groups:
-                        group["lr"] = learning_rate * 0.5 * (1 + math.cos(math.pi * spent))
-                    inputs = change(inputs, generator)
-                    with torch.autocast(device, torch.bfloat16, enabled=precision == "bf16"):
-                        loss = _loss(layers, inputs)
-                    if not bool(loss.isfinite()):
-                        break
-                    optimiser.zero_grad(set_to_none=True)
-                    loss.backward()
-                    nn.utils.clip_grad_norm_(parameters, GRADIENT_NORM)
-                    optimiser.step()
-                    steps += 1
-                    advance(f"{spent * limit:.0f} of {limit:.0f} s")
-    except BaseException:
-        model.load_state_dict(saved)  # Ctrl-C, no memory: never leave it half-trained
+        taken, stopped = repair.train(
+            LEARNING_RATES[has_norms(model)] if learning_rate is None else learning_rate,
+            augmentation(augment),
+            bf16=precision == "bf16",
+            seed=seed,
+            progress=progress,
+        )
+        after = before
+        if taken and stopped != "not finite":
+            repair.settle(settling)
+            after = repair.distance()
+        elif stopped == "seconds":
+            warnings.warn(
+                f"recover took no step: after {limit.elapsed:.1f} s with {samples.count} inputs "
+                f"none fits into {limit.seconds:g} s beside what comes after it; the model is as "
+                "it was: give more seconds, fewer calibration_samples or a smaller batch_size",
+                RankoptWarning,
+                stacklevel=4,
+            )
+        kept = after < before
+        if not kept:
+            repair.undo()
+    except BaseException:  # Ctrl-C, no memory: never leave it half-trained
+        repair.undo()
         raise
-    finally:
-        for module, mode in modes:
-            module.training = mode
-        for parameter in parameters:
-            parameter.grad = None
-    try:
-        settle_norms(model, guide, list(samples.batches(train, batch_size)))
-        after = distance()
-    except BaseException:
-        model.load_state_dict(saved)
-        raise
-    kept = after < before
-    if not kept:
-        model.load_state_dict(saved)
-    elapsed = time.perf_counter() - started
-    return Recovery(before, after if kept else before, steps, elapsed, kept)
+    return Recovery(before, after if kept else before, taken, limit.elapsed, kept, stopped)
 
 
 def check_settings(
-    seconds: Any = 1.0, precision: Any = "no", augment: Any = "auto", batch_size: Any = 1
+    seconds: Any = None,
+    steps: Any = None,
+    precision: Any = "no",
+    augment: Any = "auto",
+    batch_size: Any = 1,
+    learning_rate: Any = None,
+    seed: Any = 0,
 ) -> None:
     """Raise `ValueError` for settings of `recover` that it cannot heed."""
-    if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not seconds > 0:
-        raise ValueError(f"seconds={seconds!r}: expected a positive number")
-    if precision not in ("no", "bf16"):
-        raise ValueError(f"precision={precision!r}: expected 'no' or 'bf16'")
-    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-        raise ValueError(f"batch_size={batch_size!r}: expected a number of samples, 1 or more")
+    for name, value in (("seconds", seconds), ("learning_rate", learning_rate)):
+        if value is not None and not (is_number(value) and value > 0):
+            raise ValueError(f"{name}={value!r}: expected a positive number")
+    if steps is not None:
+        check_integer("steps", steps, 1)
+    check_choice("precision", precision, ("no", "bf16"))
+    check_integer("batch_size", batch_size, 1)
+    check_integer("seed", seed, 0)
     augmentation(augment)
 
 
-class _Samples:
-    """Calibration inputs by sample, those of one shape joined; others never share a batch."""
+class _Repair:
+    """A model, its teacher, and the samples to train and to judge by.
 
-    def __init__(self, held: list[Any]) -> None:
-        alike: dict[Any, list[Any]] = {}
-        counts: dict[Any, int] = {}
-        for given in held:
-            size = batch_size(given)
-            inputs = _by_sample(given, size)
-            alike.setdefault(_form(inputs), []).append(inputs)
-            counts[_form(inputs)] = counts.get(_form(inputs), 0) + size
-        self._joined = [_joined(parts) for parts in alike.values()]
-        sizes = list(counts.values())
-        self.count = sum(sizes)
-        self._shape = torch.repeat_interleave(torch.tensor(sizes))
-        self._place = torch.cat([torch.arange(size) for size in sizes])
+    Args:
+        model: Changed in place.
+        teacher: Copied.
+        samples: Held; some are held out.
+        size: Samples per batch.
+        limit: How long all of it may last.
 
-    def split(self, share: float) -> tuple[Tensor, Tensor]:
-        """Indices to train on and to hold out, interleaved."""
-        every = max(2, round(1 / share))
-        if self.count < every:
-            raise CalibrationError(
-                f"recover needs at least {every} calibration samples, got {self.count}"
+    Raises:
+        ModelError: Nothing to train.
+        CalibrationError: Too few samples, or those a model fails on.
+    """
+
+    def __init__(
+        self, model: nn.Module, teacher: nn.Module, samples: Samples, size: int, limit: Limit
+    ) -> None:
+        self.model, self.samples, self.size, self.limit = model, samples, size, limit
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.train_index, test = samples.split(HELD_OUT)
+        if not self.parameters:
+            raise ModelError(
+                "recover has nothing to train: every parameter has requires_grad=False"
             )
-        index = torch.arange(self.count)
-        return index[index % every != 0], index[index % every == 0]
+        check_precision(model, "recover")
+        self.guide = private_teacher(teacher).to(surgery.device_of(model))
+        self.layers = PairedOutputs(model, self.guide, decomposed(model))
+        tested = list(samples.batches(test, size))
+        if len(test) > (most := affordable_samples(self.guide, tested)):
+            tested = list(samples.batches(test[:: math.ceil(len(test) / most)], size))
+        with torch.no_grad():
+            self._tested = [(inputs, main_output(run(self.guide, inputs))) for inputs in tested]
+        with torch.no_grad(), measure.evaluation(model):
+            run(model, tested[0])  # a first run may take far longer than those that are timed
+        self._judging = 0.0  # seconds that `distance` takes
+        self._saved = copy.deepcopy(model.state_dict())  # extra state may be anything
 
-    def batches(self, index: Tensor, size: int) -> Iterator[Any]:
-        """The samples at `index` in batches of one shape each."""
-        yield from map(self._take, self._parts(index, size))
+    def distance(self) -> float:
+        """Mean divergence from the teacher on the held-out samples."""
+        started = self.limit.elapsed
+        with torch.no_grad(), measure.evaluation(self.model):
+            found = [divergence(old, run(self.model, x)) for x, old in self._tested]
+        self._judging = self.limit.elapsed - started
+        return sum(found) / len(found)
 
-    def endless(
-        self, index: Tensor, size: int, generator: torch.Generator, least: int = 1
-    ) -> Iterator[Any]:
-        """Shuffled batches, epoch after epoch; of at least so many samples where there are any."""
-        while True:
-            shuffled = index[torch.randperm(len(index), generator=generator)]
-            parts = list(self._parts(shuffled, size, whole=True))
-            parts = [part for part in parts if len(part) >= least] or parts
-            for i in torch.randperm(len(parts), generator=generator):
-                yield self._take(parts[i])
+    def undo(self) -> None:
+        """The model as it was."""
+        self.model.load_state_dict(self._saved)
 
-    def _parts(self, index: Tensor, size: int, *, whole: bool = False) -> Iterator[Tensor]:
-        """Indices of one shape each; `whole` leaves out short rests of what fills a batch."""
-        for shape in range(len(self._joined)):
-            parts = index[self._shape[index] == shape].split(size)
-            # Batches of one or two would upset BatchNorm.
-            short = whole and len(parts) > 1 and 2 * len(parts[-1]) < size
-            yield from (part for part in (parts[:-1] if short else parts) if len(part))
+    def settled_in_time(self) -> Tensor:
+        """The samples to settle BatchNorm on in a part of the time left, which is reserved.
 
-    def _take(self, index: Tensor) -> Any:
-        return _indexed(self._joined[self._shape[index[0]]], self._place[index])
+        Time to judge the outcome is reserved too, as much as `distance` took before.
 
+        Settling runs the teacher once and the model twice to collect statistics, and on a
+        part of the samples the teacher once and the model three times to compare these.
+        """
+        limit = self.limit
+        limit.reserve(self._judging)
+        if limit.seconds is None or not has_norms(self.model):
+            return self.train_index
+        batch = next(self.samples.batches(self.train_index, self.size))
 
-@dataclass(frozen=True)
-class _Shared:
-    """What all samples of a batch share, such as a mask over positions."""
+        def seconds_per_sample(network: nn.Module) -> float:
+            started = limit.elapsed
+            for mean, _ in norm_statistics(network, [batch]).values():
+                mean.sum().item()  # waits for the device
+            return (limit.elapsed - started) / size_of(batch)
 
-    value: Any
+        teacher, model = map(seconds_per_sample, (self.guide, self.model))
 
+        def cost(count: int) -> float:
+            comparing = min(count, COMPARED_SAMPLES) * (teacher + 3 * model)
+            return count * (teacher + 2 * model) + comparing
 
-def _by_sample(inputs: Any, size: int) -> Any:
-    """The inputs with all but tensors of one row per sample marked as shared."""
-    if isinstance(inputs, Tensor):
-        return inputs if inputs.dim() and len(inputs) == size else _Shared(inputs)
-    if isinstance(inputs, Mapping):
-        return {key: _by_sample(value, size) for key, value in inputs.items()}
-    if isinstance(inputs, (tuple, list)):
-        return tuple(_by_sample(value, size) for value in inputs)
-    return _Shared(inputs)
+        count = len(self.train_index)
+        while count > self.size and cost(count) > SETTLING * limit.left:
+            count //= 2
+        limit.reserve(cost(count))
+        return self.train_index[:: math.ceil(len(self.train_index) / count)]
 
+    def settle(self, index: Tensor) -> None:
+        """Refresh BatchNorm statistics by the samples at `index`."""
+        settle_norms(self.model, self.guide, list(self.samples.batches(index, self.size)))
 
-def _form(inputs: Any) -> Any:
-    """What two batches must have in common to be joined."""
-    if isinstance(inputs, Tensor):
-        return inputs.shape[1:], inputs.dtype
-    if isinstance(inputs, Mapping):
-        return tuple((key, _form(value)) for key, value in inputs.items())
-    if isinstance(inputs, tuple):
-        return tuple(map(_form, inputs))
-    value = inputs.value
-    return measure.tensor_digest(value) if isinstance(value, Tensor) else repr(value)
+    def train(
+        self,
+        learning_rate: float,
+        change: Augment,
+        *,
+        bf16: bool,
+        seed: int,
+        progress: bool | None,
+    ) -> tuple[int, Stopped]:
+        """Steps until the limit; how many, and why there are no more.
 
+        Raises:
+            CalibrationError: The teacher's outputs are not finite.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        least = 2 if has_norms(self.model) else 1  # a single value has no variance
+        modes = [(module, module.training) for module in self.model.modules()]
+        device, taken = surgery.device_of(self.model).type, 0
+        tested = sum(size_of(inputs) for inputs, _ in self._tested)
+        first = STEP_PASSES * self._judging * min(self.size, len(self.train_index)) / tested
+        try:
+            with measure.preserve_rng(), torch.enable_grad(), self.layers:
+                torch.manual_seed(seed)
+                train_as_evaluated(self.model)
+                optimiser = torch.optim.Adam(self.parameters, lr=learning_rate)
+                self.limit.begin_training(first)
+                batches = self.samples.endless(self.train_index, self.size, generator, least)
+                with progress_bar("recovering", self.limit.steps, enabled=progress) as advance:
+                    while self.limit.allows(taken):
+                        decay = 0.5 * (1 + math.cos(math.pi * self.limit.spent(taken)))
+                        for group in optimiser.param_groups:
+                            group["lr"] = learning_rate * decay
+                        inputs = change(next(batches), generator)
+                        with torch.autocast(device, torch.bfloat16, enabled=bf16):
+                            loss = repair_loss(self.layers, inputs)
+                        if not bool(loss.isfinite()):
+                            self._check_teacher(inputs)
+                            return taken, "not finite"
+                        self._step(optimiser, loss)
+                        taken += 1
+                        advance(self.limit.note())
+        finally:
+            for module, mode in modes:
+                module.training = mode
+            for parameter in self.parameters:
+                parameter.grad = None
+        return taken, "steps" if taken == self.limit.steps else "seconds"
 
-def _joined(parts: list[Any]) -> Any:
-    first = parts[0]
-    if isinstance(first, Tensor):
-        return torch.cat(parts)
-    if isinstance(first, Mapping):
-        return {key: _joined([part[key] for part in parts]) for key in first}
-    if isinstance(first, tuple):
-        return tuple(_joined([part[i] for part in parts]) for i in range(len(first)))
-    return first
+    def _step(self, optimiser: torch.optim.Optimizer, loss: Tensor) -> None:
+        optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.parameters, GRADIENT_NORM)
+        optimiser.step()
 
-
-def _indexed(inputs: Any, index: Tensor) -> Any:
-    if isinstance(inputs, Tensor):
-        return inputs[index.to(inputs.device)]
-    if isinstance(inputs, Mapping):
-        return {key: _indexed(value, index) for key, value in inputs.items()}
-    if isinstance(inputs, tuple):
-        return tuple(_indexed(value, index) for value in inputs)
-    return inputs.value
-
-
-def _loss(layers: PairedOutputs, inputs: Any) -> Tensor:
-    """Relative error² of the outputs, and of those of the layers the plan decomposed."""
-    layers.forget()
-    with torch.no_grad():
-        wanted = run(layers.teacher, inputs)
-    found = run(layers.model, inputs)
-    total = _output_loss(wanted, found)
-    errors = [_relative(old, new) for old, new in layers.pairs()]
-    return total + FEATURES * torch.stack(errors).mean() if errors else total
-
-
-def _relative(wanted: Tensor, found: Tensor) -> Tensor:
-    if wanted.dtype.itemsize < 4:  # sums would lose all but the first digits, or overflow
-        wanted, found = wanted.float(), found.float()
-    masked = wanted.isinf()  # such as classes that are left out
-    difference, size = (x.masked_fill(masked, 0) for x in (wanted - found, wanted))
-    error: Tensor = difference.square().sum() / size.square().sum().clamp_min(1e-12)
-    return error
-
-
-def _output_loss(wanted: Any, found: Any) -> Tensor:
-    """Relative error² of every floating-point tensor the models return."""
-    old, new = (
-        [tensor for tensor in tensors_in(output) if tensor.is_floating_point()]
-        for output in (wanted, found)
-    )
-    if len(old) != len(new):  # such as more in train mode
-        old, new = [compared(wanted)], [compared(found)]
-    pairs = list(zip(old, new, strict=True))
-    if not pairs:
-        raise CalibrationError("the model's output holds no floating-point tensor to compare")
-    if any(a.shape != b.shape for a, b in pairs):
-        raise ModelError("teacher and model return outputs of different shapes")
-    return torch.stack([_relative(a, b) for a, b in pairs]).mean()
+    def _check_teacher(self, inputs: Any) -> None:
+        """Raise `CalibrationError` where it is the teacher's outputs that are not finite."""
+        with torch.no_grad():
+            wanted = run(self.guide, inputs)
+            divergence(wanted, wanted)

@@ -33,7 +33,7 @@ __all__ = [
     "write_record",
 ]
 
-SCHEMA: Final = "rankopt.training/2"
+SCHEMA: Final = "rankopt.training/3"
 CHECKPOINT: Final = "training.pt"
 RECORD: Final = "record.jsonl"
 
@@ -91,6 +91,8 @@ def load_state(
             message names the first setting that differs.
     """
     path = folder / name
+    for partial in folder.glob(f".{name}.*"):  # of a process that was killed while it wrote
+        partial.unlink(missing_ok=True)
     if not path.exists():
         return None
     try:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import numpy as np
 
+from rankopt._utils.arguments import check_choice
 from rankopt.errors import ModelError
 from rankopt.plan import RankPlan
 from rankopt.strategy import Option, Problem, Strategy, Tags, check_share
@@ -15,7 +16,8 @@ from rankopt.strategy.allocation import choose, damage, menu, sensitivities
 
 __all__ = ["Knapsack"]
 
-_POWERS = {"auto": 0.5, "tempered": 0.5, "measured": 1.0, "equal": 0.0}
+# What of the measured divergence of a site alone counts among others, as a power.
+_POWERS = {"auto": 0.5, "measured": 1.0, "equal": 0.0}
 
 
 @dataclass(frozen=True)
@@ -29,26 +31,30 @@ class Knapsack(Strategy):
     this site alone is decomposed. Total damage under every axis of the budget is
     then minimised by Lagrangian relaxation and proved, or improved, by HiGHS.
 
+    The plan's extension ``knapsack`` states the ``damage`` that was minimised, its lower
+    ``bound`` and their relative ``gap``. Where errors are estimates, as of cp, tt and
+    branched_tucker, so are these three: the gap says how well the estimates were
+    minimised. ``fitted_damage`` is that of the errors the plan states, after the fits.
+
     Args:
-        sensitivity: ``equal`` weighs all sites alike. ``measured`` weighs them by
-            the measured divergence. ``tempered`` takes the square root of that:
-            what one site does alone foretells only part of what it does among
-            others. ``auto`` is ``tempered`` given calibration, else ``equal``.
+        sensitivity: ``auto`` weighs sites by the square root of the measured
+            divergence: what one site does alone foretells only part of what it does
+            among others; without calibration it weighs them alike. ``measured`` weighs
+            them by the divergence itself, ``equal`` all alike.
         exact: Whether HiGHS closes a gap above 0.01% that the relaxation leaves.
         threshold: Without a budget: each site keeps this share of its energy.
     """
 
     name: ClassVar[str] = "knapsack"
     tags: ClassVar[Tags] = Tags()
-    sensitivity: Literal["auto", "tempered", "measured", "equal"] = "auto"
+    sensitivity: Literal["auto", "measured", "equal"] = "auto"
     exact: bool = True
     threshold: float = 0.9
 
     def __post_init__(self) -> None:
-        if self.sensitivity not in _POWERS:
-            raise ValueError(
-                f"sensitivity={self.sensitivity!r}: expected one of {', '.join(_POWERS)}"
-            )
+        check_choice("sensitivity", self.sensitivity, _POWERS)
+        if not isinstance(self.exact, bool):
+            raise ValueError(f"exact={self.exact!r}: expected True or False")
         check_share("threshold", self.threshold)
 
     def search(self, problem: Problem) -> RankPlan:
@@ -62,19 +68,30 @@ class Knapsack(Strategy):
             np.array([weight * damage(option) for option in options])
             for weight, options in zip(weights, menus, strict=True)
         ]
-        ratios = {axis: problem.budget.ratio(axis) for axis in problem.budget.axes}
-        found = choose(problem, menus, damages, ratios, exact=self.exact)
+        found = choose(problem, menus, damages, problem.budget.ratios, exact=self.exact)
         if found is None:
             load = problem.load
             raise problem.infeasible([min(o, key=lambda one: load(one.cost)) for o in menus])
         options, allocation = found
-        facts = {"damage": allocation.damage, "bound": allocation.bound, "gap": allocation.gap}
-        return problem.annotate(problem.plan(self, options), {"knapsack": facts})
+        plan = problem.plan(self, options)
+        fitted = [
+            replace(option, error=plan[site.name].error)
+            for site, option in zip(problem.sites, options, strict=True)
+        ]
+        facts = {
+            "damage": allocation.damage,
+            "bound": allocation.bound,
+            "gap": allocation.gap,
+            "fitted_damage": sum(
+                weight * damage(option) for weight, option in zip(weights, fitted, strict=True)
+            ),
+        }
+        return problem.annotate(plan, {"knapsack": facts})
 
     def _weights(self, problem: Problem, menus: Sequence[Sequence[Option]]) -> list[float]:
         """Damage per unit of squared error, for each site."""
-        if problem.divergence is None and self.sensitivity not in ("auto", "equal"):
-            raise ModelError(f"sensitivity={self.sensitivity!r} needs calibration=")
+        if problem.divergence is None and self.sensitivity == "measured":
+            raise ModelError("sensitivity='measured' needs calibration=")
         power = _POWERS[self.sensitivity]
         measured = sensitivities(problem, menus) if power else None
         return [1.0] * len(menus) if measured is None else [value**power for value in measured]

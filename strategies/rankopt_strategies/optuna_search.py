@@ -9,6 +9,9 @@ from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 from rankopt._study import open_study
+from rankopt._study.samplers import SAMPLERS
+from rankopt._study.space import SPACES
+from rankopt._utils.arguments import check_choice, check_integer, check_path, is_number
 from rankopt.errors import DeadlineExceeded, RankoptWarning
 from rankopt.plan import RankPlan
 from rankopt.strategy import LATENCY, Problem, Strategy, Tags
@@ -51,11 +54,14 @@ class OptunaSearch(Strategy):
     study: str = "rankopt"
 
     def __post_init__(self) -> None:
-        if isinstance(self.n_trials, bool) or not isinstance(self.n_trials, int):
-            raise ValueError(f"n_trials={self.n_trials!r}: expected an integer")
-        if self.n_trials < 1:
-            raise ValueError(f"n_trials={self.n_trials!r}: expected at least 1")
-        if not 0.5 < self.confidence < 1:
+        check_integer("n_trials", self.n_trials, 1)
+        check_choice("space", self.space, SPACES)
+        check_choice("sampler", self.sampler, SAMPLERS)
+        check_choice("direction", self.direction, ("maximize", "minimize"))
+        check_path("storage", self.storage)
+        if not isinstance(self.study, str) or not self.study:
+            raise ValueError(f"study={self.study!r}: expected a name")
+        if not is_number(self.confidence) or not 0.5 < self.confidence < 1:
             raise ValueError(f"confidence={self.confidence!r}: expected above 0.5 and below 1")
 
     def search(self, problem: Problem) -> RankPlan:

@@ -6,9 +6,10 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from rankopt._decompositions.base import Decomposition, kernel_size
+from rankopt._utils.arguments import is_number
 from rankopt.errors import ModelError
 from rankopt.plan import RankPlan
 from rankopt.strategy import Option, Problem, Site, Strategy, Tags
@@ -83,21 +84,20 @@ class ParameterRatio(Strategy):
     """
 
     name: ClassVar[str] = "parameter_ratio"
-    # Rounding down can make a layer's error jump while another's stands still.
     tags: ClassVar[Tags] = Tags()
     ratio: float = 2.0
     beta: float | None = None
     overrides: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if not (_number(self.ratio) and self.ratio > 1):
+        if not (is_number(self.ratio) and self.ratio > 1):
             raise ValueError(f"ratio={self.ratio!r}: parameters before / after lie above 1")
-        if self.beta is not None and not (_number(self.beta) and self.beta > 0):
+        if self.beta is not None and not (is_number(self.beta) and self.beta > 0):
             raise ValueError(f"beta={self.beta!r}: expected a positive number")
         if not isinstance(self.overrides, Mapping):
             raise ValueError(f"overrides={self.overrides!r}: expected globs and their ratios")
         for pattern, ratio in self.overrides.items():
-            if not (_number(ratio) and ratio >= 1):
+            if not (is_number(ratio) and ratio >= 1):
                 raise ValueError(f"overrides[{pattern!r}]={ratio!r}: a ratio is at least 1")
 
     def search(self, problem: Problem) -> RankPlan:
@@ -142,10 +142,6 @@ class ParameterRatio(Strategy):
             found = _tucker2_roots(inputs, outputs, size, elements, self.beta)
             return [min(rank, axis.maximum) for rank, axis in zip(found, axes, strict=True)]
         return _aligned(method, site, ratio)
-
-
-def _number(value: Any) -> bool:
-    return not isinstance(value, bool) and isinstance(value, (int, float)) and math.isfinite(value)
 
 
 def _named(site: Site, pattern: str) -> bool:

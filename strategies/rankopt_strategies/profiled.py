@@ -13,11 +13,13 @@ from rankopt._decompositions.base import Decomposition
 from rankopt._timing.candidates import MULTIPLES, aligned_below, cliffs, line, lowest_on_line
 from rankopt._timing.latency import Interval
 from rankopt._timing.layer_time import Chain, LayerTime
+from rankopt._timing.noise import warn_of_noise
+from rankopt._utils.arguments import check_choice, is_number
 from rankopt.errors import BudgetError, ModelError
 from rankopt.plan import Decision, RankPlan
 from rankopt.registry import decompositions, strategies
 from rankopt.strategy import LATENCY, Option, Problem, Site, Strategy, Tags
-from rankopt.strategy.allocation import allocate
+from rankopt.strategy.allocation import choose
 from rankopt.strategy.site_times import SiteTimes
 
 __all__ = ["Profiled"]
@@ -51,6 +53,11 @@ class _Timed:
     ranks: tuple[tuple[int, ...], ...] = ()
     times: tuple[LayerTime, ...] = ()
     work: tuple[float, ...] = field(default=())
+
+    @property
+    def fastest(self) -> int:
+        """The rank of least time against the dense layer."""
+        return min(range(len(self.times)), key=lambda i: self.times[i].ratio.median)
 
     def faster(self) -> list[int]:
         """Ranks that beat the dense layer for sure: the upper bound of the ratio is below 1."""
@@ -95,18 +102,16 @@ class Profiled(Strategy):
 
     def __post_init__(self) -> None:
         if isinstance(self.base, Mapping) and "name" in self.base:
-            made = strategies.create(self.base["name"], **self.base.get("settings", {}))
+            settings = self.base.get("settings", {})
+            if not isinstance(settings, Mapping):
+                raise ValueError(f"base={self.base!r}: expected a mapping as its settings")
+            made = strategies.create(self.base["name"], **settings)
             object.__setattr__(self, "base", made)
         if not isinstance(self.base, (str, Strategy)):
             raise ValueError(f"base={self.base!r}: expected a strategy's name or instance")
-        if self.mode not in ("robust", "paper"):
-            raise ValueError(f"mode={self.mode!r}: expected 'robust' or 'paper'")
-        if self.candidates not in ("aligned", "powers", "every"):
-            raise ValueError(
-                f"candidates={self.candidates!r}: expected 'aligned', 'powers' or 'every'"
-            )
-        number = isinstance(self.tolerance, (int, float)) and math.isfinite(self.tolerance)
-        if not number or not 0 <= self.tolerance < 1:
+        check_choice("mode", self.mode, ("robust", "paper"))
+        check_choice("candidates", self.candidates, ("aligned", "powers", "every"))
+        if not is_number(self.tolerance) or not 0 <= self.tolerance < 1:
             raise ValueError(f"tolerance={self.tolerance!r}: expected a number in [0, 1)")
 
     def describe(self, seed: int) -> dict[str, Any]:
@@ -126,14 +131,14 @@ class Profiled(Strategy):
         """Run the base, time around its ranks, choose; see `Strategy.search`."""
         assert isinstance(self.base, (str, Strategy))
         base = strategies.create(self.base)
-        if problem.budget is None and not base.tags.unbudgeted:
+        if problem.budget is None and not base.promises.unbudgeted:
             raise BudgetError(
                 f"base={base.name!r} needs a budget: it has no natural amount of compression"
             )
-        missing = ", ".join(sorted(base.tags.needs - {"latency", "calibration"}))
+        missing = ", ".join(sorted(base.promises.needs - {"latency", "calibration"}))
         if missing:
             raise ModelError(f"base={base.name!r} needs {missing}, which profiled does not use")
-        if "calibration" in base.tags.needs and problem.calibration is None:
+        if "calibration" in base.promises.needs and problem.calibration is None:
             raise ModelError(f"base={base.name!r} needs calibration=")
         times, measure = problem.times, problem.measure
         if times is None or measure is None:
@@ -151,6 +156,7 @@ class Profiled(Strategy):
             dense = all(option.keeps for option in options)
             ratio = Interval(1.0, 1.0, 1.0) if dense else measure(options).ratio
             facts |= {"ratio": ratio.median, "low": ratio.low, "high": ratio.high}
+            _warn_of_noise(timed, options, ratio)
         return problem.annotate(problem.plan(self, options), {"profiled": facts})
 
     def _timed(self, problem: Problem, times: SiteTimes, site: Site, decision: Decision) -> _Timed:
@@ -254,7 +260,7 @@ def _chain_option(problem: Problem, entry: _Timed, index: int, note: str = "") -
 
 
 def _why_dense(entry: _Timed) -> str:
-    fastest = min(range(len(entry.times)), key=lambda i: entry.times[i].ratio.median)
+    fastest = entry.fastest
     named = " x ".join(map(str, entry.ranks[fastest]))
     ratio = entry.times[fastest].ratio
     if ratio.median < 1:
@@ -328,35 +334,41 @@ def _paying(problem: Problem, timed: Sequence[_Timed], options: list[Option]) ->
 
 def _saved(entry: _Timed, option: Option) -> float:
     """Milliseconds that a layer's chain saves by itself."""
-    wanted = tuple(option.args["ranks"])
-    index = entry.ranks.index(wanted) if wanted in entry.ranks else 0
-    time = entry.times[index]
+    time = entry.times[_index(entry, option)]
     return float(np.median(time.dense_ms) * (1 - time.ratio.median))
+
+
+def _warn_of_noise(timed: Sequence[_Timed], options: Sequence[Option], whole: Interval) -> None:
+    """Say so where the times that layers or the model were decided by vary too much."""
+    pairs = zip(timed, options, strict=True)
+    ratios = [entry.times[_index(entry, option)].ratio for entry, option in pairs if entry.method]
+    noisy = sum(ratio.noisy for ratio in ratios)
+    layers = f"the times that {noisy} of {len(ratios)} layers were decided by vary"
+    warn_of_noise(ratios, what=layers)
+    warn_of_noise([whole], what="the time of the whole model varies")
+
+
+def _index(entry: _Timed, option: Option) -> int:
+    """Of the ranks that an option has, of the fastest where it keeps the layer."""
+    if option.keeps:
+        return entry.fastest
+    wanted = tuple(option.args["ranks"])
+    return entry.ranks.index(wanted) if wanted in entry.ranks else 0
 
 
 def _within_budget(
     problem: Problem, timed: Sequence[_Timed], picks: Sequence[int | None]
 ) -> list[Option]:
     """Least squared error within the budget, over ranks that beat dense where that can do."""
-    budget = problem.budget
-    assert budget is not None
-    axes = budget.axes
-    limits = np.array([budget.ratio(axis) * problem.totals[axis] for axis in axes])
-    fixed = np.array(
-        [
-            problem.totals[axis] - sum(float(entry.site.cost[axis]) for entry in timed)
-            for axis in axes
-        ]
-    )
+    assert problem.budget is not None
     for slow in (False, True):
         menus = [
             _menu(problem, entry, pick, slow=slow) for entry, pick in zip(timed, picks, strict=True)
         ]
         damages = [np.array([(option.error or 0.0) ** 2 for option in menu]) for menu in menus]
-        costs = [np.array([[float(o.cost[a]) for a in axes] for o in menu]) for menu in menus]
-        found = allocate(damages, costs, limits - fixed)
+        found = choose(problem, menus, damages, problem.budget.ratios)
         if found is not None:
-            return [menu[i] for menu, i in zip(menus, found.chosen, strict=True)]
+            return found[0]
     # The base met the budget with options that are all in the last menus.
     return [entry.option for entry in timed]
 

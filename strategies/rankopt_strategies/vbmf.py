@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar, Final, Literal
 
 import numpy as np
 import numpy.typing as npt
 from scipy.optimize import minimize_scalar
+from torch import Tensor
 
-from rankopt._decompositions.base import Decomposition
+from rankopt._decompositions.base import Decomposition, energy, working_copy
+from rankopt._utils.arguments import check_choice, is_number
 from rankopt.plan import RankPlan
 from rankopt.strategy import Option, Problem, Site, Strategy, Tags
 
@@ -21,6 +22,9 @@ __all__ = ["VBMF", "evbmf_rank", "evbmf_rank_from_spectrum"]
 Array = npt.NDArray[np.float64]
 # Singular values below this share of the largest are numerical zeros of a Gram matrix.
 NUMERICAL_ZERO = 1e-7
+# Rows and columns whose norm is below this share of the average one are dead: they carry none
+# of the noise, and so many small singular values would be taken for its floor.
+DEAD: Final = 1e-2
 GRID_POINTS = 200
 
 
@@ -32,7 +36,8 @@ def evbmf_rank(matrix: npt.ArrayLike) -> int:
 
     Returns:
         The number of components above the noise, from 0 (pure noise) to
-        min(L, M); for an exactly low-rank matrix its numerical rank.
+        min(L, M); for an exactly low-rank matrix its numerical rank. Rows and
+        columns that are zero, or next to it, count for nothing.
 
     Raises:
         ValueError: Not a matrix, empty, or not finite.
@@ -51,6 +56,10 @@ def evbmf_rank(matrix: npt.ArrayLike) -> int:
         raise ValueError(f"evbmf_rank takes a non-empty matrix, got shape {values.shape}")
     if not np.isfinite(values).all():
         raise ValueError("evbmf_rank takes a finite matrix, got NaN or infinity")
+    energies = np.square(values / (np.abs(values).max() or 1.0))
+    values = values[_live(energies.sum(axis=1))][:, _live(energies.sum(axis=0))]
+    if not values.size:
+        return 0
     small, large = sorted(values.shape)
     gram = values @ values.T if values.shape[0] == small else values.T @ values
     return evbmf_rank_from_spectrum(np.linalg.eigvalsh(gram)[::-1], small, large)
@@ -58,6 +67,9 @@ def evbmf_rank(matrix: npt.ArrayLike) -> int:
 
 def evbmf_rank_from_spectrum(energies: npt.ArrayLike, small: int, large: int) -> int:
     """`evbmf_rank` from squared singular values.
+
+    Dead rows and columns cannot be told from a spectrum: `small` and `large` are
+    best those of the matrix without them.
 
     Args:
         energies: Squared singular values, descending, [small].
@@ -68,20 +80,21 @@ def evbmf_rank_from_spectrum(energies: npt.ArrayLike, small: int, large: int) ->
     total = squared.sum()
     if total == 0:
         return 0
-    squared = squared * (small * large / total)  # RMS of the matrix is 1
-    significant = squared > squared[0] * NUMERICAL_ZERO**2 * large
+    rank = int((squared > squared[0] * NUMERICAL_ZERO**2 * large).sum())
+    if rank <= _first_noise(small, large):
+        return rank  # so few singular values are no noise floor: exactly of low rank
+    # What depends on other rows says nothing of the noise: without it the rank is full.
+    small, squared = rank, squared[:rank]
+    squared = squared * (small * large / squared.sum())  # RMS of the matrix is 1
     aspect = small / large
     tau_bar = 2.5129 * math.sqrt(aspect)
     x_bar = (1 + tau_bar) * (1 + aspect / tau_bar)
-    limit = min(math.ceil(small / (1 + aspect)) - 1, len(squared))
     upper = squared.sum() / (small * large)
-    tail = squared[limit:]
-    lower = max(tail[0] / (large * x_bar), tail.mean() / large) if len(tail) else 0.0
-    if not significant[min(limit, len(squared) - 1)] or lower <= 0:
-        return int(significant.sum())
+    tail = squared[_first_noise(small, large) :]
+    lower = max(tail[0] / (large * x_bar), tail.mean() / large)
 
     def objective(log_variance: float) -> float:
-        return _free_energy(math.exp(log_variance), squared, small, large, aspect, x_bar)
+        return _free_energy(math.exp(log_variance), squared, large, aspect, x_bar)
 
     low, high = math.log(lower), math.log(max(upper, lower))
     grid = np.linspace(low, high, GRID_POINTS)
@@ -95,17 +108,27 @@ def evbmf_rank_from_spectrum(energies: npt.ArrayLike, small: int, large: int) ->
     return int((squared > large * math.exp(log_variance) * x_bar).sum())
 
 
-def _free_energy(
-    variance: float, squared: Array, small: int, large: int, aspect: float, x_bar: float
-) -> float:
+def _free_energy(variance: float, squared: Array, large: int, aspect: float, x_bar: float) -> float:
     """The free energy of EVBMF as a function of the noise variance, up to a constant."""
     scaled = squared / (large * variance)
     noise, signal = scaled[scaled <= x_bar], scaled[scaled > x_bar]
     shifted = signal - (1 + aspect)
     tau = 0.5 * (shifted + np.sqrt(np.clip(shifted**2 - 4 * aspect, 0.0, None)))
-    energy = np.sum(noise - np.log(np.clip(noise, 1e-300, None)))
-    energy += np.sum(signal - tau + np.log((tau + 1) / signal) + aspect * np.log(tau / aspect + 1))
-    return float(energy + (small - len(squared)) * math.log(variance))
+    total = np.sum(noise - np.log(np.clip(noise, 1e-300, None)))
+    total += np.sum(signal - tau + np.log((tau + 1) / signal) + aspect * np.log(tau / aspect + 1))
+    return float(total)
+
+
+def _first_noise(small: int, large: int) -> int:
+    """Index of the first singular value that is noise whatever the matrix."""
+    return math.ceil(small / (1 + small / large)) - 1
+
+
+def _live(energies: npt.ArrayLike) -> npt.NDArray[np.bool_]:
+    """Which rows are not dead, by their squared norms."""
+    squares = np.asarray(energies, dtype=np.float64)
+    live: npt.NDArray[np.bool_] = (squares > 0) & (squares >= DEAD**2 * squares.mean())
+    return live
 
 
 @dataclass(frozen=True)
@@ -130,12 +153,9 @@ class VBMF(Strategy):
     noise: Literal["keep", "compress"] = "keep"
 
     def __post_init__(self) -> None:
-        if isinstance(self.weakening, bool) or not isinstance(self.weakening, (int, float)):
-            raise ValueError(f"weakening={self.weakening!r}: expected a number")
-        if not 0 < self.weakening <= 1:
+        if not is_number(self.weakening) or not 0 < self.weakening <= 1:
             raise ValueError(f"weakening={self.weakening!r}: expected a number in (0, 1]")
-        if self.noise not in ("keep", "compress"):
-            raise ValueError(f"noise={self.noise!r}: expected 'keep' or 'compress'")
+        check_choice("noise", self.noise, ("keep", "compress"))
 
     def search(self, problem: Problem) -> RankPlan:
         """Bisect the weakening to the budget; see `Strategy.search`."""
@@ -189,7 +209,7 @@ class VBMF(Strategy):
 def _ranked(problem: Problem, site: Site) -> tuple[Decomposition, list[int]] | None:
     """The first method whose ranks truncate unfoldings, and the ranks; None if there is none."""
     for method in site.methods:
-        with suppress(NotImplementedError):
+        if method.has_spectra:
             return method, _vbmf_ranks(problem, site, method)
     return None
 
@@ -197,11 +217,32 @@ def _ranked(problem: Problem, site: Site) -> tuple[Decomposition, list[int]] | N
 def _vbmf_ranks(problem: Problem, site: Site, method: Decomposition) -> list[int]:
     """EVBMF rank of each unfolding; the largest over the groups of a grouped layer."""
     # Noise is told from signal by the weight's own spectrum, whatever the inputs.
-    basis = problem.basis(site, method, data_aware=False)
-    elements = math.prod(site.layer.shape) // site.layer.groups
-    ranks = []
-    for axis, spectra in zip(method.rank_axes(site.layer), basis.spectra, strict=True):
-        small, large = sorted((spectra.shape[1], elements // spectra.shape[1]))
-        found = (evbmf_rank_from_spectrum(row[:small], small, large) for row in spectra)
-        ranks.append(min(axis.maximum, max(found)))
-    return ranks
+    weight = problem.weight(site.layer)
+    groups = [_living(group) for group in weight.split(1)]
+    if all(group.shape == weight[:1].shape for group in groups):
+        spectra = problem.basis(site, method, data_aware=False).spectra
+        split = [[rows[index] for rows in spectra] for index in range(len(groups))]
+    else:
+        problem.check_deadline()
+        split = [
+            [rows[0] for rows in method.prepare(group).spectra] if group.numel() else []
+            for group in groups
+        ]
+    axes = method.rank_axes(site.layer)
+    found = np.zeros((len(groups), len(axes)), dtype=int)
+    for index, (group, spectra_of) in enumerate(zip(groups, split, strict=True)):
+        for axis, energies in enumerate(spectra_of):
+            small, large = sorted((len(energies), group.numel() // len(energies)))
+            found[index, axis] = evbmf_rank_from_spectrum(energies[:small], small, large)
+    return [
+        min(axis.maximum, int(rank)) for axis, rank in zip(axes, found.max(axis=0), strict=True)
+    ]
+
+
+def _living(group: Tensor) -> Tensor:
+    """The weight [1, out, in, *kernel] of a group without its dead channels."""
+    squares = energy(working_copy(group)[..., None].flatten(3), (3,))[0]
+    outputs, inputs = _live(squares.sum(axis=1)), _live(squares.sum(axis=0))
+    if outputs.all() and inputs.all():
+        return group
+    return group[:, outputs.nonzero()[0]][:, :, inputs.nonzero()[0]]

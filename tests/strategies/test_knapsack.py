@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import rankopt
 from rankopt.errors import BudgetInfeasible, ModelError
-from rankopt.strategy.allocation import GOOD_GAP, allocate
+from rankopt.strategy.allocation import GOOD_GAP, allocate, limits, within
 from rankopt.testing import planted_inputs, planted_model, squared_error
 from rankopt_strategies.knapsack import Knapsack
 
@@ -83,6 +83,7 @@ def test_reports_its_gap():
     facts = plan.extensions["knapsack"]
     assert facts["bound"] <= facts["damage"] + 1e-12
     assert facts["gap"] <= 1e-3
+    assert facts["fitted_damage"] == pytest.approx(facts["damage"], abs=1e-7)  # nothing is fitted
     assert rankopt.RankPlan.from_json(plan.to_json()) == plan
 
 
@@ -103,21 +104,53 @@ def test_chooses_between_decompositions():
     assert plan["2"].ranks == (5, 5)
 
 
-def test_measured_sensitivity_spares_what_matters():
-    model = torch.nn.Sequential(
-        torch.nn.Linear(32, 32), torch.nn.Linear(32, 32), torch.nn.Linear(32, 8)
+def test_states_its_damage_after_the_fits_too():
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(*(torch.nn.Conv2d(16, 16, 3) for _ in range(3)))
+    plan = rankopt.search(
+        model, "params<=40%", strategy="knapsack", methods=["cp", "branched_tucker"]
     )
-    with torch.no_grad():
-        # The second layer sees what the first lets through: scale its output's influence.
-        model[2].weight.mul_(5)
-    held = [torch.randn(64, 32) for _ in range(3)]
-    for sensitivity in ("equal", "tempered", "measured"):
+    facts = plan.extensions["knapsack"]
+    found = sum(-np.log(1 - squared_fitted_error(model, d)) for d in plan.changes)
+    assert facts["fitted_damage"] == pytest.approx(found, rel=1e-3)
+    assert facts["damage"] != pytest.approx(found, rel=1e-3)
+
+
+def squared_fitted_error(model, decision):
+    plan = rankopt.RankPlan(model={}, decisions=(decision,))
+    name = decision.targets[0]
+    folded = rankopt.fold(rankopt.apply(model, plan), model).get_submodule(name).weight.detach()
+    weight = model.get_submodule(name).weight.detach()
+    return float((folded - weight).square().sum() / weight.square().sum())
+
+
+class Sum(torch.nn.Module):
+    """Two layers of equal weights and inputs, one of which hardly matters."""
+
+    def __init__(self):
+        super().__init__()
+        self.loud, self.quiet = torch.nn.Linear(32, 32), torch.nn.Linear(32, 32)
+        self.quiet.load_state_dict(self.loud.state_dict())
+
+    def forward(self, x):
+        return self.loud(x) + 0.4 * self.quiet(x)
+
+
+def test_measured_sensitivity_spares_what_matters():
+    torch.manual_seed(0)
+    model, held = Sum(), [torch.randn(64, 32) for _ in range(3)]
+    lead = {}
+    for sensitivity in ("equal", "auto", "measured"):
         plan = rankopt.search(
-            model, "params<=60%", strategy=Knapsack(sensitivity), calibration=held
+            model, "params<=50%", strategy=Knapsack(sensitivity), calibration=held
         )
-        assert plan.totals["params"]["measured"] <= 0.6 * plan.totals["params"]["before"]
+        lead[sensitivity] = plan["loud"].ranks[0] - plan["quiet"].ranks[0]
+    assert abs(lead["equal"]) <= 1
+    assert 1 < lead["auto"] < lead["measured"]
     with pytest.raises(ModelError, match="needs calibration="):
-        rankopt.search(model, "params<=60%", strategy=Knapsack("measured"))
+        rankopt.search(model, "params<=50%", strategy=Knapsack("measured"))
+    alike = rankopt.search(model, "params<=50%", strategy=Knapsack())
+    assert abs(alike["loud"].ranks[0] - alike["quiet"].ranks[0]) <= 1
 
 
 def test_infeasible_names_the_smallest():
@@ -139,3 +172,12 @@ def test_one_unit_above_a_large_limit_is_too_much():
     x = torch.zeros(1, 64).expand(count, 64)
     plan = rankopt.search(model, rankopt.Budget(macs=limit), strategy="knapsack", example_inputs=x)
     assert sum(d.ranks[0] for d in plan) == 31
+
+
+def test_limits_of_counts_are_whole_numbers_and_those_of_times_are_not():
+    found = limits({"params": 0.5, "latency": 0.5, "macs": 1e-9}, dict.fromkeys(
+        ("params", "latency", "macs"), 9))  # fmt: skip
+    assert found.tolist() == [4, 4.5, 1]
+    assert within(np.array([1.0, 1 + 1e-14])).all()
+    assert within(np.array([[4.0, 4.5], [5.0, 4.5]]), found[:2]).tolist() == [True, False]
+    assert not within(np.array([10**12 + 1]), np.array([10**12]))

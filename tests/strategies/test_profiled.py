@@ -1,11 +1,12 @@
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 import rankopt
-from rankopt.errors import BudgetError, ModelError
+from rankopt.errors import BudgetError, ModelError, RankoptWarning
 from rankopt.testing import (
     ModelledClock,
     Operations,
@@ -181,3 +182,19 @@ def test_under_a_budget_on_time_ranks_are_those_that_were_timed():
     for decision in plan.changes:
         before, after = decision.cost["latency"]
         assert decision.reason.startswith(f"{after / before:.3g} [")
+
+
+def busy(clock):
+    """A clock on a busy machine: each time is off by a factor of its own."""
+    noise = np.random.default_rng(0)
+    return rankopt.ProfileTable(clock=lambda run: clock(run) * noise.uniform(1, 2), rounds=5)
+
+
+@pytest.mark.parametrize("budget", [None, "params<=60%"])
+def test_decisions_by_noise_are_owned_up_to(budget):
+    clock = busy(ModelledClock(multiple=64, overhead_ms=0.001))
+    with pytest.warns(RankoptWarning) as warned:
+        linear(clock, budget=budget)
+    said = " ".join(str(warning.message) for warning in warned)
+    assert "the times that 1 of 1 layers were decided by vary too much to decide" in said
+    assert "close other programs and search again" in said

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -186,6 +188,24 @@ def test_a_choice_of_no_finite_loss_is_not_taken():
     ]
     assert facts["loss"] == facts["first_loss"]
     assert len(calls) > 4
+
+
+def test_data_is_gone_through_once_for_every_search():
+    pairs = [(torch.randn(8, 16), torch.randn(8, 16)) for _ in range(3)]
+    strategy = Relaxed(objective="task", data=iter(pairs), criterion=F.mse_loss, rounds=1)
+    again = dataclasses.replace(strategy, rounds=2)
+    model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16))
+    before = dict(vars(strategy))
+    for made in (strategy, strategy, again):
+        rankopt.search(model, "params<=60%", strategy=made, example_inputs=torch.randn(1, 16))
+    assert vars(strategy) == before
+    assert strategy.data == pairs
+
+
+def test_the_mode_decides_whether_a_budget_is_needed():
+    assert not Relaxed().promises.unbudgeted
+    assert Relaxed(mode="paper").promises.unbudgeted
+    assert Relaxed(mode="paper").tags is Relaxed.tags
 
 
 def test_a_measured_search_on_measured_time():

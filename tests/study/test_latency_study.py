@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from study_common import closeness, open_study
@@ -12,7 +13,7 @@ from study_common import closeness, open_study
 import rankopt
 from rankopt._timing.modelled_clock import Operations
 from rankopt._timing.profile_table import ProfileTable
-from rankopt.errors import BudgetError, BudgetInfeasible, StudyError
+from rankopt.errors import BudgetError, BudgetInfeasible, RankoptWarning, StudyError
 from rankopt.testing import ModelledClock, planted_inputs, planted_model
 from rankopt_strategies.optuna_search import OptunaSearch
 
@@ -172,7 +173,7 @@ def test_no_layer_gets_faster(budget):
 
 def test_time_needs_inputs():
     for more in ({"objective": "latency"}, {"budget": "latency<=50%"}):
-        with pytest.raises(BudgetError, match="latency: need example_inputs"):
+        with pytest.raises(BudgetError, match="objective on latency needs example_inputs: time"):
             open_study(example_inputs=None, **more)
 
 
@@ -184,3 +185,21 @@ def test_figures_show_measured_times():
     text = json.dumps(drawn["data"])
     slowest = max(p.figures["latency"] for p in study.front if p.plan.changes)
     assert f"{slowest:.6f}"[:6] in text
+
+
+def test_noisy_times_are_owned_up_to_and_taken_anew():
+    clock, noise = CountedClock(macs_per_ms=1e5), np.random.default_rng(0)
+    settled = table(clock)
+    study = open_study(objective="latency", profile=settled)
+    settled.clock = lambda run: clock(run) * noise.uniform(0.5, 1.5)
+    with pytest.warns(RankoptWarning, match=r"times of \d of the \d models .* vary too much"):
+        study.run(n_trials=12)
+    settled.clock = clock
+    before = clock.calls
+    study.best()  # reads; which plan is best does not change by asking
+    assert clock.calls == before
+    study.measure()
+    assert clock.calls > before
+    for point in study.front:
+        facts = point.plan.extensions["latency"]
+        assert facts["low"] == pytest.approx(facts["high"])

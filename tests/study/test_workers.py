@@ -270,6 +270,31 @@ def test_killed_before_its_first_sign_of_life(task, tmp_path, capsys, storage):
     assert [t.user_attrs["lost"] for t in study.trials if "lost" in t.user_attrs] == [[0]]
 
 
+@pytest.mark.parametrize("skew", [-1000, 1000])
+def test_a_worker_on_a_host_with_another_clock(task, tmp_path, capsys, monkeypatch, skew):
+    """Its trial is given up once its lease stays the same, not by what its clock says."""
+    import optuna
+
+    from rankopt._study.storage import LEASE, WORKER, Leases, open_storage
+
+    storage = tmp_path / "study.journal"
+    create(task, storage, capsys)
+    study = optuna.load_study(
+        study_name="rankopt", storage=open_storage(storage, heartbeat=HEARTBEAT)
+    )
+    trial = study.ask()
+    trial.set_user_attr(WORKER, "elsewhere:1:abcdef")
+    now = [0.0]
+    monkeypatch.setattr("rankopt._study.storage.time.monotonic", lambda: now[0])
+    leases = Leases(study, HEARTBEAT)
+    for _ in range(5):  # renewed in time, by the other clock
+        now[0] += 2 * HEARTBEAT
+        trial.set_user_attr(LEASE, time.time() + skew + now[0])
+        assert leases.reap() == 0
+    now[0] += 4 * HEARTBEAT
+    assert leases.reap() == 1
+
+
 def test_a_lost_plan_is_run_though_the_number_is_reached(task, tmp_path, capsys):
     """Another worker may make up the number between giving a trial up and queueing it again."""
     from rankopt._study.storage import retry
@@ -331,6 +356,8 @@ def test_commands(task, tmp_path, capsys):
     assert not (tmp_path / "n.db").exists()
 
 
+# A real clock, on whatever machine runs the tests.
+@pytest.mark.filterwarnings("ignore:.*too much to decide:rankopt.errors.RankoptWarning")
 def test_time_from_the_shell(task, tmp_path, capsys):
     storage = tmp_path / "study.db"
     # Layers so small that no chain is faster: there is nothing to search for.

@@ -53,7 +53,12 @@ class StepLog:
         The file gets them again; of TensorBoard's events later ones are dropped.
         """
         if self._make_writer is not None:
-            self._writer = self._make_writer(self._folder, purge_step=len(steps))
+            try:
+                self._writer = self._make_writer(self._folder, purge_step=len(steps))
+            except OSError as error:
+                raise RankoptError(
+                    f"cannot write tensorboard={self._folder!r}: {error.strerror}"
+                ) from error
         for step in steps:
             self._write(step)
 

@@ -19,7 +19,7 @@ from rankopt._model.inputs import (
     shortened,
     tensors_in,
 )
-from rankopt._model.layers import stored_weight
+from rankopt._soft.weights import named_parameters
 from rankopt.errors import CalibrationError, ModelError
 from rankopt.strategy import Problem
 
@@ -107,12 +107,12 @@ class Objective:
 
     def with_weights(self, problem: Problem, weights: Mapping[str, Tensor]) -> Tensor:
         """The loss on the next batch with other weights: site name to canonical weight."""
-        named = {}
+        named = dict[str, Tensor]()
         for site in problem.sites:
-            stored = stored_weight(site.layer, weights[site.name])  # one for tied layers
-            stored = stored.to(problem.weight(site.layer).dtype)
-            for layer in site.layers:
-                named[f"{layer.name}.weight" if layer.name else "weight"] = stored
+            dense, known = problem.weight(site.layer), problem.known(site)
+            weight = weights[site.name].to(dense.dtype)
+            mean = None if known is None else known.mean
+            named |= named_parameters(self.model, site.layers, dense, weight, mean)
 
         def forward(inputs: Any) -> Any:
             args = inputs if isinstance(inputs, (tuple, list)) else (inputs,)

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Final
 
 import torch
@@ -13,7 +12,8 @@ from torch import Tensor, nn
 
 from rankopt._decompositions.base import Decomposition
 from rankopt._decompositions.rebuild import rebuild
-from rankopt.errors import LayerError, ModelError, RankoptWarning
+from rankopt._utils.arguments import check_integer, is_number
+from rankopt.errors import LayerError, ModelError, warn
 from rankopt.strategy import Option, Problem, Site
 from rankopt_strategies.relaxed.annealing import Record, finite
 from rankopt_strategies.relaxed.objective import Objective
@@ -66,9 +66,7 @@ class RelaxedSettings:
 
     def __post_init__(self) -> None:
         for name in ("low", "high", "step", "shrink", "warmup", "updates"):
-            value, least = getattr(self, name), 2 if name == "shrink" else int(name != "warmup")
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ValueError(f"{name}={value!r}: expected an integer of at least {least}")
+            check_integer(name, getattr(self, name), {"shrink": 2, "warmup": 0}.get(name, 1))
         if self.high < self.low:
             raise ValueError(
                 f"high={self.high}, low={self.low}: the set of candidates is empty; "
@@ -81,10 +79,23 @@ class RelaxedSettings:
             )
         for name in ("gamma", "beta", "learning_rate", "logit_rate"):
             number = getattr(self, name)
-            if isinstance(number, bool) or not isinstance(number, (int, float)):
-                raise ValueError(f"{name}={number!r}: expected a number")
-            if not (math.isfinite(number) and number > 0):
+            if not is_number(number) or number <= 0:
                 raise ValueError(f"{name}={number!r}: expected a positive number")
+
+    @classmethod
+    def of(cls, settings: Mapping[str, Any]) -> RelaxedSettings:
+        """From a mapping of names to values, such as a plan holds.
+
+        Raises:
+            ValueError: A name that is no setting, or a value out of range.
+        """
+        known = [field.name for field in fields(cls)]
+        unknown = [str(name) for name in settings if name not in known]
+        if unknown:
+            raise ValueError(
+                f"paper has no setting {', '.join(unknown)}; it has {', '.join(known)}"
+            )
+        return cls(**settings)
 
     @classmethod
     def cifar(cls) -> RelaxedSettings:
@@ -283,11 +294,9 @@ class _Run:
                 f"the search over candidates diverged {self.setbacks} times (loss {loss}); lower "
                 "learning_rate="
             )
-        warnings.warn(
+        warn(
             f"the search diverged at update {self.update}: stepping back, with half the "
-            "learning rate",
-            RankoptWarning,
-            stacklevel=5,
+            "learning rate"
         )
         self.rates = [rate / 2 for rate in self.rates]
         _restore(self._all, self.good)

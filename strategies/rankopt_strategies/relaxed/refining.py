@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Final
@@ -11,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from rankopt._utils.progress import progress_bar
-from rankopt.errors import DeadlineExceeded, ModelError, RankoptWarning
+from rankopt.errors import DeadlineExceeded, ModelError, warn
 from rankopt.strategy.relaxation import Relaxation
 from rankopt_strategies.relaxed.annealing import COOLING, LEVELS, Record, anneal, at_entropy
 from rankopt_strategies.relaxed.losses import Losses
@@ -202,11 +201,7 @@ def _wanted(losses: Losses, damage: Array, weights: Array) -> Array:
     near, _, _ = at_entropy(relaxation, weights[relaxation.owner] * damage, LOCAL_ENTROPY)
     gradient = losses.gradient(near)
     if not np.isfinite(gradient).all():
-        warnings.warn(
-            "the gradient of the loss is not finite at the current ranks: they stay as they are",
-            RankoptWarning,
-            stacklevel=4,
-        )
+        warn("the gradient of the loss is not finite at the current ranks: they stay as they are")
         return np.log(weights)
     # Least squares of the loss on the damage of each site, where its probability lies.
     centred = damage - relaxation.expected(damage, near)[relaxation.owner]

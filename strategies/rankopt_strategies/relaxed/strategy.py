@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from rankopt._utils.arguments import check_choice, check_integer, check_path
 from rankopt.errors import DeadlineExceeded, ModelError
 from rankopt.plan import RankPlan
 from rankopt.soft import SoftModel
@@ -59,7 +60,7 @@ class Relaxed(Strategy):
         temperature: Of the class probabilities that a distillation compares. At 1 a few
             samples, surely wrong, make up most of the loss; a higher one has
             differences between choices that hold on other inputs too.
-        data: For ``task``: an iterable of (inputs, targets); gone through once, then held.
+        data: For ``task``: an iterable of (inputs, targets), gone through once, here, and held.
         criterion: For ``task``: a scalar tensor from (output, targets).
         paper: Settings of the published search, such as `RelaxedSettings.imagenet`.
         log: A file that takes one line of JSON per step, while it runs; budgets that take several
@@ -92,20 +93,17 @@ class Relaxed(Strategy):
     folder: str | None = None
 
     def __post_init__(self) -> None:
-        if self.mode not in ("nested", "paper"):
-            raise ValueError(f"mode={self.mode!r}: expected 'nested' or 'paper'")
+        check_choice("mode", self.mode, ("nested", "paper"))
         known = ("auto", "reconstruction", "distillation", "task")
-        if self.objective not in known:
-            raise ValueError(f"objective={self.objective!r}: expected one of {', '.join(known)}")
-        if self.slopes not in ("measured", "gradient"):
-            raise ValueError(f"slopes={self.slopes!r}: expected 'measured' or 'gradient'")
+        check_choice("objective", self.objective, known)
+        check_choice("slopes", self.slopes, ("measured", "gradient"))
         check_share("entropy", self.entropy)
         if self.entropy == 0:
             raise ValueError("entropy=0: annealing never gets there; expected a share above 0")
         for name in ("rounds", "batch_size"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name}={value!r}: expected an integer of at least 1")
+            check_integer(name, getattr(self, name), 1)
+        for name in ("log", "tensorboard", "folder"):
+            check_path(name, getattr(self, name))
         check_share("temperature", self.temperature, low=1e-3, high=1e3)
         given = (self.data is not None, self.criterion is not None)
         if given != (self.objective == "task",) * 2:
@@ -114,10 +112,20 @@ class Relaxed(Strategy):
                 "criterion=, such as torch.nn.functional.cross_entropy"
             )
         if isinstance(self.paper, Mapping):  # as it stands in a plan
-            object.__setattr__(self, "paper", RelaxedSettings(**self.paper))
-        if self.mode == "paper":
-            tags = Tags(monotone=False, unbudgeted=True)
-            object.__setattr__(self, "tags", tags)
+            object.__setattr__(self, "paper", RelaxedSettings.of(self.paper))
+        if not isinstance(self.paper, RelaxedSettings):
+            raise ValueError(
+                f"paper={self.paper!r}: expected a RelaxedSettings, or a mapping of its settings "
+                "such as {'low': 10, 'high': 100, 'step': 10}"
+            )
+        if self.data is not None and not isinstance(self.data, (list, tuple)):
+            # Held: a budget may search repeatedly, and so may the user.
+            object.__setattr__(self, "data", list(self.data))
+
+    @property
+    def promises(self) -> Tags:
+        """The published search has an answer without a budget."""
+        return replace(self.tags, unbudgeted=self.mode == "paper")
 
     def describe(self, seed: int) -> dict[str, Any]:
         """Name, settings and seed; data and criterion are no settings."""
@@ -203,8 +211,6 @@ class Relaxed(Strategy):
         if self.objective == "task":
             assert self.data is not None
             assert self.criterion is not None
-            if not isinstance(self.data, (list, tuple)):  # held: a budget may search repeatedly
-                object.__setattr__(self, "data", list(self.data))
             objective = task(problem, self.data, self.criterion)
         elif self.objective == "reconstruction" or not problem.inputs:
             if self.objective == "distillation":
