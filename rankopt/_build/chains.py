@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rankopt._model import surgery
+from rankopt._model import measure, surgery
 from rankopt._decompositions.base import Decomposition
 from rankopt._decompositions.cache import shared
 from rankopt._decompositions.rebuild import response
@@ -168,6 +168,7 @@ def build_chains(
     return chains
 
 
+@measure.no_autocast()
 def chains_for(step: Step, fill: Fill) -> dict[str, nn.Module]:
     """The chains of one site's layers, sharing their factors."""
     chains: dict[str, nn.Module] = {}

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rankopt._model import surgery
+from rankopt._model import measure, surgery
 from rankopt._build.provenance import plan_of
 from rankopt._build.skeletons import build_empty
 from rankopt.errors import ModelError
@@ -45,6 +45,7 @@ def effective_weight(chain: Iterable[nn.Module]) -> Tensor:
     return weight
 
 
+@measure.no_autocast()
 def fold(model: nn.Module, original: nn.Module) -> nn.Module:
     """The function of a compressed model in the architecture of the original one.
 

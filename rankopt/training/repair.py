@@ -142,8 +142,8 @@ def recover(
         ValueError: A setting out of range.
         CalibrationError: Too few inputs, inputs a model fails on or for which the teacher's
             outputs are not finite, or outputs of another shape than the teacher's.
-        ModelError: `model` or `teacher` is no module, nothing in the model trains, or float16
-            parameters do.
+        ModelError: `model` or `teacher` is no module, nothing in the model trains, float16
+            parameters do, or the model's output has no gradient.
 
     Warns:
         RankoptWarning: The time was up before the first step.

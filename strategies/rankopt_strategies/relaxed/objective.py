@@ -23,7 +23,7 @@ from rankopt._soft.weights import named_parameters
 from rankopt.errors import CalibrationError, ModelError
 from rankopt.strategy import Problem
 
-__all__ = ["Criterion", "Objective", "distillation", "task"]
+__all__ = ["Criterion", "Objective", "check_gradient", "distillation", "task"]
 
 Criterion = Callable[[Any, Any], Tensor]
 # Distillation stops reading here: the teacher's outputs are held.
@@ -123,6 +123,15 @@ class Objective:
             return torch.func.functional_call(self.model, named, tuple(args), tie_weights=False)
 
         return self(forward)
+
+
+def check_gradient(loss: Tensor) -> None:
+    """Raise `ModelError` for a loss without a gradient."""
+    if not loss.requires_grad:
+        raise ModelError(
+            "relaxed needs the gradient of the loss, which has none: is the model's output "
+            "computed under no_grad? strategy='knapsack' needs none"
+        )
 
 
 def _several(norm: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
