@@ -9,7 +9,6 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import rankopt
 from rankopt._calibration import collect as calibration
-from rankopt._calibration.batchnorm import recalibrate
 from rankopt._calibration.collect import POSITIONS, collect, layer_inputs, patches
 from rankopt._calibration.moments import Moments, damped_root
 from rankopt._model.inputs import batches, digest, divergence, hold
@@ -173,12 +172,12 @@ class Keywords(nn.Module):
     [
         [torch.ones(4, 16)],
         [(torch.ones(4, 16),)],
-        [(torch.ones(4, 16), torch.ones(4, 16))],
         [{"x": torch.ones(4, 16)}],
+        [{"x": torch.full((4, 16), 2.0), "mask": torch.full((4, 16), 0.5)}],
         [(torch.ones(4, 16), torch.zeros(4, dtype=torch.long))],
         DataLoader(TensorDataset(torch.ones(4, 16), torch.arange(4)), batch_size=2),
     ],
-    ids=["tensor", "tuple", "pair", "mapping", "labels", "loader"],
+    ids=["tensor", "tuple", "mapping", "masked", "labels", "loader"],
 )
 def test_forms_of_batches(data):
     model = Keywords()
@@ -192,6 +191,39 @@ def test_forms_of_batches(data):
 def test_labels_are_left_out_where_the_model_takes_one_argument():
     pair = [(torch.ones(4, 16), torch.ones(4, 16))]
     assert torch.is_tensor(hold(nn.Sequential(nn.Linear(16, 2)), pair)[0])
+
+
+TARGETS = {
+    "regression": torch.ones(4),
+    "column": torch.ones(4, 1),
+    "one-hot": torch.eye(4),
+    "segmentation": torch.zeros(4, 8, 8, dtype=torch.long),
+    "detection": [{"boxes": torch.ones(index, 4)} for index in range(4)],
+}
+
+
+@pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)
+def test_labels_of_any_form_are_left_out_where_the_second_argument_is_optional(target):
+    class Losing(Keywords):
+        def forward(self, x, targets=None):
+            return super().forward(x)
+
+    class Both(Keywords):
+        def forward(self, x, mask):
+            return super().forward(x, mask)
+
+    x = torch.ones(4, 16)
+    with pytest.warns(RankoptWarning, match=r"left out; .*'mask', yield mappings \{'x': \.\.\., "):
+        (held,) = hold(Keywords(), [(x, target)])
+    assert torch.equal(held, x)
+    assert torch.equal(hold(Losing(), [(x, target)])[0], x)
+    assert len(hold(Both(), [(x, target)])[0]) == 2
+
+
+def test_a_pair_keeps_what_no_label_can_be():
+    model, x, shared = nn.LSTM(16, 8), torch.ones(4, 16), torch.ones(2, 8)
+    assert len(hold(model, [(x, (shared, shared))])[0]) == 2
+    assert len(hold(Keywords(), [(x, torch.tensor(0.5))])[0]) == 2
 
 
 def test_infinite_iterables_stop():
@@ -315,43 +347,6 @@ def test_tied_layers_pool_their_moments():
     plan = rankopt.search(model, "params<=70%", calibration=held)
     assert plan["a"].targets == ("a", "b")
     assert rankopt.apply(model, plan, calibration=held)(held[0]).shape == (32, 16)
-
-
-# BatchNorm
-
-
-def test_recalibration_is_exact():
-    model = nn.Sequential(nn.Linear(5, 7), nn.BatchNorm1d(7), nn.Linear(7, 6), nn.BatchNorm1d(6))
-    held = [torch.randn(10, 5), 3 * torch.randn(4, 5) + 1]
-    assert recalibrate(model, held) == 2
-    hidden = model[0](torch.cat(held)).double()
-    assert torch.allclose(model[1].running_mean.double(), hidden.mean(dim=0), atol=1e-5)
-    variance = hidden.var(dim=0, correction=0)
-    assert torch.allclose(model[1].running_var.double(), variance, rtol=1e-4)
-    assert model.training
-    assert int(model[1].num_batches_tracked) == 0
-
-
-def test_recalibration_against_a_teacher_leaves_equals_alone():
-    model = planted_model()
-    model.norm.running_mean.normal_()
-    model.norm.running_var.uniform_(0.5, 2)
-    before = [model.norm.running_mean.clone(), model.norm.running_var.clone()]
-    assert recalibrate(model, data(), teacher=planted_like(model)) == 1
-    assert torch.allclose(model.norm.running_mean, before[0], atol=1e-4)
-    assert torch.allclose(model.norm.running_var, before[1], rtol=1e-3)
-
-
-def planted_like(model):
-    other = planted_model()
-    other.load_state_dict(model.state_dict())
-    return other
-
-
-def test_recalibration_without_batchnorm_and_without_data():
-    assert recalibrate(nn.Linear(3, 3), [torch.ones(2, 3)]) == 0
-    with pytest.raises(CalibrationError, match="empty"):
-        recalibrate(nn.Sequential(nn.BatchNorm1d(3)), [])
 
 
 def test_batches_move_to_the_device_of_the_model():

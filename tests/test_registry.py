@@ -75,7 +75,7 @@ def test_broken_plug_ins_do_not_break_others():
     with pytest.raises(RegistryError, match="'bad' of no_such_module:A failed to import: Module"):
         made.get("bad")
     for name in ("wrong", "type"):
-        with pytest.raises(RegistryError, match="not a subclass of rankopt.strategy.Strategy"):
+        with pytest.raises(RegistryError, match="not a subclass of rankopt.strategy.base.Strategy"):
             made.get(name)
     assert made.get("energy").name == "energy"
     with pytest.raises(RegistryError, match="unknown strategy 'engery'; known: bad, energy"):

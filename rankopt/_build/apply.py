@@ -8,25 +8,28 @@ from typing import Any
 import torch
 from torch import nn
 
-from rankopt._merging import fit as merge_fit, linear as merge_linear, join as merging
-from rankopt._model import measure, surgery
 from rankopt._build.asymmetric import fitted_in_order
 from rankopt._build.chains import Step, build_chains, check_arguments, factoriser, steps_of
-from rankopt._utils.memory import give_back
-from rankopt._calibration.moments_for import moments_for
 from rankopt._build.provenance import remember_plan
 from rankopt._build.settle import settle_norms
-from rankopt.errors import PlanError, warn
+from rankopt._calibration.batchnorm import copy_statistics, has_norms
 from rankopt._calibration.fisher import output_roots
+from rankopt._calibration.moments import Moments
+from rankopt._calibration.moments_for import moments_for
+from rankopt._merging import fit as merge_fit
+from rankopt._merging import join as merging
+from rankopt._merging import linear as merge_linear
+from rankopt._merging.join import Merge
+from rankopt._model import measure, surgery
 from rankopt._model.inputs import MAX_SAMPLES, hold, run
 from rankopt._model.layers import (
     check_materialised,
     find_layers,
 )
-from rankopt._merging.join import Merge
-from rankopt._calibration.moments import Moments
-from rankopt.plan import RankPlan
 from rankopt._model.unpack import unpack
+from rankopt._utils.memory import give_back
+from rankopt.errors import PlanError, warn
+from rankopt.plan import RankPlan
 
 __all__ = [
     "apply",
@@ -104,8 +107,8 @@ def apply_(
 ) -> nn.Module:
     """Carry out `plan` inside `model` and return it; see `apply`.
 
-    All chains are computed before the first module is replaced, so a failure
-    leaves the model as it was.
+    All chains and BatchNorm statistics are computed before the first module is replaced,
+    so a failure or an interruption leaves the model as it was.
 
     Raises:
         PlanError: As `apply`; also if the root module itself would be
@@ -123,10 +126,13 @@ def apply_(
             f"the plan replaces the root module {type(source).__name__} itself; "
             "use rankopt.apply, which returns a new model"
         )
-    teacher = surgery.clone(source, share=source.parameters())
+    settled = None
+    if held is not None and has_norms(view):
+        settled = surgery.clone(placed(view, chains, merges))
+        settle_norms(settled, source, held)
     placed(unpack_for(source, plan), chains, merges)
-    if held is not None:
-        settle_norms(source, teacher, held)
+    if settled is not None:
+        copy_statistics(settled, source)
     remember_plan(source, plan)
     return model
 
@@ -228,7 +234,8 @@ def _checked_steps(view: nn.Module, source: nn.Module, plan: RankPlan) -> list[S
     if expected is not None and expected != measure.weights_digest(source):
         warn(
             "the plan was made for other weights of this architecture: its ranks are applied, "
-            "the errors it states do not hold")
+            "the errors it states do not hold"
+        )
     return steps
 
 

@@ -15,17 +15,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rankopt._model import measure, surgery
 from rankopt._build.chains import Fill, Filling, Step, chains_for
-from rankopt._model.hooks import hooked
-from rankopt._decompositions.cache import BasisCache
-from rankopt._utils.progress import progress_bar
 from rankopt._calibration.collect import MAX_FEATURES, centres, layer_inputs
-from rankopt.errors import CalibrationError
-from rankopt._model.inputs import run
-from rankopt._model.layers import Layer
 from rankopt._calibration.moments import Centre, Moments
 from rankopt._calibration.normal_equations import Sums
+from rankopt._decompositions.cache import BasisCache
+from rankopt._model import measure, surgery
+from rankopt._model.hooks import hooked
+from rankopt._model.inputs import run
+from rankopt._model.layers import Layer
+from rankopt._utils.progress import progress_bar
+from rankopt.errors import CalibrationError
 
 __all__ = ["fitted_in_order"]
 

@@ -10,15 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rankopt._model import measure, surgery
+from rankopt._calibration.moments import Moments
 from rankopt._decompositions.base import Decomposition
 from rankopt._decompositions.cache import shared
 from rankopt._decompositions.rebuild import response
+from rankopt._model import measure, surgery
+from rankopt._model.layers import Layer, canonical_weight, check_weight, find_layers
 from rankopt._utils.parallel import for_each, largest_first
 from rankopt._utils.progress import progress_bar
 from rankopt.errors import LayerError, PlanError, RegistryError
-from rankopt._model.layers import Layer, canonical_weight, check_weight, find_layers
-from rankopt._calibration.moments import Moments
 from rankopt.plan import MERGE, Decision, RankPlan
 from rankopt.registry import decompositions
 

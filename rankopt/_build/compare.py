@@ -10,11 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from rankopt._model import measure, surgery
 from rankopt._build.apply import unpacked_clone
-from rankopt._timing.conditions import conditions
-from rankopt._model.metric import Evaluate, metric_of
-from rankopt.errors import CalibrationError, ModelError
+from rankopt._model import measure, surgery
 from rankopt._model.inputs import (
     class_dim,
     compared,
@@ -23,8 +20,11 @@ from rankopt._model.inputs import (
     scores_classes,
     tensors_in,
 )
-from rankopt._timing.latency import Interval, Mode, runner, time_interleaved
+from rankopt._model.metric import Evaluate, metric_of
 from rankopt._model.probe import Call
+from rankopt._timing.conditions import conditions
+from rankopt._timing.latency import Interval, Mode, runner, time_interleaved
+from rankopt.errors import CalibrationError, ModelError
 
 __all__ = ["Comparison", "Figure", "compare"]
 

@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rankopt._model import measure, surgery
 from rankopt._build.provenance import plan_of
 from rankopt._build.skeletons import build_empty
-from rankopt.errors import ModelError
+from rankopt._model import measure, surgery
 from rankopt._model.layers import canonical_weight
+from rankopt.errors import ModelError
 from rankopt.plan import RankPlan
 
 __all__ = ["check_foldable", "effective_weight", "fold"]

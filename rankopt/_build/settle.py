@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
 
+from rankopt._calibration.batchnorm import (
+    CallSums,
+    NonFiniteStatisticsError,
+    has_norms,
+    input_sums,
+    settle_in_one_pass,
+)
 from rankopt._model import measure, surgery
-from rankopt.errors import CalibrationError, warn
 from rankopt._model.inputs import affordable, divergence, run
-from rankopt._calibration.batchnorm import has_norms, norm_statistics, recalibrate
+from rankopt.errors import CalibrationError, warn
 
 __all__ = ["NormSettler", "settle_norms"]
 
@@ -46,50 +53,67 @@ class NormSettler:
             return [run(self._dense, inputs) for inputs in self._compared]
 
     @cached_property
-    def _statistics(self) -> dict[str, tuple[Tensor, Tensor]]:
-        return norm_statistics(self._dense, self._held)
+    def _expected(self) -> list[dict[str, list[CallSums]]]:
+        return [input_sums(self._dense, inputs) for inputs in self._held]
 
     def settle(self, result: nn.Module) -> None:
         """Recalibrate, in place; of old, pooled and teacher-matched statistics the best stay.
 
         Best is what moves the outputs least from the dense model's on the calibration inputs.
+        Where that cannot be told, the old ones stay, with a warning; a failure leaves them too.
         """
         if not has_norms(result):
             return
-        outputs, buffers = self._outputs, dict(result.named_buffers())
+        buffers = dict(result.named_buffers())
+        stale = {name: value.clone() for name, value in buffers.items()}
+        try:
+            self._settle(result, buffers, stale)
+        except BaseException:
+            _put(buffers, stale)
+            raise
 
-        def moved() -> float:
-            total = 0.0
-            with torch.no_grad(), measure.evaluation(result):
-                for x, before in zip(self._compared, outputs, strict=True):
-                    after = run(result, x)
-                    try:
-                        total += divergence(before, after)
-                    except CalibrationError:  # outputs whose shape depends on their values
-                        return math.inf
-            return total
+    def _settle(
+        self, result: nn.Module, buffers: Mapping[str, Tensor], stale: Mapping[str, Tensor]
+    ) -> None:
+        best, (least, problem) = stale, self._moved(result)
+        failures = []
+        for teacher in (None, self._dense):
+            _put(buffers, stale)
+            expected = itertools.repeat({}) if teacher is None else self._expected
+            try:
+                settle_in_one_pass(result, zip(self._held, expected, strict=False), teacher)
+            except NonFiniteStatisticsError as error:
+                failures.append(str(error))
+                continue
+            moved, _ = self._moved(result)
+            if moved < least:
+                best, least = {name: value.clone() for name, value in buffers.items()}, moved
+        _put(buffers, best)
+        if math.isinf(least) or len(failures) == 2:  # both candidates
+            warn(
+                f"BatchNorm statistics of {type(result).__name__} cannot be renewed, so those of "
+                f"the dense model stay: {problem or failures[0]}"
+            )
 
-        def state() -> dict[str, Tensor]:
-            return {name: value.clone() for name, value in buffers.items()}
+    def _moved(self, result: nn.Module) -> tuple[float, str]:
+        """How far the outputs are from the dense model's; infinity, and why, if that is unknown."""
+        outputs, total = self._outputs, 0.0
+        with torch.no_grad(), measure.preserve_rng(), measure.evaluation(result):
+            for x, before in zip(self._compared, outputs, strict=True):
+                after = run(result, x)
+                try:
+                    total += divergence(before, after)
+                except CalibrationError as error:  # no shape to rely on, or not finite
+                    return math.inf, str(error)
+        if math.isfinite(total):
+            return total, ""
+        return math.inf, "its outputs are not finite on the calibration inputs"
 
-        stale = state()
-        candidates = [(moved(), stale)]
-        with torch.no_grad():
-            for reference in (None, self._dense):
-                for name, value in buffers.items():
-                    value.copy_(stale[name])
-                known = None if reference is None else self._statistics
-                if recalibrate(
-                    result, self._held, teacher=reference, statistics=known, max_samples=None
-                ):
-                    candidates.append((moved(), state()))
-            least, best = min(candidates, key=lambda candidate: candidate[0])
-            if math.isinf(least):
-                warn(
-                    f"outputs of {type(result).__name__} change their shape with the weights, so "
-                    "BatchNorm statistics cannot be compared: those of the dense model stay")
-            for name, value in buffers.items():
-                value.copy_(best[name])
+
+def _put(buffers: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
+    with torch.no_grad():
+        for name, value in buffers.items():
+            value.copy_(values[name])
 
 
 def settle_norms(result: nn.Module, teacher: nn.Module, held: Sequence[Any]) -> None:

@@ -8,12 +8,12 @@ from typing import Final
 import torch
 from torch import Tensor, nn
 
-from rankopt._merging import join as merging
-from rankopt._model import surgery
 from rankopt._build.apply import check_structure, placed, swap, unpack_for
 from rankopt._build.chains import Fill, Filling, Step, build_chains, factoriser, steps_of
 from rankopt._build.provenance import remember_plan
 from rankopt._calibration.moments import Moments
+from rankopt._merging import join as merging
+from rankopt._model import surgery
 from rankopt.plan import Decision, RankPlan
 
 __all__ = [

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from rankopt._model import measure, surgery
 from rankopt._model.measure import tensors_in
 from rankopt._utils.arguments import check_integer
-from rankopt.errors import CalibrationError
+from rankopt.errors import CalibrationError, warn
 
 __all__ = [
     "MAX_SAMPLES",
@@ -75,7 +75,8 @@ def batches(
         model: Decides the device, and by its signature whether the second item
             of a pair is an argument or a label to leave out.
         data: An iterable of tensors, tuples (positional), mappings (keywords),
-            or pairs of inputs and labels, as a DataLoader yields them.
+            or pairs of inputs and labels, as a DataLoader yields them. The second item of a
+            pair is a label where forward does not require it and it has one entry per sample.
         max_samples: Where to stop; None reads to the end.
         labelled: Whether the last item of every tuple is a label, whatever its shape, as in
             data to train on; unless the model requires it.
@@ -84,6 +85,9 @@ def batches(
     Raises:
         CalibrationError: Not an iterable of inputs, or empty.
         ValueError: `max_samples` is no integer of at least 1.
+
+    Warns:
+        RankoptWarning: What was left out of a pair could have been an optional argument too.
     """
     if isinstance(data, (Tensor, str, Mapping)) or not isinstance(data, Iterable):
         raise CalibrationError(
@@ -110,8 +114,8 @@ def batches(
         raise CalibrationError(f"{name} is empty: it yielded no batch")
 
 
-def _positional_arguments(model: nn.Module) -> tuple[int, int] | None:
-    """How many positional arguments the model requires and takes; None if unknown."""
+def _positional_arguments(model: nn.Module) -> tuple[int, list[str]] | None:
+    """How many positional arguments the model requires, and which it takes; None if unknown."""
     kinds = inspect.Parameter
     try:
         parameters = inspect.signature(surgery.unwrap(model).forward).parameters.values()
@@ -122,7 +126,7 @@ def _positional_arguments(model: nn.Module) -> tuple[int, int] | None:
     taken = [
         p for p in parameters if p.kind in (kinds.POSITIONAL_ONLY, kinds.POSITIONAL_OR_KEYWORD)
     ]
-    return sum(p.default is kinds.empty for p in taken), len(taken)
+    return sum(p.default is kinds.empty for p in taken), [p.name for p in taken]
 
 
 def _requires_labels(model: nn.Module) -> bool:
@@ -138,7 +142,7 @@ def _requires_labels(model: nn.Module) -> bool:
 
 
 def _without_labels(
-    batch: Any, positional: tuple[int, int] | None, labelled: bool, name: str
+    batch: Any, positional: tuple[int, list[str]] | None, labelled: bool, name: str
 ) -> Any:
     if isinstance(batch, (Tensor, Mapping)):
         return batch
@@ -147,22 +151,38 @@ def _without_labels(
             f"{name} yielded a {type(batch).__name__}; expected a tensor, a tuple, a list or "
             "a mapping of tensors"
         )
-    first, last = batch[0], batch[-1]
-    labels = (
-        len(batch) == 2
-        and isinstance(first, Tensor)
-        and isinstance(last, Tensor)
-        and last.dim() <= 1
-        and len(first) == last.numel()
-    )
-    required, taken = positional or (1, len(batch))
+    required, names = positional or (1, [])
+    taken = len(names) if positional else len(batch)
     if labelled and len(batch) > max(required, 1):
         batch = batch[:-1][: max(taken, 1)]
     elif len(batch) > max(taken, 1):  # labels, indices and the like
         batch = batch[:taken]
-    elif labels and required < 2 and not last.is_floating_point():
+    elif len(batch) == 2 and required < 2 and _is_class_index(*batch):
+        batch = batch[:1]
+    elif len(batch) == 2 and required < 2 and names and _one_per_sample(*batch):
+        if names[1].lower() not in _TARGETS:
+            warn(
+                f"the second of each pair that {name} yields has one entry per sample, so it "
+                "is taken for labels and left out; if it is meant for the optional argument "
+                f"{names[1]!r}, yield mappings {{{names[0]!r}: ..., {names[1]!r}: ...}}"
+            )
         batch = batch[:1]
     return batch[0] if len(batch) == 1 else tuple(batch)
+
+
+def _is_class_index(first: Any, second: Any) -> bool:
+    """Whether the second of a pair is, beyond doubt, an integer label for each sample."""
+    if not (isinstance(first, Tensor) and isinstance(second, Tensor)):
+        return False
+    return second.dim() <= 1 and second.numel() == len(first) and not second.is_floating_point()
+
+
+def _one_per_sample(first: Any, second: Any) -> bool:
+    """Whether the second of a pair has as many entries as the first has samples."""
+    sizes = [len(tensor) for tensor in tensors_in(first) if tensor.dim()][:1]
+    if isinstance(second, (tuple, list)) and [len(second)] == sizes:
+        return True
+    return any(tensor.dim() and [len(tensor)] == sizes for tensor in tensors_in(second))
 
 
 def batch_size(inputs: Any, name: str = "calibration") -> int:

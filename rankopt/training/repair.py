@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from rankopt._build.apply import settle_norms
 from rankopt._build.settle import COMPARED_SAMPLES
-from rankopt._calibration.batchnorm import has_norms, norm_statistics
+from rankopt._calibration.batchnorm import has_norms, input_sums
 from rankopt._model import measure, surgery
 from rankopt._model.inputs import (
     MAX_SAMPLES,
@@ -186,8 +186,10 @@ def recover(
         )
         after = before
         if taken and stopped != "not finite":
-            repair.settle(settling)
             after = repair.distance()
+            if math.isfinite(after):  # else the training diverged: no statistics help
+                repair.settle(settling)
+                after = repair.distance()
         elif stopped == "seconds":
             warnings.warn(
                 f"recover took no step: after {limit.elapsed:.1f} s with {samples.count} inputs "
@@ -279,21 +281,21 @@ class _Repair:
     def settled_in_time(self) -> Tensor:
         """The samples to settle BatchNorm on in a part of the time left, which is reserved.
 
-        Time to judge the outcome is reserved too, as much as `distance` took before.
+        Time to judge the outcome before and after is reserved too, by what `distance` took.
 
         Settling runs the teacher once and the model twice to collect statistics, and on a
         part of the samples the teacher once and the model three times to compare these.
         """
         limit = self.limit
-        limit.reserve(self._judging)
+        limit.reserve(2 * self._judging)
         if limit.seconds is None or not has_norms(self.model):
             return self.train_index
         batch = next(self.samples.batches(self.train_index, self.size))
 
         def seconds_per_sample(network: nn.Module) -> float:
             started = limit.elapsed
-            for mean, _ in norm_statistics(network, [batch]).values():
-                mean.sum().item()  # waits for the device
+            for calls in input_sums(network, batch).values():
+                calls[0].total.sum().item()  # waits for the device
             return (limit.elapsed - started) / size_of(batch)
 
         teacher, model = map(seconds_per_sample, (self.guide, self.model))
