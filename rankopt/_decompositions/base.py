@@ -63,7 +63,7 @@ class Basis(ABC):
         super().__init_subclass__(**kwargs)
         for name in _COMPUTING & vars(cls).keys():
             found = vars(cls)[name]
-            if isinstance(found, property):
+            if isinstance(found, property) and found.fget is not None:
                 setattr(cls, name, property(no_autocast()(found.fget)))
             else:
                 setattr(cls, name, no_autocast()(found))

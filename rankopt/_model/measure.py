@@ -8,6 +8,7 @@ import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from copy import copy as shallow_copy
+from dataclasses import fields, is_dataclass
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar
 
@@ -138,7 +139,7 @@ def copied(inputs: Any) -> Any:
 
 
 def with_tensors(inputs: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """`inputs` with every tensor changed, inside tuples, lists and mappings too.
+    """`inputs` with every tensor changed, inside tuples, lists, mappings and dataclasses too.
 
     One that comes twice is changed once: attention tells self-attention by that.
     """
@@ -155,9 +156,19 @@ def with_tensors(inputs: Any, change: Callable[[Tensor], Tensor]) -> Any:
             entries = [changed(entry) for entry in value]
             make = getattr(value, "_make", type(value))  # a named tuple's
             return make(entries)
+        if _is_record(value):
+            filled = shallow_copy(value)
+            for field in fields(value):  # set aside of a frozen class's own way
+                object.__setattr__(filled, field.name, changed(getattr(value, field.name)))
+            return filled
         return value
 
     return changed(inputs)
+
+
+def _is_record(value: Any) -> bool:
+    """Whether a value is an instance of a dataclass."""
+    return is_dataclass(value) and not isinstance(value, type)
 
 
 def _filled(mapping: Mapping[Any, Any], entries: dict[Any, Any]) -> Any:
@@ -171,7 +182,7 @@ def _filled(mapping: Mapping[Any, Any], entries: dict[Any, Any]) -> Any:
 
 
 def tensors_in(inputs: Any) -> Iterator[Tensor]:
-    """Every tensor inside nested tuples, lists and mappings, in order."""
+    """Every tensor inside nested tuples, lists, mappings and dataclasses, in order."""
     if isinstance(inputs, Tensor):
         yield inputs
     elif isinstance(inputs, Mapping):
@@ -180,6 +191,9 @@ def tensors_in(inputs: Any) -> Iterator[Tensor]:
     elif isinstance(inputs, (tuple, list)):
         for value in inputs:
             yield from tensors_in(value)
+    elif _is_record(inputs):
+        for field in fields(inputs):
+            yield from tensors_in(getattr(inputs, field.name))
 
 
 def check_inputs(example_inputs: Any) -> None:
