@@ -109,7 +109,7 @@ def test_less_than_one_sample(samples):
 
 def test_forms_that_batches_may_take():
     point = namedtuple("point", "x y")(torch.ones(2, 3), torch.zeros(2, 0))
-    (held,) = inputs.hold(nn.Linear(3, 3), [(point, torch.ones(2, 3))], labelled=True)
+    ((held,),) = inputs.hold(nn.Linear(3, 3), [(point, torch.ones(2, 3))], labelled=True)
     assert type(held) is type(point)
     assert inputs.digest([held]) != inputs.digest([point.x + 1])
 

@@ -14,7 +14,7 @@ from rankopt._calibration.moments import Moments
 from rankopt._decompositions.base import Decomposition
 from rankopt._decompositions.cache import shared
 from rankopt._decompositions.rebuild import response
-from rankopt._model import surgery
+from rankopt._model import measure, surgery
 from rankopt._model.layers import Layer, canonical_weight, check_weight, find_layers
 from rankopt._utils.parallel import for_each, largest_first
 from rankopt._utils.progress import progress_bar
@@ -168,6 +168,7 @@ def build_chains(
     return chains
 
 
+@measure.no_autocast()
 def chains_for(step: Step, fill: Fill) -> dict[str, nn.Module]:
     """The chains of one site's layers, sharing their factors."""
     chains: dict[str, nn.Module] = {}

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from rankopt._build.provenance import plan_of
 from rankopt._build.skeletons import build_empty
-from rankopt._model import surgery
+from rankopt._model import measure, surgery
 from rankopt._model.layers import canonical_weight
 from rankopt.errors import ModelError
 from rankopt.plan import RankPlan
@@ -45,6 +45,7 @@ def effective_weight(chain: Iterable[nn.Module]) -> Tensor:
     return weight
 
 
+@measure.no_autocast()
 def fold(model: nn.Module, original: nn.Module) -> nn.Module:
     """The function of a compressed model in the architecture of the original one.
 

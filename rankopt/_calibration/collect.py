@@ -142,6 +142,7 @@ def _collected(
     counts: dict[str, int] = {}
     pending: dict[str, list[Tensor]] = {}
 
+    @measure.no_autocast()
     def add(name: str, least: int) -> None:
         """Add what is pending to the sums, if it is at least so many rows."""
         if sum(rows.shape[1] for rows in pending.get(name, ())) < least:

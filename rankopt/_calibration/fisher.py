@@ -100,6 +100,7 @@ def _moments(
     sums: dict[str, Tensor] = {}
 
     def watch(layer: Layer, site: str) -> Callable[..., Tensor]:
+        @measure.no_autocast()
         def add(gradient: Tensor) -> None:
             exact = gradient if gradient.dtype == torch.float64 else gradient.float()
             rows = _rows(layer, exact)

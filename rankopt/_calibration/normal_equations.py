@@ -32,6 +32,7 @@ class Sums:
         self.cross: Any = 0.0
         self.count = 0
 
+    @measure.no_autocast()
     def add(self, rows: Tensor, wanted: Tensor) -> None:
         """Count rows [groups, positions, in] and what they map to, [groups, positions, out]."""
         self.gram = self.gram + (rows.mT @ rows).double()

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from rankopt._calibration.moments import Moments
 from rankopt._decompositions.projection import Projection
 from rankopt._model.layers import Layer
+from rankopt._model.measure import no_autocast
 from rankopt.errors import LayerError
 
 __all__ = ["Basis", "Decomposition", "IntArray", "RankAxis", "chain", "conv", "made_by"]
@@ -26,6 +27,8 @@ FloatArray = npt.NDArray[np.float64]
 FLOAT64_SIZE: Final = 128
 # Squares of smaller weights, and of larger ones than its inverse, leave float32.
 SMALL: Final = 1e-15
+# Methods of a basis that multiply matrices.
+_COMPUTING: Final = {"spectra", "error", "fitted_error", "factors", "projection", "fitting"}
 _CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 
 
@@ -47,11 +50,23 @@ class RankAxis:
 class Basis(ABC):
     """What is computed once per layer, from which every rank follows.
 
+    Its methods run outside of any `torch.autocast` of the caller's, which would round the
+    factors to half precision.
+
     Attributes:
         weight: The canonical weight; None while the basis lies in a cache.
     """
 
     weight: Tensor | None
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        for name in _COMPUTING & vars(cls).keys():
+            found = vars(cls)[name]
+            if isinstance(found, property) and found.fget is not None:
+                setattr(cls, name, property(no_autocast()(found.fget)))
+            else:
+                setattr(cls, name, no_autocast()(found))
 
     @property
     def spectra(self) -> tuple[FloatArray, ...]:

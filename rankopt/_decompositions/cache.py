@@ -12,7 +12,7 @@ from torch import Tensor
 from rankopt._calibration.moments import Moments
 from rankopt._decompositions.base import Basis, Decomposition
 from rankopt._decompositions.weighed import WeighedBasis, weighed
-from rankopt._model.measure import tensor_digest
+from rankopt._model.measure import no_autocast, tensor_digest
 
 __all__ = ["BasisCache", "clear_cache", "shared"]
 
@@ -35,6 +35,7 @@ class BasisCache:
         self._bytes = 0
         self._lock = threading.Lock()
 
+    @no_autocast()
     def get(
         self, decomposition: Decomposition, weight: Tensor, moments: Moments | None = None
     ) -> Basis:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from rankopt._calibration.moments import DAMPING, damped_root
 from rankopt._merging.bottlenecks import Bottleneck
 from rankopt._model.layers import canonical_weight, check_weight
+from rankopt._model.measure import no_autocast
 
 __all__ = [
     "MergeBasis",
@@ -141,6 +142,7 @@ def diagonal_blocks(matrix: Tensor, parts: int) -> Tensor:
     return blocks
 
 
+@no_autocast()
 def prepare(
     modules: Modules, bottleneck: Bottleneck, moments: Mapping[str, Tensor] | None = None
 ) -> MergeBasis:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import inspect
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from functools import partial
 from typing import Any, Final
 
@@ -13,9 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from rankopt._model import measure, surgery
+from rankopt._model.arguments import Arguments, misfit
 from rankopt._model.measure import tensors_in
+from rankopt._model.sharing import alike, first, shortened
 from rankopt._utils.arguments import check_integer
-from rankopt.errors import CalibrationError, warn
+from rankopt.errors import CalibrationError
 
 __all__ = [
     "MAX_SAMPLES",
@@ -31,20 +32,15 @@ __all__ = [
     "hold",
     "kl",
     "main_output",
-    "misfit",
     "relative_error",
     "run",
     "scores_classes",
-    "shortened",
+    "shared_tensors",
     "tensors_in",
 ]
 
 # Samples read from an iterable that does not end by itself.
 MAX_SAMPLES: Final = 4096
-# What batches of Hugging Face call them.
-LABELS: Final = "labels"
-# What they are called in other mappings.
-_TARGETS: Final = (LABELS, "label", "target", "targets", "y")
 # What outputs that are kept for comparison may take, and how many are kept in any case.
 OUTPUT_BYTES: Final = 256 * 2**20
 LEAST_SAMPLES: Final = 4
@@ -77,6 +73,7 @@ def batches(
         data: An iterable of tensors, tuples (positional), mappings (keywords),
             or pairs of inputs and labels, as a DataLoader yields them. The second item of a
             pair is a label where forward does not require it and it has one entry per sample.
+            What a model takes as one argument, a dict or a list, comes in a 1-tuple.
         max_samples: Where to stop; None reads to the end.
         labelled: Whether the last item of every tuple is a label, whatever its shape, as in
             data to train on; unless the model requires it.
@@ -97,92 +94,21 @@ def batches(
     if max_samples is not None:
         check_integer(f"{name}_samples", max_samples, 1)
     device, seen = surgery.device_of(model), 0
-    positional, required = _positional_arguments(model), _requires_labels(model)
+    arguments, before = Arguments(model), None
     for batch in data:
-        if isinstance(batch, Mapping) and not required:
-            batch = {key: value for key, value in batch.items() if key != LABELS}
-        inputs = measure.to_device(_without_labels(batch, positional, labelled, name), device)
+        batch = arguments.without_labels(batch, labelled=labelled, name=name)
+        inputs = measure.to_device(batch, device)
         size = batch_size(inputs, name)
         if max_samples is not None and seen + size > max_samples:
-            inputs, size = _first(inputs, max_samples - seen), max_samples - seen
+            known = alike([inputs] if before is None else [before, inputs])
+            inputs, size = first(inputs, max_samples - seen, known), max_samples - seen
         if size:
             yield inputs, size
-        seen += size
+        seen, before = seen + size, inputs
         if max_samples is not None and seen >= max_samples:
             return
     if not seen:
         raise CalibrationError(f"{name} is empty: it yielded no batch")
-
-
-def _positional_arguments(model: nn.Module) -> tuple[int, list[str]] | None:
-    """How many positional arguments the model requires, and which it takes; None if unknown."""
-    kinds = inspect.Parameter
-    try:
-        parameters = inspect.signature(surgery.unwrap(model).forward).parameters.values()
-    except (TypeError, ValueError):
-        return None
-    if any(parameter.kind is kinds.VAR_POSITIONAL for parameter in parameters):
-        return None
-    taken = [
-        p for p in parameters if p.kind in (kinds.POSITIONAL_ONLY, kinds.POSITIONAL_OR_KEYWORD)
-    ]
-    return sum(p.default is kinds.empty for p in taken), [p.name for p in taken]
-
-
-def _requires_labels(model: nn.Module) -> bool:
-    """Whether forward cannot do without the labels of a mapping; True if that is unknown."""
-    try:
-        parameters = inspect.signature(surgery.unwrap(model).forward).parameters
-    except (TypeError, ValueError):
-        return True
-    found = parameters.get(LABELS)
-    if found is None:  # taken, if at all, as one of many
-        return any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
-    return found.default is inspect.Parameter.empty
-
-
-def _without_labels(
-    batch: Any, positional: tuple[int, list[str]] | None, labelled: bool, name: str
-) -> Any:
-    if isinstance(batch, (Tensor, Mapping)):
-        return batch
-    if not isinstance(batch, (tuple, list)) or not batch:
-        raise CalibrationError(
-            f"{name} yielded a {type(batch).__name__}; expected a tensor, a tuple, a list or "
-            "a mapping of tensors"
-        )
-    required, names = positional or (1, [])
-    taken = len(names) if positional else len(batch)
-    if labelled and len(batch) > max(required, 1):
-        batch = batch[:-1][: max(taken, 1)]
-    elif len(batch) > max(taken, 1):  # labels, indices and the like
-        batch = batch[:taken]
-    elif len(batch) == 2 and required < 2 and _is_class_index(*batch):
-        batch = batch[:1]
-    elif len(batch) == 2 and required < 2 and names and _one_per_sample(*batch):
-        if names[1].lower() not in _TARGETS:
-            warn(
-                f"the second of each pair that {name} yields has one entry per sample, so it "
-                "is taken for labels and left out; if it is meant for the optional argument "
-                f"{names[1]!r}, yield mappings {{{names[0]!r}: ..., {names[1]!r}: ...}}"
-            )
-        batch = batch[:1]
-    return batch[0] if len(batch) == 1 else tuple(batch)
-
-
-def _is_class_index(first: Any, second: Any) -> bool:
-    """Whether the second of a pair is, beyond doubt, an integer label for each sample."""
-    if not (isinstance(first, Tensor) and isinstance(second, Tensor)):
-        return False
-    return second.dim() <= 1 and second.numel() == len(first) and not second.is_floating_point()
-
-
-def _one_per_sample(first: Any, second: Any) -> bool:
-    """Whether the second of a pair has as many entries as the first has samples."""
-    sizes = [len(tensor) for tensor in tensors_in(first) if tensor.dim()][:1]
-    if isinstance(second, (tuple, list)) and [len(second)] == sizes:
-        return True
-    return any(tensor.dim() and [len(tensor)] == sizes for tensor in tensors_in(second))
 
 
 def batch_size(inputs: Any, name: str = "calibration") -> int:
@@ -193,33 +119,6 @@ def batch_size(inputs: Any, name: str = "calibration") -> int:
     return len(first)
 
 
-def _first(inputs: Any, count: int) -> Any:
-    """The first `count` samples of whatever has the batch's size."""
-    size = batch_size(inputs)
-
-    def cut(value: Any) -> Any:
-        if isinstance(value, Tensor):
-            return value[:count] if value.dim() and len(value) == size else value
-        if isinstance(value, Mapping):
-            return {key: cut(entry) for key, entry in value.items()}
-        if isinstance(value, (tuple, list)):
-            return tuple(cut(entry) for entry in value)
-        return value
-
-    return cut(inputs)
-
-
-def shortened(held: Iterable[Any], samples: int) -> list[Any]:
-    """The first `samples` samples of held batches."""
-    kept: list[Any] = []
-    for inputs in held:
-        size = min(batch_size(inputs), samples)
-        if size:
-            kept.append(_first(inputs, size))
-        samples -= size
-    return kept
-
-
 def affordable(model: nn.Module, held: Sequence[Any], samples: int) -> list[Any]:
     """The first samples of held batches, fewer where their outputs would take much memory.
 
@@ -228,19 +127,58 @@ def affordable(model: nn.Module, held: Sequence[Any], samples: int) -> list[Any]
         held: See `hold`.
         samples: At most; outputs of a language model's vocabulary allow far fewer.
     """
-    return shortened(held, min(samples, affordable_samples(model, held)))
+    shared = shared_tensors(model, held)
+    return shortened(held, min(samples, _affordable_samples(model, held, shared)), shared)
 
 
 def affordable_samples(model: nn.Module, held: Sequence[Any]) -> int:
     """How many samples' outputs may be kept; runs the model in its mode, on one of them."""
-    return max(LEAST_SAMPLES, OUTPUT_BYTES // output_bytes(model, held))
+    return _affordable_samples(model, held, shared_tensors(model, held))
 
 
-def output_bytes(model: nn.Module, held: Sequence[Any]) -> int:
-    """Memory of the outputs of one sample, at least 1; runs the model in its mode."""
+def _affordable_samples(model: nn.Module, held: Sequence[Any], shared: Set[int]) -> int:
+    return max(LEAST_SAMPLES, OUTPUT_BYTES // output_bytes(model, held, shared))
+
+
+def output_bytes(model: nn.Module, held: Sequence[Any], shared: Set[int]) -> int:
+    """Memory of the outputs of one sample, at least 1; runs the model in its mode.
+
+    Args:
+        model: Run on one sample, or on a batch where it takes no part of one.
+        held: See `hold`.
+        shared: See `shared_tensors`.
+    """
+    (tried,) = shortened(held[:1], 1, shared)
     with torch.no_grad(), measure.preserve_rng():
-        output = run(model, shortened(held, 1)[0])
-    return max(1, sum(tensor.numel() * tensor.element_size() for tensor in tensors_in(output)))
+        output = run(model, tried)
+    size = sum(tensor.numel() * tensor.element_size() for tensor in tensors_in(output))
+    return max(1, size // batch_size(tried))
+
+
+def shared_tensors(model: nn.Module, held: Sequence[Any]) -> set[int]:
+    """The ids of tensors in held batches that all samples share; runs the model in its mode.
+
+    Beside those of `sharing.alike` they are all tensors where the model takes no single sample,
+    or gives other than its share of the outputs: graphs, images in lists, models of one batch
+    size. Whole batches are the samples then.
+    """
+    shared = alike(held)
+    (one,), size = shortened(held[:1], 1, shared), batch_size(held[0])
+    with torch.no_grad(), measure.preserve_rng():
+        try:
+            found = run(model, one)
+        except CalibrationError:
+            run(model, held[0])  # it may be the inputs that are at fault
+            found = None
+        if found is not None and (size == 1 or _rows(found) * size == _rows(run(model, held[0]))):
+            return shared
+    return {id(tensor) for inputs in held for tensor in tensors_in(inputs)}
+
+
+def _rows(output: Any) -> int:
+    """The length of an output; 0 of one number."""
+    main = compared(output)
+    return len(main) if main.dim() else 0
 
 
 def hold(
@@ -382,37 +320,7 @@ def run(model: nn.Module, inputs: Any) -> Any:
             f"the model fails on a calibration batch of {', '.join(shapes)}: {error}; "
             + (
                 misfit(model, inputs)
-                or "calibration yields inputs of the shape and dtype the model takes"
+                or "calibration has to yield inputs of the shape and dtype the model takes, in "
+                "batches of a size it takes"
             )
         ) from error
-
-
-def misfit(model: nn.Module, inputs: Any) -> str | None:
-    """How a batch does not match the arguments of forward, and what to do; None where it does.
-
-    Example:
-        >>> misfit(nn.Linear(2, 2), (torch.zeros(1, 2), torch.zeros(1)))
-        'the entries of a tuple are passed as arguments: forward takes (input), the batch has 2'
-    """
-    named = isinstance(inputs, Mapping)
-    several = inputs if isinstance(inputs, (tuple, list)) else [inputs]
-    try:
-        signature = inspect.signature(surgery.unwrap(model).forward)
-        taken = f"forward takes ({', '.join(signature.parameters)})"
-    except (TypeError, ValueError):
-        return None
-    try:
-        signature.bind(**inputs) if named else signature.bind(*several)
-    except TypeError:
-        if not named:
-            have = f"the batch has {len(several)}"
-            return f"the entries of a tuple are passed as arguments: {taken}, {have}"
-        targets = [key for key in inputs if str(key).lower() in _TARGETS]
-        keys = [*[key for key in inputs if key not in targets][:1], *targets[:1]]
-        mapped = ", ".join(f"b[{key!r}]" for key in keys)
-        mapped = f"({mapped})" if len(keys) > 1 else mapped
-        return (
-            f"a mapping is passed as keyword arguments: {taken}, the batch has "
-            f"{', '.join(map(str, inputs))}; map it, such as [{mapped} for b in loader]"
-        )
-    return None

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import random
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from copy import copy as shallow_copy
+from dataclasses import fields, is_dataclass
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar
 
@@ -60,8 +62,26 @@ def _sdpa_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
     return int(2 * batch * heads * length * key[-2] * (width + value[-1]))
 
 
+def _rows_times_flops(entering: Any, weights: Iterable[Any]) -> int:
+    """2 FLOPs per multiply-accumulate of every row, [..., width], with every matrix; of shapes."""
+    matrices = (shape for shape in weights if len(shape) > 1)  # the rest are biases
+    return int(2 * math.prod(entering[:-1]) * sum(map(math.prod, matrices)))
+
+
+def _mkldnn_lstm_flops(entering: Any, to_gates: Any, recurrent: Any, *_: Any, **__: Any) -> int:
+    return _rows_times_flops(entering, [to_gates, recurrent])
+
+
+def _cudnn_rnn_flops(entering: Any, weights: Any, *_: Any, **__: Any) -> int:
+    return _rows_times_flops(entering, weights)
+
+
+def _bilinear_flops(first: Any, weight: Any, *_: Any, **__: Any) -> int:
+    return _rows_times_flops(first, [weight])
+
+
 def count_macs(model: nn.Module, example_inputs: Any) -> int:
-    """Multiply-accumulates of conv, linear and attention matmuls of one forward call.
+    """Multiply-accumulates of conv, linear, recurrent and attention products of one forward call.
 
     The model runs once as it is (mode, device); fused attention kernels of
     unpacked models are not visible, so pass an unpacked model.
@@ -69,8 +89,14 @@ def count_macs(model: nn.Module, example_inputs: Any) -> int:
     # Imported late: it pulls in torch's decomposition tables, 0.3 s.
     from torch.utils.flop_counter import FlopCounterMode
 
-    attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    counter = FlopCounterMode(display=False, custom_mapping={attention: _sdpa_flops})
+    aten = torch.ops.aten
+    fused = {
+        aten._scaled_dot_product_flash_attention_for_cpu: _sdpa_flops,
+        aten.mkldnn_rnn_layer: _mkldnn_lstm_flops,
+        aten._cudnn_rnn: _cudnn_rnn_flops,  # all layers and directions in one call
+        aten._trilinear: _bilinear_flops,
+    }
+    counter = FlopCounterMode(display=False, custom_mapping=fused)
     with counter, torch.no_grad():
         call(model, example_inputs)
     return int(counter.get_total_flops()) // 2
@@ -113,7 +139,7 @@ def copied(inputs: Any) -> Any:
 
 
 def with_tensors(inputs: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """`inputs` with every tensor changed, inside tuples, lists and mappings too.
+    """`inputs` with every tensor changed, inside tuples, lists, mappings and dataclasses too.
 
     One that comes twice is changed once: attention tells self-attention by that.
     """
@@ -130,9 +156,19 @@ def with_tensors(inputs: Any, change: Callable[[Tensor], Tensor]) -> Any:
             entries = [changed(entry) for entry in value]
             make = getattr(value, "_make", type(value))  # a named tuple's
             return make(entries)
+        if _is_record(value):
+            filled = shallow_copy(value)
+            for field in fields(value):  # set aside of a frozen class's own way
+                object.__setattr__(filled, field.name, changed(getattr(value, field.name)))
+            return filled
         return value
 
     return changed(inputs)
+
+
+def _is_record(value: Any) -> bool:
+    """Whether a value is an instance of a dataclass."""
+    return is_dataclass(value) and not isinstance(value, type)
 
 
 def _filled(mapping: Mapping[Any, Any], entries: dict[Any, Any]) -> Any:
@@ -146,7 +182,7 @@ def _filled(mapping: Mapping[Any, Any], entries: dict[Any, Any]) -> Any:
 
 
 def tensors_in(inputs: Any) -> Iterator[Tensor]:
-    """Every tensor inside nested tuples, lists and mappings, in order."""
+    """Every tensor inside nested tuples, lists, mappings and dataclasses, in order."""
     if isinstance(inputs, Tensor):
         yield inputs
     elif isinstance(inputs, Mapping):
@@ -155,6 +191,9 @@ def tensors_in(inputs: Any) -> Iterator[Tensor]:
     elif isinstance(inputs, (tuple, list)):
         for value in inputs:
             yield from tensors_in(value)
+    elif _is_record(inputs):
+        for field in fields(inputs):
+            yield from tensors_in(getattr(inputs, field.name))
 
 
 def check_inputs(example_inputs: Any) -> None:

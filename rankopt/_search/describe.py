@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from rankopt._build.apply import unpacked_clone
 from rankopt._decompositions.base import Decomposition
 from rankopt._model import measure, surgery
-from rankopt._model.inputs import shortened
 from rankopt._model.layers import (
     Layer,
     Patterns,
@@ -23,6 +22,7 @@ from rankopt._model.layers import (
     select,
 )
 from rankopt._model.probe import Probe, probe, static_reads
+from rankopt._model.sharing import shortened
 from rankopt.budget import Budget
 from rankopt.errors import ModelError
 from rankopt.registry import decompositions

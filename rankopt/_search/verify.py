@@ -11,8 +11,9 @@ from torch import nn
 
 from rankopt._build.skeletons import fill_skeleton
 from rankopt._model import measure, surgery
-from rankopt._model.inputs import shortened, tensors_in
+from rankopt._model.measure import tensors_in
 from rankopt._model.probe import Call, Probe
+from rankopt._model.sharing import shortened
 from rankopt._timing.conditions import tf32
 from rankopt._version import __version__
 from rankopt.errors import ModelError, RankoptError

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from rankopt._model import measure
-from rankopt._model.inputs import batches, compared, misfit, tensors_in
+from rankopt._model.arguments import Arguments, misfit
+from rankopt._model.inputs import batches, compared, tensors_in
 from rankopt._model.spelled import spelled
 from rankopt.errors import CalibrationError, ModelError, TrainingError
 
@@ -68,12 +69,12 @@ def split(model: nn.Module, batch: Any, *, labelled: bool, step: int, plain: boo
         return dict(batch), batch["labels"]
     if isinstance(batch, (tuple, list)) and len(batch) >= 2:
         *inputs, labels = batch
-        first = inputs[0] if len(inputs) == 1 else tuple(inputs)
+        first = Arguments(model).packed(inputs)
         known = (Tensor, tuple, list, Mapping)
-        if isinstance(first, known) and isinstance(labels, Tensor if plain else known):
+        if any(True for _ in tensors_in(inputs)) and isinstance(labels, Tensor if plain else known):
             return first, labels
         raise TrainingError(
-            f"step {step}: train yielded a pair of {type(first).__name__} and "
+            f"step {step}: train yielded a pair of {type(inputs[0]).__name__} and "
             f"{type(labels).__name__}; {EXPECTED}"
         )
     advice = (

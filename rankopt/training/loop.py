@@ -158,15 +158,17 @@ class Loop:
                     self._finish_epoch()
                 good = self._final()
         finally:
-            # Complete, or what the last complete epoch left: never half an epoch.
-            if self.freezer is not None:
-                self.freezer.release()
-            if good is not None:
-                self.plain.load_state_dict(good)
-            for module, mode in modes:
-                module.training = mode
-            for parameter in self.plain.parameters():
-                parameter.grad = None
+            try:
+                # Complete, or what the last complete epoch left: never half an epoch.
+                if good is not None:
+                    self.plain.load_state_dict(good)
+            finally:
+                if self.freezer is not None:
+                    self.freezer.release()
+                for module, mode in modes:
+                    module.training = mode
+                for parameter in self.plain.parameters():
+                    parameter.grad = None
         if finished and given not in (self.began_with, measure.weights_digest(self.plain)):
             warn(
                 f"{self.folder} holds a finished run that began with other weights; the model has "

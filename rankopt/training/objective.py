@@ -87,10 +87,10 @@ class Objective:
             output = data.call(wrapped, inputs, step)
             if labels is not None:
                 task = self._task(output, labels, device, step)
+                _check_trainable(task, step)
             if self._distiller is not None:
                 task, parts = self._distiller.loss(output, task)
-        if not (isinstance(task, Tensor) and task.dim() == 0 and task.requires_grad):
-            raise TrainingError(f"step {step}: the loss is {task!r}, not a scalar with a gradient")
+        _check_trainable(task, step)
         size = next((len(t) for t in tensors_in(inputs) if t.dim()), 1)
         totals[0] += task.detach() * size
         totals[3] += size
@@ -105,6 +105,14 @@ class Objective:
         if not (isinstance(output, dict) and output.get("loss") is not None):
             data.check_labels(labels, output, step)
         return data.task_loss(output, measure.to_device(labels, device))
+
+
+def _check_trainable(loss: Any, step: int) -> None:
+    if not (isinstance(loss, Tensor) and loss.dim() == 0 and loss.requires_grad):
+        raise TrainingError(
+            f"step {step}: the loss is {loss!r}, not a scalar with a gradient; without one nothing "
+            "trains: is the model's output, or the loss, computed under no_grad?"
+        )
 
 
 def so_far(totals: Tensor, started: float) -> str:

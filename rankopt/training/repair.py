@@ -23,6 +23,7 @@ from rankopt._model.inputs import (
     hold,
     main_output,
     run,
+    shared_tensors,
 )
 from rankopt._model.inputs import (
     batch_size as size_of,
@@ -142,8 +143,8 @@ def recover(
         ValueError: A setting out of range.
         CalibrationError: Too few inputs, inputs a model fails on or for which the teacher's
             outputs are not finite, or outputs of another shape than the teacher's.
-        ModelError: `model` or `teacher` is no module, nothing in the model trains, or float16
-            parameters do.
+        ModelError: `model` or `teacher` is no module, nothing in the model trains, float16
+            parameters do, or the model's output has no gradient.
 
     Warns:
         RankoptWarning: The time was up before the first step.
@@ -170,8 +171,8 @@ def recover(
     release(model)
     limit = Limit(seconds, steps)
     with measure.preserve_rng():
-        samples = Samples(hold(model, calibration, max_samples=calibration_samples))
-    repair = _Repair(model, teacher, samples, batch_size, limit)
+        held = hold(model, calibration, max_samples=calibration_samples)
+    repair = _Repair(model, teacher, held, batch_size, limit)
     before = repair.distance()
     if before == 0:
         return Recovery(before, before, 0, limit.elapsed, False, "converged")
@@ -192,8 +193,8 @@ def recover(
                 after = repair.distance()
         elif stopped == "seconds":
             warnings.warn(
-                f"recover took no step: after {limit.elapsed:.1f} s with {samples.count} inputs "
-                f"none fits into {limit.seconds:g} s beside what comes after it; the model is as "
+                f"recover took no step: after {limit.elapsed:.1f} s with "
+                f"{repair.samples.count} inputs none fits into {limit.seconds:g} s beside what comes after it; the model is as "
                 "it was: give more seconds, fewer calibration_samples or a smaller batch_size",
                 RankoptWarning,
                 stacklevel=4,
@@ -234,7 +235,7 @@ class _Repair:
     Args:
         model: Changed in place.
         teacher: Copied.
-        samples: Held; some are held out.
+        held: Batches; some samples are held out.
         size: Samples per batch.
         limit: How long all of it may last.
 
@@ -244,17 +245,18 @@ class _Repair:
     """
 
     def __init__(
-        self, model: nn.Module, teacher: nn.Module, samples: Samples, size: int, limit: Limit
+        self, model: nn.Module, teacher: nn.Module, held: list[Any], size: int, limit: Limit
     ) -> None:
-        self.model, self.samples, self.size, self.limit = model, samples, size, limit
+        self.model, self.size, self.limit = model, size, limit
         self.parameters = [p for p in model.parameters() if p.requires_grad]
-        self.train_index, test = samples.split(HELD_OUT)
         if not self.parameters:
             raise ModelError(
                 "recover has nothing to train: every parameter has requires_grad=False"
             )
         check_precision(model, "recover")
         self.guide = private_teacher(teacher).to(surgery.device_of(model))
+        self.samples = samples = Samples(held, shared_tensors(self.guide, held))
+        self.train_index, test = samples.split(HELD_OUT)
         self.layers = PairedOutputs(model, self.guide, decomposed(model))
         tested = list(samples.batches(test, size))
         if len(test) > (most := affordable_samples(self.guide, tested)):

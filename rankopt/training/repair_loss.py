@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from rankopt._model.inputs import compared, relative_error, run, tensors_in
-from rankopt.errors import CalibrationError
+from rankopt.errors import CalibrationError, ModelError
 from rankopt.training.distillation import PairedOutputs
 
 __all__ = ["repair_loss"]
@@ -18,14 +18,24 @@ FEATURES: Final = 3.0
 
 
 def repair_loss(layers: PairedOutputs, inputs: Any) -> Tensor:
-    """Relative error² of the outputs, and of those of the layers the plan decomposed."""
+    """Relative error² of the outputs, and of those of the layers the plan decomposed.
+
+    Raises:
+        ModelError: It has no gradient.
+    """
     layers.forget()
     with torch.no_grad():
         wanted = run(layers.teacher, inputs)
     found = run(layers.model, inputs)
     total = _output_loss(wanted, found)
     errors = [relative_error(*pair, exact=False) for pair in layers.pairs()]
-    return total + FEATURES * torch.stack(errors).mean() if errors else total
+    total = total + FEATURES * torch.stack(errors).mean() if errors else total
+    if not total.requires_grad:
+        raise ModelError(
+            "recover needs the gradient of the model's output, which has none: is it computed "
+            "under no_grad, or does it not depend on what trains?"
+        )
+    return total
 
 
 def _output_loss(wanted: Any, found: Any) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,20 +11,29 @@ from torch import Tensor
 
 from rankopt._model import measure
 from rankopt._model.inputs import batch_size
+from rankopt._model.measure import tensors_in
+from rankopt._model.sharing import per_sample
 from rankopt.errors import CalibrationError
 
 __all__ = ["Samples"]
 
 
 class Samples:
-    """Calibration inputs by sample, those of one shape joined; others never share a batch."""
+    """Calibration inputs by sample, those of one shape joined; others never share a batch.
 
-    def __init__(self, held: list[Any]) -> None:
+    Args:
+        held: Batches.
+        shared: See `rankopt._model.inputs.shared_tensors`; where that is all, a batch counts
+            as one sample.
+    """
+
+    def __init__(self, held: list[Any], shared: Set[int] = frozenset()) -> None:
+        self._whole = all(id(tensor) in shared for tensor in tensors_in(held))
         alike: dict[Any, list[Any]] = {}
         counts: dict[Any, int] = {}
         for given in held:
-            size = batch_size(given)
-            inputs = _by_sample(given, size)
+            size = 1 if self._whole else batch_size(given)
+            inputs = _Shared(given) if self._whole else _by_sample(given, size, shared)
             alike.setdefault(_form(inputs), []).append(inputs)
             counts[_form(inputs)] = counts.get(_form(inputs), 0) + size
         self._joined = [_joined(parts) for parts in alike.values()]
@@ -35,10 +44,13 @@ class Samples:
 
     def split(self, share: float) -> tuple[Tensor, Tensor]:
         """Indices to train on and to hold out, interleaved."""
-        every = max(2, round(1 / share))
+        every, what = max(2, round(1 / share)), "samples"
+        if self._whole:
+            every = max(2, min(every, self.count))
+            what = "batches, of which the model takes no single samples"
         if self.count < every:
             raise CalibrationError(
-                f"recover needs at least {every} calibration samples, got {self.count}"
+                f"recover needs at least {every} calibration {what}, got {self.count}"
             )
         index = torch.arange(self.count)
         return index[index % every != 0], index[index % every == 0]
@@ -77,14 +89,14 @@ class _Shared:
     value: Any
 
 
-def _by_sample(inputs: Any, size: int) -> Any:
+def _by_sample(inputs: Any, size: int, shared: Set[int]) -> Any:
     """The inputs with all but tensors of one row per sample marked as shared."""
     if isinstance(inputs, Tensor):
-        return inputs if inputs.dim() and len(inputs) == size else _Shared(inputs)
+        return inputs if per_sample(inputs, size, shared) else _Shared(inputs)
     if isinstance(inputs, Mapping):
-        return {key: _by_sample(value, size) for key, value in inputs.items()}
+        return {key: _by_sample(value, size, shared) for key, value in inputs.items()}
     if isinstance(inputs, (tuple, list)):
-        return tuple(_by_sample(value, size) for value in inputs)
+        return tuple(_by_sample(value, size, shared) for value in inputs)
     return _Shared(inputs)
 
 
@@ -96,8 +108,8 @@ def _form(inputs: Any) -> Any:
         return tuple((key, _form(value)) for key, value in inputs.items())
     if isinstance(inputs, tuple):
         return tuple(map(_form, inputs))
-    value = inputs.value
-    return measure.tensor_digest(value) if isinstance(value, Tensor) else repr(value)
+    digests = tuple(map(measure.tensor_digest, tensors_in(inputs.value)))
+    return digests or repr(inputs.value)
 
 
 def _joined(parts: list[Any]) -> Any:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -48,11 +49,17 @@ def fingerprint(model: nn.Module) -> dict[str, str | None]:
 
 
 def copied(state: Mapping[str, Any]) -> dict[str, Any]:
-    """A state that later steps leave as it is."""
-    return {
-        key: value.detach().clone() if isinstance(value, Tensor) else value
+    """A state that later steps leave as it is, with the versions of its modules.
+
+    Some modules cannot load a state without these, such as torchvision's MNASNet.
+    """
+    kept = OrderedDict(
+        (key, value.detach().clone() if isinstance(value, Tensor) else value)
         for key, value in state.items()
-    }
+    )
+    if hasattr(state, "_metadata"):
+        kept._metadata = state._metadata  # type: ignore[attr-defined]
+    return kept
 
 
 def save_state(

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from rankopt._model import measure
 from rankopt.soft import SoftModel
-from rankopt_strategies.relaxed.objective import Objective
+from rankopt_strategies.relaxed.objective import Objective, check_gradient
 from rankopt_strategies.relaxed.resuming import Checkpoint
 
 __all__ = ["Losses"]
@@ -67,6 +67,7 @@ class Losses:
                 total = [torch.zeros_like(value) for value in leaves.values()]
                 for index in range(len(self.objective)):
                     part = self._batch(cut, index) / len(self.objective)
+                    check_gradient(part)
                     # A layer may not reach what is compared: an auxiliary head, an idle expert.
                     found = torch.autograd.grad(
                         part, list(leaves.values()), allow_unused=True, materialize_grads=True

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from typing import Any, Final
 
 import torch
@@ -16,14 +16,15 @@ from rankopt._model.inputs import (
     main_output,
     output_bytes,
     run,
-    shortened,
+    shared_tensors,
     tensors_in,
 )
+from rankopt._model.sharing import per_sample, shortened
 from rankopt._soft.weights import named_parameters
 from rankopt.errors import CalibrationError, ModelError
 from rankopt.strategy import Problem
 
-__all__ = ["Criterion", "Objective", "distillation", "task"]
+__all__ = ["Criterion", "Objective", "check_gradient", "distillation", "task"]
 
 Criterion = Callable[[Any, Any], Tensor]
 # Distillation stops reading here: the teacher's outputs are held.
@@ -125,6 +126,15 @@ class Objective:
         return self(forward)
 
 
+def check_gradient(loss: Tensor) -> None:
+    """Raise `ModelError` for a loss without a gradient."""
+    if not loss.requires_grad:
+        raise ModelError(
+            "relaxed needs the gradient of the loss, which has none: is the model's output "
+            "computed under no_grad? strategy='knapsack' needs none"
+        )
+
+
 def _several(norm: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
     """Batch statistics, unless there is one value only, which has no variance."""
     values = next(tensors_in((args, named)))
@@ -142,10 +152,11 @@ def distillation(problem: Problem, samples: int, temperature: float) -> Objectiv
     assert problem.copy is not None
     model = problem.copy()
     with torch.no_grad(), measure.evaluation(model):
-        size = output_bytes(model, problem.inputs)
+        shared = shared_tensors(model, problem.inputs)
+        size = output_bytes(model, problem.inputs, shared)
         samples = min(samples, max(LEAST_BATCH, OUTPUT_BYTES // (COPIES * size)))
-        held = shortened(problem.inputs, max(samples, HELD_BYTES // size))
-        inputs = [part for batch in held for part in _split(batch, samples)][:MAX_BATCHES]
+        held = shortened(problem.inputs, max(samples, HELD_BYTES // size), shared)
+        inputs = [part for batch in held for part in _split(batch, samples, shared)][:MAX_BATCHES]
         targets = [main_output(run(model, batch)) for batch in inputs]
     pairs = list(zip(inputs, targets, strict=True))
 
@@ -173,10 +184,12 @@ def task(problem: Problem, data: Iterable[Any], criterion: Criterion) -> Objecti
     return Objective(model, batches, criterion)
 
 
-def _split(inputs: Any, size: int) -> list[Any]:
+def _split(inputs: Any, size: int, shared: Set[int]) -> list[Any]:
     """A batch in parts of `size` samples, where everything in it has its size."""
     count = batch_size(inputs)
-    if count <= size or any(t.dim() and len(t) != count for t in tensors_in(inputs)):
+    if count <= size or any(
+        t.dim() and not per_sample(t, count, shared) for t in tensors_in(inputs)
+    ):
         return [inputs]
 
     def cut(value: Any, start: int) -> Any:
