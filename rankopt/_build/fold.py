@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from rankopt._model import surgery
 from rankopt._build.provenance import plan_of
-from rankopt._build.skeletons import build_empty
+from rankopt._build.skeletons import build_empty, emptied
 from rankopt.errors import ModelError
 from rankopt._model.layers import canonical_weight
 from rankopt.plan import RankPlan
@@ -103,11 +103,7 @@ def fold(model: nn.Module, original: nn.Module) -> nn.Module:
 def check_foldable(plan: RankPlan, original: nn.Module) -> None:
     """Raise the `ModelError` of `fold` before a model is made by `plan`: no values are needed."""
     source = surgery.unwrap(original)
-    empty = surgery.clone(
-        source,
-        substitute=lambda p: nn.Parameter(p.detach().to("meta"), requires_grad=p.requires_grad),
-    )
-    fold(build_empty(source, plan), empty)
+    fold(build_empty(source, plan), emptied(source))
 
 
 def _copy_kept(small: nn.Module, result: nn.Module, targets: list[str]) -> None:
