@@ -164,8 +164,10 @@ def batch_size(inputs: Any) -> int:
 
 
 def _first(inputs: Any, count: int) -> Any:
-    """The first `count` samples of whatever has the batch's size."""
+    """The first `count` samples of whatever has the batch's size; with a sparse tensor, all."""
     size = batch_size(inputs)
+    if any(tensor.layout != torch.strided for tensor in tensors_in(inputs)):
+        return inputs  # an adjacency, say: the others are as long as it
 
     def cut(value: Any) -> Any:
         if isinstance(value, Tensor):
@@ -228,7 +230,9 @@ def digest(held: Iterable[Any]) -> str:
     for inputs in held:
         for index, tensor in enumerate(tensors_in(inputs)):
             part = parts.setdefault(index, hashlib.sha256())
-            for sample in tensor.detach().cpu() if tensor.dim() else [tensor.detach().cpu()]:
+            whole = tensor.detach().cpu()
+            sparse = whole.layout != torch.strided
+            for sample in measure.dense_parts(whole) if sparse or not whole.dim() else whole:
                 if sample.numel():
                     part.update(sample.contiguous().view(-1).view(torch.uint8).numpy().data)
     total = hashlib.sha256(b"".join(part.digest() for part in parts.values()))
