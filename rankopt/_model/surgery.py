@@ -208,7 +208,7 @@ def held_outside(model: nn.Module) -> dict[nn.Module, str]:
     own = vars(nn.Module())
     return {
         held: f"{type(module).__name__}.{key}"
-        for module in model.modules()
+        for _, module in named_modules(model)
         for key, value in vars(module).items()
         if key not in own
         for held in references.held_in(value)
