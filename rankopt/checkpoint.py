@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from rankopt._build.provenance import change_since_built, plan_of
 from rankopt._build.skeletons import build_empty
+from rankopt._build.state import cast_unstored, filled, stored, unstored_dtypes
 from rankopt._model import surgery
 from rankopt._utils.files import atomic_path, check_writable, write_text
 from rankopt.errors import CheckpointError, PlanError, RankoptError
@@ -25,10 +26,6 @@ __all__ = ["check_target", "load", "load_plan", "save"]
 MAX_SHARD_BYTES: Final = 5 * 10**9
 _PLAN, _ALIASES, _LAYOUTS = "rankopt.plan", "rankopt.aliases", "rankopt.layouts"
 _BUFFERS: Final = "rankopt.buffers"
-_LAYOUT_NAMES: Final = {
-    "channels_last": torch.channels_last,
-    "channels_last_3d": torch.channels_last_3d,
-}
 
 
 def check_target(path: str | os.PathLike[str]) -> Path:
@@ -69,7 +66,8 @@ def save(
 
     Raises:
         CheckpointError: The model carries no plan, was given other parameters since it was
-            built, holds state that is no plain tensor, or see `check_target`.
+            built, holds state that is no plain tensor, has a state dict without its factors or
+            with tensors that a hook made, or see `check_target`.
         RankoptError: The folder cannot be written.
     """
     surgery.check_model(model, swapped=path)
@@ -88,13 +86,14 @@ def save(
             "could not rebuild it; change the original model and search on that, or keep this one "
             "by torch.save(model.state_dict(), ...)"
         )
-    tensors, aliases, layouts = _stored(surgery.unwrap(model))
+    changed = [name for decision in plan.changes for name in decision.targets]
+    tensors, aliases, layouts = stored(surgery.unwrap(model), changed)
     metadata = {
         "format": "pt",
         _PLAN: json.dumps(plan.to_dict(), allow_nan=False),
         _ALIASES: json.dumps(aliases),
         _LAYOUTS: json.dumps(layouts),
-        _BUFFERS: json.dumps(_unstored_dtypes(surgery.unwrap(model))),
+        _BUFFERS: json.dumps(unstored_dtypes(surgery.unwrap(model))),
     }
     shards = _shards(tensors, max_shard_bytes)
     index_path = _index_of(target)
@@ -173,7 +172,8 @@ def load(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     """Rebuild a compressed model from its file.
 
     Args:
-        model: The original architecture, with any weights; not changed.
+        model: The original architecture, with any weights; not changed. What its state dict
+            leaves out is taken from it.
         path: As given to `save`.
 
     Returns:
@@ -181,7 +181,8 @@ def load(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
 
     Raises:
         CheckpointError: The file is missing, truncated or not one of rankopt's,
-            or its tensors do not fit; the message names the first that does not.
+            or its tensors do not fit; the message names the first that does not. Also, a
+            tensor that the state dict leaves out and `model` has no values for.
         PlanError: The file was made for another architecture.
     """
     surgery.check_model(model, swapped=path)
@@ -203,8 +204,8 @@ def load(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
                 f"{path}: buffer {absent[0]} is on the meta device and not in the file; "
                 "build the model on the CPU"
             )
-    _fill(result, tensors, layouts, device, path)
-    _cast_buffers(result, json.loads(metadata.get(_BUFFERS, "{}")))
+    result = filled(result, surgery.unwrap(model), tensors, layouts, device, path)
+    cast_unstored(result, json.loads(metadata.get(_BUFFERS, "{}")))
     return result
 
 
@@ -212,73 +213,6 @@ def load_plan(path: str | os.PathLike[str]) -> RankPlan:
     """The plan inside a file written by `save`, without the weights."""
     metadata, _ = _read(Path(path), weights=False)
     return _plan_in(metadata, path)
-
-
-def _stored(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str], dict[str, str]]:
-    """Contiguous tensors, one per distinct storage view; aliases; memory formats."""
-    tensors: dict[str, Tensor] = {}
-    aliases: dict[str, str] = {}
-    layouts: dict[str, str] = {}
-    seen: dict[tuple[Any, ...], str] = {}
-    for raw, value in model.state_dict().items():
-        name = surgery.normalised(raw)
-        if not isinstance(value, Tensor):
-            raise CheckpointError(
-                f"{name}: extra state of type {type(value).__name__} is no tensor; "
-                "safetensors cannot hold it"
-            )
-        try:
-            value.untyped_storage().data_ptr()
-        except RuntimeError as error:
-            raise CheckpointError(
-                f"{name} is a {type(value).__name__} ({value.layout}), and safetensors holds plain "
-                "tensors only; save the model before quantising it, and quantise what load returns"
-            ) from error
-        if value.is_meta:
-            raise CheckpointError(f"{name} is on the meta device: it has no values to save")
-        key = (value.device, value.data_ptr(), value.shape, value.stride(), value.dtype)
-        if value.numel() and key in seen:
-            aliases[name] = seen[key]
-            continue
-        seen[key] = name
-        layout = _layout_of(value)
-        if layout is not None:
-            layouts[name] = layout
-        contiguous = value.detach().contiguous()
-        # A slice of a larger storage is refused by safetensors: copy it out.
-        whole = contiguous.untyped_storage().nbytes() == contiguous.numel() * value.element_size()
-        tensors[name] = contiguous if whole else contiguous.clone()
-    return tensors, aliases, layouts
-
-
-def _layout_of(value: Tensor) -> str | None:
-    """The memory format as strides have it: 1x1 kernels are contiguous in both."""
-    layout = {4: "channels_last", 5: "channels_last_3d"}.get(value.dim())
-    if layout is None:
-        return None
-    plain, last = (
-        torch.empty(value.shape, device="meta", memory_format=memory_format).stride()
-        for memory_format in (torch.contiguous_format, _LAYOUT_NAMES[layout])
-    )
-    return layout if plain != last == value.stride() else None
-
-
-def _unstored_dtypes(model: nn.Module) -> dict[str, str]:
-    """Dtypes of non-persistent buffers: model.to(bfloat16) rounds them too."""
-    stored = set(model.state_dict())
-    return {
-        surgery.normalised(name): str(buffer.dtype).removeprefix("torch.")
-        for name, buffer in model.named_buffers()
-        if name not in stored
-    }
-
-
-def _cast_buffers(model: nn.Module, dtypes: Mapping[str, str]) -> None:
-    for name, buffer in list(model.named_buffers()):
-        dtype = dtypes.get(surgery.normalised(name))
-        if dtype is not None:
-            owner, _, key = name.rpartition(".")
-            model.get_submodule(owner)._buffers[key] = buffer.to(getattr(torch, dtype))
 
 
 def _shards(tensors: Mapping[str, Tensor], limit: int) -> list[dict[str, Tensor]]:
@@ -354,44 +288,3 @@ def _plan_in(metadata: Mapping[str, str], path: str | os.PathLike[str]) -> RankP
         return RankPlan.from_json(text)
     except PlanError as error:
         raise PlanError(f"{path}: {error}") from error
-
-
-def _fill(
-    model: nn.Module,
-    tensors: Mapping[str, Tensor],
-    layouts: Mapping[str, str],
-    device: torch.device,
-    path: str | os.PathLike[str],
-) -> None:
-    """Replace every parameter and persistent buffer by its stored value."""
-    slots = model.state_dict(keep_vars=True)
-    names = {surgery.normalised(raw): raw for raw in slots}
-    missing = [name for name in names if name not in tensors]
-    unexpected = [name for name in tensors if name not in names]
-    if missing or unexpected:
-        what = f"lacks {missing[0]}" if missing else f"holds {unexpected[0]}, which has no place"
-        raise CheckpointError(
-            f"{path} {what} in this {type(model).__name__} "
-            f"({len(missing)} missing and {len(unexpected)} unexpected tensors)"
-        )
-    filled: dict[int, nn.Parameter] = {}
-    for name, raw in names.items():
-        slot, value = slots[raw], tensors[name]
-        owner_name, _, key = raw.rpartition(".")
-        owner = model.get_submodule(owner_name)
-        if surgery.is_extra_state(name):
-            owner.set_extra_state(value)
-            continue
-        if slot.shape != value.shape:
-            raise CheckpointError(
-                f"{path}: {name} is {list(value.shape)}, the model expects {list(slot.shape)}"
-            )
-        value, layout = value.to(device), _LAYOUT_NAMES.get(layouts.get(name, ""))
-        if layout is not None:
-            value = torch.empty_like(value, memory_format=layout).copy_(value)
-        if key in owner._parameters:
-            if id(slot) not in filled:
-                filled[id(slot)] = nn.Parameter(value, requires_grad=slot.requires_grad)
-            owner._parameters[key] = filled[id(slot)]
-        else:
-            owner._buffers[key] = value

@@ -132,3 +132,52 @@ def test_copies_keep_what_comes_twice_and_the_type_of_mappings():
     assert one is two is batch.ids
     assert one is not x
     assert torch.equal(one, x)
+
+
+class Graph(nn.Module):
+    """A graph network: its adjacency is sparse, and a buffer or an input."""
+
+    def __init__(self, layout=None):
+        super().__init__()
+        self.a, self.b = nn.Linear(32, 32), nn.Linear(32, 32)
+        if layout is not None:
+            self.register_buffer("adjacency", torch.eye(6).to_sparse(layout=layout))
+
+    def forward(self, x, adjacency=None):
+        adjacency = self.adjacency if adjacency is None else adjacency
+        return self.b((adjacency @ self.a(x)).relu())
+
+
+def test_sparse_inputs_are_never_cut():
+    model, given = Graph(), (torch.randn(6, 32), torch.eye(6).to_sparse())
+    plan = rankopt.search(
+        model, "macs<=80%", example_inputs=given, calibration=[given], calibration_samples=4
+    )
+    assert plan.changes
+    assert rankopt.apply(model, plan, calibration=[given])(*given).shape == (6, 32)
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CS. tensor support is in beta")
+@pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr], ids=str)
+def test_sparse_buffers(layout):
+    model, x = Graph(layout), torch.randn(6, 32)
+    plan = rankopt.search(
+        model,
+        "metric_drop<=100, minimize=macs",
+        example_inputs=x,
+        evaluate=lambda m: float(m(x).abs().mean()),
+    )
+    assert plan.changes
+    small = rankopt.apply(model, plan)
+    assert small(x).shape == (6, 32)
+    assert small.adjacency is not model.adjacency
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CS. tensor support is in beta")
+def test_digests_tell_sparse_tensors_apart():
+    values = torch.tensor([[1.0, 0, 2], [0, 0, 3]])
+    for layout in (torch.sparse_coo, torch.sparse_csr, torch.sparse_csc):
+        one, other = (t.to_sparse(layout=layout) for t in (values, values.flip(1)))
+        assert measure.tensor_digest(one) != measure.tensor_digest(other)
+        assert inputs.digest([one]) != inputs.digest([other])
+        assert inputs.digest([one]) == inputs.digest([one.clone()])

@@ -89,7 +89,9 @@ def apply(
     held = _held(source, calibration, calibration_samples)
     view, chains, merges = _computed_chains(source, plan, held, progress)
     result = placed(view, chains, merges)
-    surgery.copy_parameters(result, source.parameters())
+    theirs = set(source.parameters())
+    made = [t for t in (*result.parameters(), *result.buffers()) if t not in theirs]
+    result = surgery.clone(result, share=made)  # with its own copies of the kept parameters
     if held is not None:
         settle_norms(result, source, held)
     remember_plan(result, plan)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rankopt._build.provenance import plan_of
-from rankopt._build.skeletons import build_empty
+from rankopt._build.skeletons import build_empty, emptied
 from rankopt._model import measure, surgery
 from rankopt._model.layers import canonical_weight
 from rankopt.errors import ModelError
@@ -104,11 +104,7 @@ def fold(model: nn.Module, original: nn.Module) -> nn.Module:
 def check_foldable(plan: RankPlan, original: nn.Module) -> None:
     """Raise the `ModelError` of `fold` before a model is made by `plan`: no values are needed."""
     source = surgery.unwrap(original)
-    empty = surgery.clone(
-        source,
-        substitute=lambda p: nn.Parameter(p.detach().to("meta"), requires_grad=p.requires_grad),
-    )
-    fold(build_empty(source, plan), empty)
+    fold(build_empty(source, plan), emptied(source))
 
 
 def _copy_kept(small: nn.Module, result: nn.Module, targets: list[str]) -> None:

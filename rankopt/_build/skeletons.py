@@ -21,6 +21,7 @@ __all__ = [
     "build_random",
     "build_with_factors",
     "build_with_moments",
+    "emptied",
     "fill_skeleton",
 ]
 
@@ -59,15 +60,20 @@ def build_random(model: nn.Module, plan: RankPlan) -> nn.Module:
 def build_empty(model: nn.Module, plan: RankPlan) -> nn.Module:
     """The structure `apply` would build, every parameter on the meta device."""
     source = surgery.unwrap(model)
-
-    def empty(parameter: Tensor) -> Tensor:
-        return nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
-
-    view = unpack_for(surgery.clone(source, substitute=empty), plan)
+    view = unpack_for(emptied(source), plan)
     check_structure(source, plan)
     result = _emptied(view, plan, lambda step, chain, weight: Filling({}))
     remember_plan(result, plan)
     return result
+
+
+def emptied(model: nn.Module) -> nn.Module:
+    """A clone with every parameter on the meta device."""
+
+    def empty(parameter: Tensor) -> Tensor:
+        return nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
+
+    return surgery.clone(model, instead={p: empty(p) for p in model.parameters()})
 
 
 def _made_by(make: Callable[[torch.Size], Tensor]) -> Fill:

@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from rankopt._model import measure, surgery
-from rankopt._model.layers import Layer, attached, find_layers, refused_if_held
+from rankopt._model.kinds import attached
+from rankopt._model.layers import Layer, find_layers, refused_unseen
 
 __all__ = ["Activation", "Bottleneck", "every_bottleneck", "find_bottlenecks"]
 
@@ -129,7 +130,7 @@ def every_bottleneck(model: nn.Module) -> list[Bottleneck]:
         for name, child in list(parent._modules.items()):
             if child is not None:  # tracing would enter torch.compile's wrapper
                 parent._modules[name] = getattr(child, "_orig_mod", child)
-    described = refused_if_held(plain, find_layers(plain))
+    described = refused_unseen(plain, find_layers(plain))
     layers = {name: layer for layer in described for name in layer.names}
     found: list[Bottleneck] = []
     with measure.preserve_rng():

@@ -196,7 +196,9 @@ def digest(held: Iterable[Any]) -> str:
     for inputs in held:
         for index, tensor in enumerate(tensors_in(inputs)):
             part = parts.setdefault(index, hashlib.sha256())
-            for sample in tensor.detach().cpu() if tensor.dim() else [tensor.detach().cpu()]:
+            whole = tensor.detach().cpu()
+            sparse = whole.layout != torch.strided
+            for sample in measure.dense_parts(whole) if sparse or not whole.dim() else whole:
                 if sample.numel():
                     part.update(sample.contiguous().view(-1).view(torch.uint8).numpy().data)
     total = hashlib.sha256(b"".join(part.digest() for part in parts.values()))

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from rankopt._model import surgery
+from rankopt._model.kinds import CONVS, attached, attributes, known_class
 from rankopt._model.unpack import type_name
 from rankopt.errors import LayerError, ModelError
 
@@ -23,19 +24,17 @@ __all__ = [
     "MIN_CHANNELS",
     "Layer",
     "Patterns",
-    "attached",
     "canonical_weight",
     "check_materialised",
     "check_weight",
     "find_layers",
-    "refused_if_held",
+    "refused_unseen",
     "select",
     "stored_weight",
 ]
 
 # Below this many channels per group on either side no chain is worth its two extra layers.
 MIN_CHANNELS: Final = 4
-_CONVS: Final = {nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv3d: 3}
 # Transformers' GPT-2 layer: a linear layer that stores its weight as [in, out].
 _HF_CONV1D: Final = "transformers.pytorch_utils.Conv1D"
 
@@ -178,20 +177,23 @@ def check_weight(layer: Layer, weight: Tensor) -> None:
         )
 
 
-def refused_if_held(model: nn.Module, layers: Iterable[Layer]) -> list[Layer]:
-    """The layers, those refused that plain attributes hold and may call: for where no run tells.
+def refused_unseen(model: nn.Module, layers: Iterable[Layer]) -> list[Layer]:
+    """The layers, those refused that others may use otherwise: for where no run tells.
 
-    Args:
-        model: The tree they were found in.
-        layers: From `find_layers`.
+    Attributes of `model` may hold and call them, and those set on a layer may be read.
     """
     modules, held = dict(surgery.named_modules(model)), surgery.held_outside(model)
-    return [
-        layer.refused(f"{held[module]} holds it too, outside the module tree")
-        if (module := modules[layer.name]) in held
-        else layer
-        for layer in layers
-    ]
+    found = []
+    for layer in layers:
+        module = modules[layer.name]
+        if module in held:
+            layer = layer.refused(f"{held[module]} holds it too, outside the module tree")
+        elif own := attributes(module):
+            layer = layer.refused(
+                f"its attribute {own[0]} may be read, and a chain has none; example inputs tell"
+            )
+        found.append(layer)
+    return found
 
 
 def find_layers(model: nn.Module) -> list[Layer]:
@@ -291,18 +293,18 @@ def check_materialised(model: nn.Module, *, meta: bool = False) -> None:
 
 def _describe(module: nn.Module, name: str, aliases: tuple[str, ...]) -> Layer | None:
     base: dict[str, Any] = {"name": name, "type": type(module).__name__, "aliases": aliases}
-    if type(module) is nn.Linear or type_name(module) == _HF_CONV1D:
+    known = known_class(module)
+    if known is nn.Linear or type_name(module) == _HF_CONV1D:
         fields = _linear_fields(module)
-    elif type(module) in _CONVS:
+    elif known is not None:
         fields = _conv_fields(module)
     else:
         return _other(module, base)
     weight = module._parameters.get("weight")
     if weight is None:
-        shape = tuple(getattr(module.weight, "shape", ()))
         return Layer(
             **base,
-            shape=shape,
+            shape=_shape(module),
             refusal="its weight is no plain parameter (weight norm, pruning or a tensor subclass)",
         )
     layer = Layer(
@@ -310,6 +312,18 @@ def _describe(module: nn.Module, name: str, aliases: tuple[str, ...]) -> Layer |
     )
     reason = _refusal(layer, module, weight)
     return layer if reason is None else layer.refused(reason)
+
+
+def _shape(module: nn.Module) -> tuple[int, ...]:
+    """Shape of a weight that is no plain parameter.
+
+    It is not evaluated: spectral norm moves its power iteration on whenever it is.
+    """
+    stored = [p for key, p in module.named_parameters() if "weight" in key]
+    if stored:  # its direction, its original: the largest has its shape
+        return tuple(max(stored, key=lambda parameter: parameter.numel()).shape)
+    weight = {**vars(module), **module._buffers}.get("weight")
+    return tuple(weight.shape) if isinstance(weight, Tensor) else ()
 
 
 def _linear_fields(module: Any) -> dict[str, Any]:
@@ -347,27 +361,22 @@ def _refusal(layer: Layer, module: nn.Module, weight: Tensor) -> str | None:
         return f"its weight is {layer.dtype}, which cannot be decomposed; 16 bits are the least"
     if layer.groups > 1 and layer.groups == layer.in_channels:
         return "depthwise: each group has one input channel"
+    registered = {**module._parameters, **module._buffers, **module._modules}
+    if others := [key for key in registered if key not in ("weight", "bias")]:
+        return f"it holds {others[0]} beside its weight and bias"
     return attached(module)
-
-
-def attached(module: nn.Module) -> str | None:
-    """What hangs on a module and would be lost with it; None if nothing does."""
-    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    if any(vars(module)[kind] for kind in hooks):
-        return "hooks are attached to it"
-    return "its forward is patched" if "forward" in vars(module) else None
 
 
 def _other(module: nn.Module, base: Mapping[str, Any]) -> Layer | None:
     """Modules of other classes are listed if they own a matrix called weight."""
-    parent = next((c for c in (nn.Linear, *_CONVS) if isinstance(module, c)), None)
+    parent = next((c for c in (nn.Linear, *CONVS) if isinstance(module, c)), None)
     matrices = [
         parameter
         for key, parameter in module.named_parameters(recurse=False)
         if parameter.dim() >= 2 and "weight" in key
     ]
     if parent is not None:
-        shape = tuple(getattr(module.weight, "shape", ()))
+        shape = _shape(module)
         reason = f"{type(module).__name__} is a subclass of {parent.__name__} that may do more"
         return Layer(**base, shape=shape, refusal=reason)
     if matrices:

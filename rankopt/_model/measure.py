@@ -28,6 +28,7 @@ __all__ = [
     "count_memory",
     "count_params",
     "current_device",
+    "dense_parts",
     "evaluation",
     "first_argument",
     "no_autocast",
@@ -53,7 +54,8 @@ def count_params(model: nn.Module) -> int:
 
 def count_memory(model: nn.Module) -> int:
     """Bytes of the unique parameters and buffers."""
-    return sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
+    tensors = (*model.parameters(), *model.buffers())
+    return sum(p.numel() * p.element_size() for t in tensors for p in dense_parts(t.detach()))
 
 
 def _sdpa_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
@@ -278,10 +280,23 @@ def no_autocast() -> Iterator[None]:
 def tensor_digest(tensor: Tensor) -> bytes:
     """SHA-256 of a tensor's dtype, shape and values, whatever its strides or device."""
     digest = hashlib.sha256(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
-    flat = tensor.detach().to("cpu").contiguous().view(-1)
-    if flat.numel():
-        digest.update(flat.view(torch.uint8).numpy().data)
+    for part in dense_parts(tensor.detach()):
+        flat = part.to("cpu").contiguous().view(-1)
+        if flat.numel():
+            digest.update(flat.view(torch.uint8).numpy().data)
     return digest.digest()
+
+
+def dense_parts(tensor: Tensor) -> tuple[Tensor, ...]:
+    """The strided tensors that a tensor is stored as: indices and values of a sparse one."""
+    if tensor.layout == torch.sparse_coo:
+        whole = tensor.coalesce()
+        return whole.indices(), whole.values()
+    if tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
+        return tensor.crow_indices(), tensor.col_indices(), tensor.values()
+    if tensor.layout in (torch.sparse_csc, torch.sparse_bsc):
+        return tensor.ccol_indices(), tensor.row_indices(), tensor.values()
+    return (tensor,)
 
 
 def state_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:

@@ -55,6 +55,8 @@ def _same(column: Sequence[Tensor]) -> bool:
 
 
 def _rows_equal(tensor: Tensor) -> bool:
+    if tensor.layout != torch.strided:
+        return False
     return not tensor.dim() or bool((tensor == tensor[:1]).all())
 
 
@@ -64,7 +66,12 @@ def per_sample(tensor: Tensor, size: int, shared: Set[int] = frozenset()) -> boo
 
 
 def first(inputs: Any, count: int, shared: Set[int] = frozenset()) -> Any:
-    """The first `count` samples of whatever has the batch's size and is not `shared`."""
+    """The first `count` samples of whatever has the batch's size and is not `shared`.
+
+    All of them beside a sparse tensor: an adjacency, say, to which the others belong.
+    """
+    if any(tensor.layout != torch.strided for tensor in tensors_in(inputs)):
+        return inputs
     size = _size(tensors_in(inputs))
     return with_tensors(inputs, lambda t: t[:count] if per_sample(t, size, shared) else t)
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from types import MethodType
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
 
+from rankopt._model import references
 from rankopt._utils.memory import give_back
 from rankopt.errors import ModelError
 
@@ -18,7 +18,6 @@ __all__ = [
     "ancestors",
     "check_model",
     "clone",
-    "copy_parameters",
     "device_of",
     "held_outside",
     "is_extra_state",
@@ -106,42 +105,46 @@ def clone(
     model: nn.Module,
     *,
     share: Iterable[Tensor] = (),
-    substitute: Callable[[Tensor], Tensor] | None = None,
+    instead: Mapping[Tensor, Tensor] | None = None,
 ) -> nn.Module:
-    """A deep copy whose tensors are shared, substituted or copied.
+    """A deep copy whose tensors are shared, replaced or copied.
+
+    Whatever refers to them does so in the copy too: tied parameters, lists, functions.
 
     Args:
         model: Any module.
         share: Tensors the copy refers to instead of copying.
-        substitute: Makes the copy's parameter from the original's; identity of
-            shared (tied) parameters is preserved.
+        instead: Tensors of the model to those that the copy refers to instead.
 
     Raises:
-        ModelError: The model holds something Python cannot copy.
+        ModelError: The model holds something that cannot be copied.
     """
     memo: dict[int, Any] = {id(tensor): tensor for tensor in share}
-    if substitute is not None:
-        for parameter in model.parameters():
-            memo[id(parameter)] = substitute(parameter)
+    memo.update({id(tensor): other for tensor, other in (instead or {}).items()})
     for module in model.modules():
-        # Tensors recomputed on each call (old-style weight norm) cannot be deep-copied.
-        for value in vars(module).values():
-            if isinstance(value, Tensor) and not value.is_leaf:
+        # Neither tensors recomputed on each call (old-style weight norm) nor some sparse ones
+        # can be deep-copied.
+        for value in (*vars(module).values(), *module._buffers.values()):
+            if not isinstance(value, Tensor) or id(value) in memo:
+                continue
+            if not value.is_leaf or value.layout != torch.strided:
                 memo[id(value)] = value.detach().clone()
     try:
-        return copy.deepcopy(model, memo)
+        copied = copy.deepcopy(model, memo)
     except (TypeError, RuntimeError, AttributeError) as error:
         raise ModelError(
             f"{type(model).__name__} cannot be copied ({error}); make it deep-copyable"
             + _uncopied(model, memo)
         ) from error
+    references.follow(named_modules(copied), memo)
+    return copied
 
 
 def _uncopied(model: nn.Module, known: Mapping[int, Any]) -> str:
     """Which attribute it is that cannot be copied, if it is one of a module itself."""
     own = vars(nn.Module())
     for name, module in named_modules(model):
-        for key, value in vars(module).items():
+        for key, value in (*vars(module).items(), *module._buffers.items()):
             try:
                 if key not in own:
                     copy.deepcopy(value, dict(known))
@@ -176,22 +179,6 @@ def share_unchanged(copy: nn.Module, original: nn.Module) -> None:
     give_back()
 
 
-def copy_parameters(model: nn.Module, foreign: Iterable[Tensor]) -> None:
-    """Give `model` its own copies of the `foreign` parameters it refers to.
-
-    Parameters shared between modules of `model` stay shared.
-    """
-    theirs = {id(parameter) for parameter in foreign}
-    copies: dict[int, nn.Parameter] = {}
-    for module in model.modules():
-        for name, parameter in module._parameters.items():
-            if parameter is None or id(parameter) not in theirs:
-                continue
-            if id(parameter) not in copies:
-                copies[id(parameter)] = copy.deepcopy(parameter)
-            module._parameters[name] = copies[id(parameter)]
-
-
 def replace(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> nn.Module:
     """Put new modules wherever the old ones stand, shared places included.
 
@@ -221,22 +208,12 @@ def held_outside(model: nn.Module) -> dict[nn.Module, str]:
     own = vars(nn.Module())
     return {
         held: f"{type(module).__name__}.{key}"
-        for module in model.modules()
+        for _, module in named_modules(model)
         for key, value in vars(module).items()
         if key not in own
-        for held in _modules_in(value)
-        if held is not module
+        for held in references.held_in(value)
+        if isinstance(held, nn.Module) and held is not module
     }
-
-
-def _modules_in(value: Any) -> Iterator[nn.Module]:
-    """Modules in nested containers, and those whose bound methods these hold."""
-    value = value.__self__ if isinstance(value, MethodType) else value
-    if isinstance(value, nn.Module):
-        yield value
-    elif isinstance(value, (list, tuple, set, frozenset, dict)):
-        for entry in value.values() if isinstance(value, dict) else value:
-            yield from _modules_in(entry)
 
 
 def ancestors(model: nn.Module, names: Iterable[str]) -> set[nn.Module]:

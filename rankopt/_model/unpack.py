@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from rankopt._model import surgery
 
@@ -239,6 +240,8 @@ def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
 def _unpack_attention(module: nn.Module, split: bool) -> nn.Module:
     assert isinstance(module, nn.MultiheadAttention)
     owners = (module, module.out_proj)
+    if any(is_parametrized(owner) for owner in owners):
+        return module  # evaluating a parameter may change it, as spectral norm does
     named = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight", "in_proj_bias",
              "weight", "bias")  # fmt: skip
     values = (getattr(owner, name, None) for owner in owners for name in named)

@@ -6,11 +6,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, Final
 
+import torch
 from torch import Tensor, nn
 
 from rankopt._build.apply import unpacked_clone
 from rankopt._decompositions.base import Decomposition
 from rankopt._model import measure, surgery
+from rankopt._model.inputs import run
 from rankopt._model.layers import (
     Layer,
     Patterns,
@@ -18,7 +20,7 @@ from rankopt._model.layers import (
     check_materialised,
     check_weight,
     find_layers,
-    refused_if_held,
+    refused_unseen,
     select,
 )
 from rankopt._model.probe import Probe, probe, static_reads
@@ -49,9 +51,10 @@ def describe(
     for shown in (*shortened(held, SHOWN)[:1], *held[:1]):
         with suppress(ModelError):  # some insist on their batch; reading them reports the others
             view, layers, seen = _probed(source, shown)
-            return view, _refused(layers, static_reads(view) | seen.reads), None
+            reads = static_reads(view) | _unreached(view, layers, seen, held) | seen.reads
+            return view, _refused(layers, reads), None
     view = unpacked_clone(source, runs=runs)
-    layers = refused_if_held(view, find_layers(view))
+    layers = refused_unseen(view, find_layers(view))
     return view, _refused(layers, static_reads(view)), None
 
 
@@ -66,6 +69,28 @@ def _probed(source: nn.Module, inputs: Any) -> tuple[nn.Module, list[Layer], Pro
         seen = probe(view, layers, inputs)
     surgery.share_unchanged(view, source)
     return view, layers, seen
+
+
+def _unreached(
+    view: nn.Module, layers: Sequence[Layer], seen: Probe, held: Sequence[Any]
+) -> dict[str, str]:
+    """Layer name to reason, for those that no calibration batch calls; reads on until all are."""
+    modules = dict(surgery.named_modules(view))
+    names = [layer.name for layer in layers if layer.refusal is None]
+    waiting = {name: modules[name] for name in names if name not in seen.positions}
+    handles = [
+        module.register_forward_pre_hook(lambda *_, name=name: waiting.pop(name, None) and None)
+        for name, module in waiting.items()
+    ]
+    try:
+        with torch.no_grad(), measure.preserve_rng(), measure.evaluation(view):
+            for inputs in held:
+                if waiting:
+                    run(view, inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return dict.fromkeys(waiting, "calibration inputs never reach it")
 
 
 def _refused(layers: Iterable[Layer], reads: Mapping[str, str]) -> list[Layer]:

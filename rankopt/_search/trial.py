@@ -223,9 +223,9 @@ def _state(model: nn.Module) -> tuple[Any, ...]:
     ]
     tensors = [*model.parameters(), *model.buffers()]
     sums: dict[torch.device, list[Tensor]] = {}
-    for tensor in tensors:
+    for tensor in (part for held in tensors for part in measure.dense_parts(held.detach())):
         if tensor.numel() and not tensor.is_complex():
-            bits = tensor.detach().contiguous().view(-1).view(_WORDS[tensor.element_size()])
+            bits = tensor.contiguous().view(-1).view(_WORDS[tensor.element_size()])
             sums.setdefault(tensor.device, []).append(bits.sum(dtype=torch.int64))
     totals = [torch.stack(values).tolist() for values in sums.values()]
     return modules, [id(tensor) for tensor in tensors], totals

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final, Literal
@@ -30,7 +29,7 @@ from rankopt._model.inputs import (
 )
 from rankopt._utils.arguments import check_choice, check_integer, is_number
 from rankopt._utils.progress import progress_bar
-from rankopt.errors import ModelError, RankoptWarning
+from rankopt.errors import ModelError, warn
 from rankopt.training.augmentation import Augment, augmentation
 from rankopt.training.distillation import (
     PairedOutputs,
@@ -192,12 +191,10 @@ def recover(
                 repair.settle(settling)
                 after = repair.distance()
         elif stopped == "seconds":
-            warnings.warn(
-                f"recover took no step: after {limit.elapsed:.1f} s with "
-                f"{repair.samples.count} inputs none fits into {limit.seconds:g} s beside what comes after it; the model is as "
-                "it was: give more seconds, fewer calibration_samples or a smaller batch_size",
-                RankoptWarning,
-                stacklevel=4,
+            warn(
+                f"recover took no step: after {limit.elapsed:.1f} s with {repair.samples.count} "
+                f"inputs none fits into {limit.seconds:g} s beside what comes after it; the model "
+                "is as it was: give more seconds, fewer calibration_samples or a smaller batch_size"
             )
         kept = after < before
         if not kept:
