@@ -71,7 +71,7 @@ def apply(
     Raises:
         PlanError: The plan does not fit the model, or needs `calibration`; the message
             names the layer, what was expected and what was found.
-        ModelError: `model` is no module.
+        ModelError: `model` is no module, or holds what cannot be copied.
         LayerError: A weight holds NaN or infinity.
         CalibrationError: `calibration` is empty or no iterable of inputs, the model fails on
             it, or what its layers take in is not finite.

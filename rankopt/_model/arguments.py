@@ -152,7 +152,8 @@ def _one_per_sample(first: Any, second: Any) -> bool:
     sizes = [len(tensor) for tensor in tensors_in(first) if tensor.dim()][:1]
     if isinstance(second, (tuple, list)) and [len(second)] == sizes:
         return True
-    return any(tensor.dim() and [len(tensor)] == sizes for tensor in tensors_in(second))
+    tensors = [t for t in tensors_in(second) if t.layout == torch.strided and t.dim()]
+    return any([len(tensor)] == sizes for tensor in tensors)
 
 
 def misfit(model: nn.Module, inputs: Any) -> str | None:
