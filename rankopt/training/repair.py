@@ -193,9 +193,9 @@ def recover(
                 after = repair.distance()
         elif stopped == "seconds":
             warnings.warn(
-                f"recover took no step: after {limit.elapsed:.1f} s with "
-                f"{repair.samples.count} inputs none fits into {limit.seconds:g} s beside what comes after it; the model is as "
-                "it was: give more seconds, fewer calibration_samples or a smaller batch_size",
+                f"recover took no step: after {limit.elapsed:.1f} s with {repair.samples.count} "
+                f"inputs none fits into {limit.seconds:g} s beside what comes after it; the model "
+                "is as it was: give more seconds, fewer calibration_samples or a smaller batch_size",
                 RankoptWarning,
                 stacklevel=4,
             )
