@@ -202,8 +202,8 @@ def _check_eager(*models: nn.Module) -> None:
         if surgery.is_compiled(model):
             raise ModelError(
                 f"{type(surgery.unwrap(model)).__name__} is compiled, and mode='training' times "
-                "copies, which would run without torch.compile; pass compile=True to compile the copies, "
-                "or give the plain models"
+                "copies, which would run without torch.compile; pass compile=True to compile the "
+                "copies, or give the plain models"
             )
 
 

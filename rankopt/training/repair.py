@@ -195,7 +195,8 @@ def recover(
             warnings.warn(
                 f"recover took no step: after {limit.elapsed:.1f} s with {repair.samples.count} "
                 f"inputs none fits into {limit.seconds:g} s beside what comes after it; the model "
-                "is as it was: give more seconds, fewer calibration_samples or a smaller batch_size",
+                "is as it was: give more seconds, fewer calibration_samples or a smaller "
+                "batch_size",
                 RankoptWarning,
                 stacklevel=4,
             )
