@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import random
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, Final
@@ -165,20 +166,33 @@ def _captured(
     keywords = isinstance(inputs, Mapping)
     if not keywords and not isinstance(inputs, (tuple, list)):
         inputs, shapes = (inputs,), (shapes,)
-    shapes = shapes if keywords else tuple(shapes)
+    args, named = ((), dict(inputs)) if keywords else (tuple(inputs), None)
+    shapes = _by_parameter(model, (), shapes) if keywords else _by_parameter(model, shapes, {})
     try:
         with torch.no_grad(), measure.preserve_rng(), _torch_warns_less():
             return torch.export.export(
                 model,
-                () if keywords else tuple(inputs),
-                dict(inputs) if keywords else None,
+                args,
+                named,
                 dynamic_shapes=shapes,
             )
     except Exception as error:
         text = str(error).strip().splitlines()
+        advice = ""
+        if "DynamicCache" in str(error) or "EncoderDecoderCache" in str(error):
+            advice = "; keep its cache out of the outputs: give the inputs with use_cache=False"
         raise ExportError(
-            f"torch.export cannot capture {type(model).__name__}: {text[0] if text else error!r}"
+            f"torch.export cannot capture {type(model).__name__}: "
+            f"{text[0] if text else error!r}{advice}"
         ) from error
+
+
+def _by_parameter(model: nn.Module, args: Sequence[Any], named: Mapping[str, Any]) -> Any:
+    """Shapes by the parameters of forward, as torch.export takes them: nested for ``*args``."""
+    try:
+        return inspect.signature(model.forward).bind(*args, **named).arguments
+    except TypeError:  # it is the call that fails, and says why
+        return dict(named) or tuple(args)
 
 
 def _dynamic_shapes(inputs: Any, dynamic: Mapping[int, str]) -> Any:

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 import rankopt
+from rankopt._build import compare as compare_module
 from rankopt._build.compare import Figure
 from rankopt._model import inputs
 from rankopt._plan_tables import plan_table, totals_table
@@ -203,3 +204,20 @@ def test_tables_say_what_and_why():
     for word in ("conv", "tucker2", "knapsack", "depthwise", "measured", "kept"):
         assert word in text
     assert [count(x) for x in (None, 5, 1500, 2.5e6, 3e9)] == ["–", "5", "1.5 k", "2.5 M", "3 G"]
+
+
+def test_models_compiled_in_place_are_treated_as_wrapped_ones(monkeypatch):
+    model, x = nn.Sequential(nn.Linear(8, 8)).eval(), torch.zeros(2, 8)
+    model.compile(backend="eager")
+    with pytest.raises(ModelError, match="Sequential is compiled, and mode='training'"):
+        rankopt.compare(model, model, example_inputs=x, rounds=3, mode="training")
+    timed = []
+
+    def eager(given, *_, **settings):
+        timed.append(given)
+        return lambda: None
+
+    monkeypatch.setattr(compare_module, "runner", eager)
+    rankopt.compare(model, model, example_inputs=x, rounds=3, compile=True)
+    assert [given._compiled_call_impl for given in timed] == [None, None]
+    assert timed[0][0].weight is model[0].weight

@@ -314,3 +314,30 @@ def test_norms_whose_parameters_are_read_elsewhere_stay(read):
 def test_norms_without_running_statistics_stay():
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8, track_running_stats=False)).eval()
     assert isinstance(export.merge_norms(model, torch.randn(2, 3, 8, 8))[1], nn.BatchNorm2d)
+
+
+class Wrapper(nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, *args, **kwargs):
+        return self.inner(*args, **kwargs)
+
+
+def test_arguments_that_are_passed_on_may_vary_in_size(tmp_path):
+    model = Wrapper(nn.Bilinear(4, 3, 2))
+    program = export.to_program(model, (torch.zeros(1, 4), torch.zeros(1, 3)))
+    assert program.module()(torch.zeros(7, 4), torch.zeros(7, 3)).shape == (7, 2)
+
+
+def test_a_cache_among_the_outputs_is_named():
+    class DynamicCache:
+        pass
+
+    class Decoder(nn.Linear):
+        def forward(self, x):
+            return super().forward(x), DynamicCache()
+
+    with pytest.raises(ExportError, match="give the inputs with use_cache=False"):
+        export.to_program(Decoder(4, 2), torch.zeros(1, 4))

@@ -121,7 +121,7 @@ def compare(
     modes and random generators are as before afterwards.
 
     Args:
-        original: The dense model; wrapped by `torch.compile` it is timed compiled.
+        original: The dense model; compiled, by `torch.compile` or in place, it is timed so.
         compressed: The compressed one, likewise.
         example_inputs: A tensor, a tuple or a mapping; without it, only
             parameters and memory are compared.
@@ -161,7 +161,7 @@ def compare(
             measure.check_inputs(example_inputs)
             device = surgery.device_of(models[0])
             inputs = measure.copied(measure.to_device(example_inputs, device))
-            timed = models if compile else [original, compressed]
+            timed = [_eager(model) for model in models] if compile else [original, compressed]
             if mode == "training":  # statistics of the user's BatchNorm are not to move
                 if not compile:
                     _check_eager(original, compressed)
@@ -190,13 +190,20 @@ def compare(
     return Comparison(**figures)
 
 
+def _eager(model: nn.Module) -> nn.Module:
+    """The model, or a copy with its tensors where it was compiled in place: copies are not."""
+    if not surgery.is_compiled(model):
+        return model
+    return surgery.clone(model, share=[*model.parameters(), *model.buffers()])
+
+
 def _check_eager(*models: nn.Module) -> None:
     for model in models:
-        if hasattr(model, "_orig_mod"):
+        if surgery.is_compiled(model):
             raise ModelError(
-                f"{type(model._orig_mod).__name__} is compiled, and mode='training' times copies, "
-                "which would run without torch.compile; pass compile=True to compile the copies, "
-                "or give the plain models"
+                f"{type(surgery.unwrap(model)).__name__} is compiled, and mode='training' times "
+                "copies, which would run without torch.compile; pass compile=True to compile the "
+                "copies, or give the plain models"
             )
 
 

@@ -20,6 +20,7 @@ __all__ = [
     "clone",
     "device_of",
     "held_outside",
+    "is_compiled",
     "is_extra_state",
     "memory_format_of",
     "named_modules",
@@ -91,6 +92,12 @@ def unwrap(model: nn.Module) -> nn.Module:
         else:
             plain: nn.Module = found
             return plain
+
+
+def is_compiled(model: nn.Module) -> bool:
+    """Whether a call of a model runs what torch.compile made of it, wrapped or in place."""
+    in_place = getattr(model, "_compiled_call_impl", None)
+    return hasattr(model, "_orig_mod") or in_place is not None
 
 
 def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -57,7 +57,10 @@ def search(
     """Choose, layer by layer, whether and how to decompose, and at which rank.
 
     The model is not changed: its weights, buffers, modes, hooks and the global
-    random generators are as before.
+    random generators are as before. It is run as copies, whose hooks run too, as they may
+    change outputs: what a hook of yours writes outside the model, such as to a list, it also
+    writes while the search runs. Under `torch.autocast` copies run and are timed as you would
+    run the model; factors are computed in the precision of the weights.
 
     Args:
         model: A trained model.

@@ -141,7 +141,7 @@ class Loop:
         stack.enter_context(torch.enable_grad())
         if self.distiller is not None:
             stack.enter_context(self.distiller)
-            if hasattr(self.given, "_orig_mod"):  # compiled before there were hooks
+            if surgery.is_compiled(self.given):  # compiled before there were hooks
                 torch.compiler.reset()
         good: dict[str, Tensor] | None = None
         given, finished = self.began_with, False
@@ -167,8 +167,7 @@ class Loop:
                     self.freezer.release()
                 for module, mode in modes:
                     module.training = mode
-                for parameter in self.plain.parameters():
-                    parameter.grad = None
+                self.plain.zero_grad(set_to_none=True)
         if finished and given not in (self.began_with, measure.weights_digest(self.plain)):
             warn(
                 f"{self.folder} holds a finished run that began with other weights; the model has "
