@@ -96,7 +96,7 @@ class MissingDependency(RankoptError, ImportError):
 
 
 class EvaluationError(RankoptError, RuntimeError):
-    """The user's ``evaluate`` raised, gave no finite number, or changed the model."""
+    """The user's ``evaluate`` raised, gave no number that can be used, or changed the model."""
 
 
 class StudyError(RankoptError, RuntimeError):

@@ -102,7 +102,7 @@ def _add_recover(commands: Any, model: argparse.ArgumentParser) -> None:
     recover = add_command(
         commands, "recover", parents=[model],
         summary="train a compressed model towards the original's outputs, without labels",
-        description="Train a compressed model for a fixed time to give the outputs of MODEL on "
+        description="Train a compressed model within a time limit to give the outputs of MODEL on "
         "unlabelled inputs, and save it. Inputs held out measure what was gained; if that is "
         "nothing, the weights stay as they were.",
         examples=(
@@ -120,7 +120,7 @@ def _add_recover(commands: Any, model: argparse.ArgumentParser) -> None:
     calibration_option(recover, "15/16 are trained on, the rest measure", required=True)
     recover.add_argument(
         "--seconds", type=float, default=60.0, metavar="SECONDS",
-        help="how long to train, in seconds (default 60)",
+        help="limit on the whole of it, in seconds (default 60)",
     )  # fmt: skip
     recover.add_argument(
         "--batch-size", type=int, default=64, metavar="N", help="samples per step (default 64)"
