@@ -14,7 +14,7 @@ from torch import nn
 from rankopt._decompositions.base import Decomposition
 from rankopt._model import measure, surgery
 from rankopt._model.inputs import MAX_SAMPLES
-from rankopt._model.layers import Patterns
+from rankopt._model.patterns import Patterns
 from rankopt._search.model_clock import ModelClock, bounds_latency, price_time
 from rankopt._search.opening import Opened, check_request, open_problem
 from rankopt._soft.model import FIRST_ENTROPY, SoftModel, Trained

@@ -7,10 +7,9 @@ cannot be decomposed are described too, with the reason.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
-from typing import Any, Final, TypeAlias
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
@@ -23,13 +22,11 @@ from rankopt.errors import LayerError, ModelError
 __all__ = [
     "MIN_CHANNELS",
     "Layer",
-    "Patterns",
     "canonical_weight",
     "check_materialised",
     "check_weight",
     "find_layers",
     "refused_unseen",
-    "select",
     "stored_weight",
 ]
 
@@ -223,60 +220,6 @@ def find_layers(model: nn.Module) -> list[Layer]:
 
     tied = [(_resolve_ties(x, users(m, "weight"), described), m) for x, m in layers]
     return [replace(x, own_bias=_owns(x, users(m, "bias"))) for x, m in tied]
-
-
-Pattern: TypeAlias = "str | Callable[[Layer], bool]"
-Patterns: TypeAlias = "Pattern | Iterable[Pattern]"
-
-
-def select(layers: Sequence[Layer], only: Patterns = (), ignore: Patterns = ()) -> list[Layer]:
-    """Refuse the layers that the user's patterns exclude.
-
-    Args:
-        layers: As found.
-        only: Case-sensitive globs on full module names, or functions of a layer;
-            empty means all.
-        ignore: The same; what matches is kept.
-
-    Raises:
-        ModelError: A pattern that matches no layer.
-    """
-    wanted, unwanted = _as_patterns(only, "only"), _as_patterns(ignore, "ignore")
-    for keyword, patterns in (("only", wanted), ("ignore", unwanted)):
-        for pattern in patterns:
-            if not any(_matches(layer, pattern) for layer in layers):
-                raise ModelError(
-                    f"{keyword}={pattern!r} matches no layer; the layers are "
-                    f"{', '.join(layer.name for layer in layers[:6])}, … "
-                    "(full module names, case-sensitive globs)"
-                )
-    chosen = []
-    for layer in layers:
-        if any(_matches(layer, pattern) for pattern in unwanted):
-            layer = replace(layer, refusal="ignored by the user")
-        elif wanted and not any(_matches(layer, pattern) for pattern in wanted):
-            layer = replace(layer, refusal="not among only=")
-        chosen.append(layer)
-    return chosen
-
-
-def _matches(layer: Layer, pattern: Pattern) -> bool:
-    if isinstance(pattern, str):
-        return any(fnmatchcase(name, pattern) for name in layer.names)
-    return bool(pattern(layer))
-
-
-def _as_patterns(patterns: Patterns, keyword: str) -> tuple[Pattern, ...]:
-    if isinstance(patterns, str) or callable(patterns):
-        return (patterns,)
-    listed = tuple(patterns) if isinstance(patterns, Iterable) else (patterns,)
-    for pattern in listed:
-        if not isinstance(pattern, str) and not callable(pattern):
-            raise ModelError(
-                f"{keyword}={pattern!r}: expected a glob on module names, a function of a layer, "
-                "or several of these"
-            )
-    return listed
 
 
 def check_materialised(model: nn.Module, *, meta: bool = False) -> None:

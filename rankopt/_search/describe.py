@@ -15,14 +15,13 @@ from rankopt._model import measure, surgery
 from rankopt._model.inputs import run
 from rankopt._model.layers import (
     Layer,
-    Patterns,
     canonical_weight,
     check_materialised,
     check_weight,
     find_layers,
     refused_unseen,
-    select,
 )
+from rankopt._model.patterns import Patterns, select
 from rankopt._model.probe import Probe, probe, static_reads
 from rankopt._model.sharing import shortened
 from rankopt.budget import Budget

@@ -15,7 +15,8 @@ from rankopt._merging.bottlenecks import Bottleneck, find_bottlenecks
 from rankopt._merging.join import BETWEEN
 from rankopt._model import measure, surgery
 from rankopt._model.inputs import MAX_SAMPLES, hold
-from rankopt._model.layers import Layer, Patterns, check_materialised, find_layers, select
+from rankopt._model.layers import Layer, check_materialised, find_layers
+from rankopt._model.patterns import Patterns, select
 from rankopt._model.probe import Probe, probe
 from rankopt._search.merge_widths import Choice, Widths
 from rankopt._search.verify import environment, verify

@@ -25,8 +25,8 @@ from rankopt._model.inputs import (
     main_output,
     run,
 )
-from rankopt._model.layers import Patterns
 from rankopt._model.metric import Evaluate, EvaluateBatch
+from rankopt._model.patterns import Patterns
 from rankopt._model.probe import Probe
 from rankopt._search.describe import describe, problem_of, selected
 from rankopt._search.trial import TrialModel

@@ -12,8 +12,8 @@ from torch import nn
 from rankopt._decompositions.base import Decomposition
 from rankopt._model import measure
 from rankopt._model.inputs import MAX_SAMPLES
-from rankopt._model.layers import Patterns
 from rankopt._model.metric import Evaluate
+from rankopt._model.patterns import Patterns
 from rankopt._search.factor_choice import SEARCH, Choice, check_choices, fitted_in_order, nearest
 from rankopt._search.latency_budget import solve
 from rankopt._search.metric_drop import within_drop

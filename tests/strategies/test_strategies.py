@@ -158,7 +158,7 @@ def test_formula_ranks_meet_their_ratio(inputs, outputs, kernel, ratio):
 )
 @pytest.mark.parametrize("stride_on", ["first", "last"])
 def test_published_table(name, params, macs, dense, stride_on):
-    """Of the networks in arXiv 2407.20266, on the built model; the paper strides the last factor."""
+    """The networks of arXiv 2407.20266, as built; the paper strides the last factor."""
     model = import_torchvision().models.get_model(name)
     plan = rankopt.search(
         model,
