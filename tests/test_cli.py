@@ -361,7 +361,12 @@ def test_interrupt_leaves_nothing(spec, tmp_path, capsys, monkeypatch):
     # All is factorised, nothing chosen.
     monkeypatch.setattr(Problem, "frontier", lambda *_: signal.raise_signal(signal.SIGINT))
     before = sorted(tmp_path.iterdir())
-    assert run("search", spec, "--budget", "params<=50%", "-o", tmp_path / "p.json") == 130
+    # A shell's background jobs begin with the signal ignored.
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        assert run("search", spec, "--budget", "params<=50%", "-o", tmp_path / "p.json") == 130
+    finally:
+        signal.signal(signal.SIGINT, handler)
     assert "no output was written" in capsys.readouterr().err
     assert sorted(tmp_path.iterdir()) == before
 
