@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 import rankopt
-from rankopt._model.inputs import hold, shared_tensors
+from rankopt._model.inputs import batches, hold, shared_tensors
 from rankopt.errors import CalibrationError
 from rankopt.training.samples import Samples
 
@@ -154,3 +155,44 @@ def test_masks_of_ones_belong_to_samples():
     model = Masked()
     held = hold(model, [(torch.randn(8, 5, 16), torch.ones(8, 5)) for _ in range(2)])
     assert not shared_tensors(model, held)
+
+
+class Encoder(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed, self.fc = nn.Embedding(20, 16), nn.Linear(16, 16)
+
+    def forward(self, input_ids, attention_mask=None):
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        return self.fc(self.embed(input_ids)) * mask[..., None]
+
+
+def test_masks_of_tokens_are_no_labels():
+    ids, mask = torch.randint(0, 20, (6, 5)), torch.randint(0, 2, (6, 5))
+    ((inputs, _),) = batches(Encoder(), [(ids, mask)], max_samples=None)
+    assert inputs[1] is mask
+
+
+@dataclass
+class Record:
+    x: Tensor
+    scale: Tensor
+
+
+class Named(NamedTuple):
+    x: Tensor
+    scale: Tensor
+
+
+@pytest.mark.parametrize("kind", [Record, Named])
+def test_samples_of_records_are_taken_one_by_one(kind):
+    rows, scale = torch.arange(24.0)[:, None], torch.ones(3)
+    samples = Samples([kind(part, scale) for part in rows.split(8)])
+    train, held = samples.split(0.25)
+    assert samples.count == 24
+    found = [list(samples.batches(index, 4)) for index in (train, held)]
+    assert all(type(batch) is kind for part in found for batch in part)
+    taken, kept = (torch.cat([batch.x for batch in part]).flatten().tolist() for part in found)
+    assert not set(taken) & set(kept)
+    assert sorted(taken + kept) == rows.flatten().tolist()
+    assert found[0][0].scale is scale

@@ -358,7 +358,6 @@ def test_strategies_of_plug_ins(capsys):
 
 
 def test_interrupt_leaves_nothing(spec, tmp_path, capsys, monkeypatch):
-    # All is factorised, nothing chosen.
     monkeypatch.setattr(Problem, "frontier", lambda *_: signal.raise_signal(signal.SIGINT))
     before = sorted(tmp_path.iterdir())
     # A shell's background jobs begin with the signal ignored.

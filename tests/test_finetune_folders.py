@@ -84,3 +84,30 @@ def test_no_checkpoint_is_named_before_there_is_one(tmp_path):
     with pytest.raises(TrainingError, match="not finite") as error:
         rankopt.finetune(small, train, epochs=1, folder=tmp_path)
     assert "checkpoint" not in str(error.value)
+
+
+class Fresh(torch.utils.data.Dataset):
+    """Samples of a generator of its own, another one in every process."""
+
+    def __init__(self, x, y):
+        self.x, self.y, self.drawn = x, y, 0
+
+    def __len__(self):
+        return len(self.y)
+
+    def __getitem__(self, index):
+        self.drawn += 1
+        return self.x[index] + 0.01 * torch.randn(1, generator=self.own()), self.y[index]
+
+    def own(self):
+        generator = torch.Generator()
+        generator.seed()
+        return generator
+
+
+def test_data_sets_are_told_apart_without_drawing_from_them(tmp_path):
+    _, small, x, y = problem(count=64)
+    for _ in range(2):  # resumes, though no sample is what it was
+        train = DataLoader(Fresh(x, y), batch_size=16)
+        rankopt.finetune(small, train, epochs=1, folder=tmp_path)
+    assert train.dataset.drawn == 0

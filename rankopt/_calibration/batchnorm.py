@@ -6,7 +6,6 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any, Final
 
 import torch
@@ -138,6 +137,14 @@ class CallSums:
             self.squares + other.squares,
         )
 
+    def __sub__(self, other: CallSums) -> CallSums:
+        return CallSums(
+            self.samples - other.samples,
+            self.count - other.count,
+            self.total - other.total,
+            self.squares - other.squares,
+        )
+
     def statistics(self) -> tuple[Tensor, Tensor]:
         """(mean, variance) of each channel."""
         mean = self.total / self.count
@@ -212,6 +219,7 @@ class _Statistics:
         self._name, self._norm, self._reference = name, norm, reference
         self._pooled: Calls | None = None
         self._recent: deque[Calls] = deque()
+        self._window: Calls | None = None  # the sum of these
 
     def add(self, mine: CallSums, theirs: CallSums | None) -> None:
         """Take in a call, and give the norm the statistics of the last samples."""
@@ -220,12 +228,11 @@ class _Statistics:
         call = (mine, theirs)
         self._pooled = call if self._pooled is None else _joined(self._pooled, call)
         self._recent.append(call)
-        while sum(call[0].samples for call in islice(self._recent, 1, None)) >= WINDOW:
-            self._recent.popleft()
-        first, *others = self._recent
-        for other in others:
-            first = _joined(first, other)
-        self._write(*first)
+        window = call if self._window is None else _joined(self._window, call)
+        while window[0].samples - self._recent[0][0].samples >= WINDOW:
+            window = _parted(window, self._recent.popleft())
+        self._window = window
+        self._write(*window)
 
     def settle(self) -> bool:
         """Give the norm the statistics of all samples; whether it has any."""
@@ -280,6 +287,11 @@ def _matched(
 def _joined(a: Calls, b: Calls) -> Calls:
     theirs = None if a[1] is None or b[1] is None else a[1] + b[1]
     return a[0] + b[0], theirs
+
+
+def _parted(whole: Calls, part: Calls) -> Calls:
+    theirs = None if whole[1] is None or part[1] is None else whole[1] - part[1]
+    return whole[0] - part[0], theirs
 
 
 def _alike(norm: Any, other: Any | None) -> bool:

@@ -66,7 +66,12 @@ class Arguments:
             batch = batch[:most]
         elif len(batch) == 2 and self.required < 2 and _is_class_index(*batch):
             batch = batch[:1]
-        elif len(batch) == 2 and self.required < 2 and names and _one_per_sample(*batch):
+        elif (
+            len(batch) == 2
+            and self.required < 2
+            and names
+            and _may_be_labels(batch[0], batch[1], names[1])
+        ):
             if names[1].lower() not in _TARGETS:
                 warn(
                     f"the second of each pair that {name} yields has one entry per sample, so it "
@@ -148,8 +153,19 @@ def _is_class_index(first: Any, second: Any) -> bool:
     return second.dim() <= 1 and second.numel() == len(first) and not second.is_floating_point()
 
 
-def _one_per_sample(first: Any, second: Any) -> bool:
-    """Whether the second of a pair has as many entries as the first has samples."""
+def _may_be_labels(first: Any, second: Any, name: str) -> bool:
+    """Whether the second of a pair has an entry per sample and is no mask or ids of tokens.
+
+    Args:
+        first: The input.
+        second: What comes with it.
+        name: Of the optional argument that it would be.
+    """
+    tokens = isinstance(first, Tensor) and not first.is_floating_point() and first.dim() > 1
+    if tokens and isinstance(second, Tensor) and second.shape[:2] == first.shape[:2]:
+        return False
+    if "mask" in name.lower() or name.lower().endswith("ids"):
+        return False
     sizes = [len(tensor) for tensor in tensors_in(first) if tensor.dim()][:1]
     if isinstance(second, (tuple, list)) and [len(second)] == sizes:
         return True

@@ -170,8 +170,11 @@ def shared_tensors(model: nn.Module, held: Sequence[Any]) -> set[int]:
         except CalibrationError:
             run(model, held[0])  # it may be the inputs that are at fault
             found = None
-        if found is not None and (size == 1 or _rows(found) * size == _rows(run(model, held[0]))):
-            return shared
+        if found is not None:
+            several = min(size, 2)
+            (some,) = shortened(held[:1], several, shared)
+            if size == 1 or _rows(found) * several == _rows(run(model, some)):
+                return shared
     return {id(tensor) for inputs in held for tensor in tensors_in(inputs)}
 
 

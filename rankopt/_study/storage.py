@@ -51,6 +51,8 @@ HEARTBEAT_SECONDS: Final = 20
 SQLITE_SECONDS: Final = 60
 MAX_RETRIES: Final = 3
 MAKE_ONE: Final = "make one with rankopt.study(...) or `rankopt study create`"
+# How many times as long a lease of another host lasts by the clock, which may be another one.
+CLOCKS_APART: Final = 10
 LEASE: Final = "lease"
 LOST: Final = "lost"  # the numbers of the trials that held a configuration when workers died
 DEATHS: Final = "deaths"  # how many of them died, and were not interrupted by hand
@@ -345,7 +347,8 @@ class Leases:
             known = self._seen.get(trial.number)
             if known is None or known[0] != lease:
                 known = self._seen[trial.number] = float(lease), time.monotonic()
-            return time.monotonic() - known[1] > patience
+            unchanged = time.monotonic() - known[1]
+            return max(unchanged, (time.time() - float(lease)) / CLOCKS_APART) > patience
         started = trial.datetime_start
         return started is not None and (datetime.now() - started).total_seconds() > patience
 

@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import hashlib
-import random
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import islice
 from typing import Any, Final
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, TensorDataset
 
 from rankopt._model import measure
 from rankopt._model.arguments import Arguments, misfit
 from rankopt._model.inputs import batches, compared, tensors_in
-from rankopt._model.spelled import spelled
 from rankopt.errors import CalibrationError, ModelError, TrainingError
 
 __all__ = [
@@ -36,6 +33,8 @@ __all__ = [
     "task_loss",
 ]
 
+# Rows of tensors in memory that tell data sets apart.
+FIRST: Final = 16
 # Labels of this value are left out, as by torch's cross-entropy.
 IGNORED: Final = -100
 EXPECTED: Final = (
@@ -219,29 +218,19 @@ def generators(train: Any) -> list[torch.Generator]:
     return list({id(one): one for one in found if isinstance(one, torch.Generator)}.values())
 
 
-def fingerprint(train: Any) -> str | None:
-    """Number of samples and a digest of the first, as far as they are known without drawing.
+def fingerprint(train: Any) -> str:
+    """What tells one set of training data from another without drawing samples from it.
 
-    Of a loader that is the data set's; None of an iterable without items.
+    The type and length of the data set or list; the first values of those held in memory. A
+    sample drawn from any other may be another one each time, or open a file that workers share.
     """
     source = getattr(train, "dataset", train)
-    if not (hasattr(source, "__getitem__") and hasattr(source, "__len__")):
-        return None
-    digest = hashlib.sha256(f"{type(source).__name__} {len(source)}".encode())
-    with measure.preserve_rng():  # the sample may be augmented
-        torch.manual_seed(0)
-        random.seed(0)
-        np.random.seed(0)
-        try:
-            parts = torch.utils._pytree.tree_leaves(source[0])
-        except Exception:  # training tells what is wrong with the data
-            parts = []
-    for part in parts:
-        if isinstance(part, np.ndarray):
-            part = torch.from_numpy(np.ascontiguousarray(part))
-        if isinstance(part, Tensor):
-            digest.update(measure.tensor_digest(part.detach()))
-        digest.update(spelled(part).encode())
+    count = len(source) if hasattr(source, "__len__") else None
+    held = source.tensors if isinstance(source, TensorDataset) else source
+    first = held if held is not source else held[0] if isinstance(held, list) and held else None
+    digest = hashlib.sha256(f"{type(source).__name__} {count}".encode())
+    for tensor in tensors_in(first):
+        digest.update(measure.tensor_digest(tensor.detach()[:FIRST] if tensor.dim() else tensor))
     return digest.hexdigest()[:16]
 
 

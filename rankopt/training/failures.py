@@ -1,12 +1,12 @@
-"""What ends a training run that cannot go on, in words."""
+"""What ends a training run that cannot go on, and what a finished one was, in words."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from rankopt.errors import TrainingError
+from rankopt.errors import TrainingError, warn
 
-__all__ = ["not_finite", "overflowing"]
+__all__ = ["not_finite", "overflowing", "warn_of_another"]
 
 
 def not_finite(step: int, epochs: int, folder: Path | None) -> TrainingError:
@@ -24,4 +24,12 @@ def overflowing(step: int, times: int) -> TrainingError:
     return TrainingError(
         f"step {step}: gradients in float16 have overflowed {times} times in a row, so that "
         "nothing trains; use precision='bf16' or 'no'"
+    )
+
+
+def warn_of_another(folder: Path | None) -> None:
+    """Warn that a finished run began with other weights than the model came with."""
+    warn(
+        f"{folder} holds a finished run that began with other weights; the model has the weights "
+        "of that run now; use another folder= to train it"
     )

@@ -26,7 +26,7 @@ from rankopt.training import batches as data
 from rankopt.training import state as files
 from rankopt.training.distillation import Distillation, Distiller
 from rankopt.training.exchange import Exchange
-from rankopt.training.failures import not_finite, overflowing
+from rankopt.training.failures import not_finite, overflowing, warn_of_another
 from rankopt.training.freezing import Freezer
 from rankopt.training.objective import Objective, so_far
 from rankopt.training.recipe import Recipe
@@ -70,7 +70,6 @@ class Loop:
         self.plain.to(accelerator.device)
         if batches_per_epoch is not None:
             check_integer("batches_per_epoch", batches_per_epoch, 1)
-        self.data = data.fingerprint(train)
         self.loader, self.batches = data.prepared(train, accelerator, batches_per_epoch)
         self.steps_per_epoch = -(-self.batches // recipe.accumulate)
         # Optimisers are made before anything is frozen, so that they know every factor.
@@ -99,7 +98,12 @@ class Loop:
         self.before: float | None = None
         self.step = 0
         self.skipped = 0  # in a row
-        self.began_with = measure.weights_digest(self.plain)
+        self.origin: dict[str, str | None] = {}
+        self.began_with = ""
+        if self.folder is not None:  # digests of large models take seconds
+            self.origin["train"] = data.fingerprint(train)
+            self.origin["teacher"] = None if teacher is None else measure.weights_digest(teacher)
+            self.began_with = self._digest()
 
     # Set-up
 
@@ -127,7 +131,7 @@ class Loop:
             "precision": recipe.precision,
             "seed": recipe.seed,
             "batches_per_epoch": self.batches,
-            "train": self.data,
+            **self.origin,
             "processes": self.accelerator.num_processes,
         }
 
@@ -168,12 +172,12 @@ class Loop:
                 for module, mode in modes:
                     module.training = mode
                 self.plain.zero_grad(set_to_none=True)
-        if finished and given not in (self.began_with, measure.weights_digest(self.plain)):
-            warn(
-                f"{self.folder} holds a finished run that began with other weights; the model has "
-                "the weights of that run now; use another folder= to train it"
-            )
+        if finished and given not in (self.began_with, self._digest()):
+            warn_of_another(self.folder)
         return "patience" if len(self.history) < self.recipe.epochs else "done"
+
+    def _digest(self) -> str:
+        return "" if self.folder is None else measure.weights_digest(self.plain)
 
     def _start(self) -> None:
         """The metric to beat: a run never ends with worse weights than it was given."""

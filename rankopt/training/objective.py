@@ -50,7 +50,6 @@ class Objective:
             "loss": None if loss is None else spelled(loss),
             "augment": augment if isinstance(augment, str) else spelled(augment),
             "distillation": None if distiller is None else repr(distiller.settings),
-            "teacher": None if distiller is None else measure.weights_digest(distiller.teacher),
         }
 
     def of(

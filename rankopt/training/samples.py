@@ -11,11 +11,14 @@ from torch import Tensor
 
 from rankopt._model import measure
 from rankopt._model.inputs import batch_size
-from rankopt._model.measure import tensors_in
+from rankopt._model.measure import tensors_in, with_tensors
 from rankopt._model.sharing import per_sample
 from rankopt.errors import CalibrationError
 
 __all__ = ["Samples"]
+
+# Stands for any tensor where only what holds them counts.
+_BLANK = torch.empty(0)
 
 
 class Samples:
@@ -30,14 +33,11 @@ class Samples:
     def __init__(self, held: list[Any], shared: Set[int] = frozenset()) -> None:
         self._whole = all(id(tensor) in shared for tensor in tensors_in(held))
         alike: dict[Any, list[Any]] = {}
-        counts: dict[Any, int] = {}
-        for given in held:
-            size = 1 if self._whole else batch_size(given)
-            inputs = _Shared(given) if self._whole else _by_sample(given, size, shared)
-            alike.setdefault(_form(inputs), []).append(inputs)
-            counts[_form(inputs)] = counts.get(_form(inputs), 0) + size
-        self._joined = [_joined(parts) for parts in alike.values()]
-        sizes = list(counts.values())
+        for number, inputs in enumerate(held):
+            form = number if self._whole else _form(inputs, batch_size(inputs), shared)
+            alike.setdefault(form, []).append(inputs)
+        self._groups = [_Group.of(parts, shared, whole=self._whole) for parts in alike.values()]
+        sizes = [group.count for group in self._groups]
         self.count = sum(sizes)
         self._shape = torch.repeat_interleave(torch.tensor(sizes))
         self._place = torch.cat([torch.arange(size) for size in sizes])
@@ -72,62 +72,60 @@ class Samples:
 
     def _parts(self, index: Tensor, size: int, *, whole: bool = False) -> Iterator[Tensor]:
         """Indices of one shape each; `whole` leaves out short rests of what fills a batch."""
-        for shape in range(len(self._joined)):
+        for shape in range(len(self._groups)):
             parts = index[self._shape[index] == shape].split(size)
             # Batches of one or two would upset BatchNorm.
             short = whole and len(parts) > 1 and 2 * len(parts[-1]) < size
             yield from (part for part in (parts[:-1] if short else parts) if len(part))
 
     def _take(self, index: Tensor) -> Any:
-        return _indexed(self._joined[self._shape[index[0]]], self._place[index])
+        return self._groups[int(self._shape[index[0]])].take(self._place[index])
 
 
 @dataclass(frozen=True)
-class _Shared:
-    """What all samples of a batch share, such as a mask over positions."""
+class _Group:
+    """Batches of one form, joined.
 
-    value: Any
+    Args:
+        template: One of them.
+        rows: The rows of all samples, by the id of the template's tensor that has some of them.
+        count: Of samples.
+    """
+
+    template: Any
+    rows: Mapping[int, Tensor]
+    count: int
+
+    @staticmethod
+    def of(parts: list[Any], shared: Set[int], *, whole: bool) -> _Group:
+        """Join batches; `whole` ones, of which there is one, are a sample each."""
+        template = parts[0]
+        if whole:
+            return _Group(template, {}, 1)
+        size = batch_size(template)
+        columns = zip(*map(tensors_in, parts), strict=True)
+        rows = {id(c[0]): torch.cat(c) for c in columns if per_sample(c[0], size, shared)}
+        return _Group(template, rows, sum(map(batch_size, parts)))
+
+    def take(self, index: Tensor) -> Any:
+        """A batch of the samples at `index`."""
+
+        def taken(tensor: Tensor) -> Tensor:
+            rows = self.rows.get(id(tensor))
+            return tensor if rows is None else rows[index.to(rows.device)]
+
+        return with_tensors(self.template, taken)
 
 
-def _by_sample(inputs: Any, size: int, shared: Set[int]) -> Any:
-    """The inputs with all but tensors of one row per sample marked as shared."""
-    if isinstance(inputs, Tensor):
-        return inputs if per_sample(inputs, size, shared) else _Shared(inputs)
-    if isinstance(inputs, Mapping):
-        return {key: _by_sample(value, size, shared) for key, value in inputs.items()}
-    if isinstance(inputs, (tuple, list)):
-        return tuple(_by_sample(value, size, shared) for value in inputs)
-    return _Shared(inputs)
-
-
-def _form(inputs: Any) -> Any:
+def _form(inputs: Any, size: int, shared: Set[int]) -> Any:
     """What two batches must have in common to be joined."""
-    if isinstance(inputs, Tensor):
-        return inputs.shape[1:], inputs.dtype
-    if isinstance(inputs, Mapping):
-        return tuple((key, _form(value)) for key, value in inputs.items())
-    if isinstance(inputs, tuple):
-        return tuple(map(_form, inputs))
-    digests = tuple(map(measure.tensor_digest, tensors_in(inputs.value)))
-    return digests or repr(inputs.value)
-
-
-def _joined(parts: list[Any]) -> Any:
-    first = parts[0]
-    if isinstance(first, Tensor):
-        return torch.cat(parts)
-    if isinstance(first, Mapping):
-        return {key: _joined([part[key] for part in parts]) for key in first}
-    if isinstance(first, tuple):
-        return tuple(_joined([part[i] for part in parts]) for i in range(len(first)))
-    return first
-
-
-def _indexed(inputs: Any, index: Tensor) -> Any:
-    if isinstance(inputs, Tensor):
-        return inputs[index.to(inputs.device)]
-    if isinstance(inputs, Mapping):
-        return {key: _indexed(value, index) for key, value in inputs.items()}
-    if isinstance(inputs, tuple):
-        return tuple(_indexed(value, index) for value in inputs)
-    return inputs.value
+    tensors = list(tensors_in(inputs))
+    ids = [id(tensor) for tensor in tensors]
+    same = tuple(map(ids.index, ids))  # a tensor that comes twice does so in all of them
+    rows = tuple(
+        (tensor.shape[1:], tensor.dtype)
+        if per_sample(tensor, size, shared)
+        else measure.tensor_digest(tensor)
+        for tensor in tensors
+    )
+    return same, rows, repr(with_tensors(inputs, lambda tensor: _BLANK))

@@ -192,14 +192,8 @@ def _split(inputs: Any, size: int, shared: Set[int]) -> list[Any]:
     ):
         return [inputs]
 
-    def cut(value: Any, start: int) -> Any:
-        if isinstance(value, Tensor):
-            return value[start : start + size] if value.dim() else value
-        if isinstance(value, Mapping):
-            return {key: cut(entry, start) for key, entry in value.items()}
-        if isinstance(value, (tuple, list)):
-            return tuple(cut(entry, start) for entry in value)
-        return value
+    def cut(start: int) -> Any:
+        return measure.with_tensors(inputs, lambda t: t[start : start + size] if t.dim() else t)
 
     # A last part of a few samples has poor batch statistics.
-    return [cut(inputs, s) for s in range(0, count, size) if s == 0 or count - s >= size // 2]
+    return [cut(s) for s in range(0, count, size) if s == 0 or count - s >= size // 2]
