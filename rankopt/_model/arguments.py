@@ -154,7 +154,7 @@ def _is_class_index(first: Any, second: Any) -> bool:
 
 
 def _may_be_labels(first: Any, second: Any, name: str) -> bool:
-    """Whether the second of a pair has an entry per sample and is no mask or ids of tokens.
+    """Whether the second of a pair has an entry per sample and is no mask.
 
     Args:
         first: The input.
@@ -164,7 +164,7 @@ def _may_be_labels(first: Any, second: Any, name: str) -> bool:
     tokens = isinstance(first, Tensor) and not first.is_floating_point() and first.dim() > 1
     if tokens and isinstance(second, Tensor) and second.shape[:2] == first.shape[:2]:
         return False
-    if "mask" in name.lower() or name.lower().endswith("ids"):
+    if isinstance(second, Tensor) and second.dtype == torch.bool and "mask" in name.lower():
         return False
     sizes = [len(tensor) for tensor in tensors_in(first) if tensor.dim()][:1]
     if isinstance(second, (tuple, list)) and [len(second)] == sizes:
