@@ -1,4 +1,4 @@
-"""rankopt: make a trained PyTorch model smaller and really faster, by low rank."""
+"""rankopt: low-rank compression of trained PyTorch models under budgets."""
 
 from rankopt import export, training
 from rankopt._build.apply import apply, apply_

@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Sequence
-from typing import Final
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Final
 
 from rankopt import __version__
 from rankopt._commands.listing import add_listing
@@ -14,7 +16,7 @@ from rankopt._commands.options import INTERRUPTED, common_options, model_options
 from rankopt._commands.pipeline import add_pipeline
 from rankopt._commands.plans import add_plans
 from rankopt._commands.study import add_study
-from rankopt.errors import BudgetInfeasible, RankoptError
+from rankopt.errors import BudgetInfeasible, RankoptError, RankoptWarning
 
 __all__ = ["main"]
 
@@ -37,7 +39,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = _parser().parse_args(argv)
     try:
-        code: int = arguments.run(arguments)
+        with _plain_warnings():
+            code: int = arguments.run(arguments)
     except KeyboardInterrupt:
         print(
             "interrupted; no output was written (a --folder keeps finished stages)", file=sys.stderr
@@ -60,10 +63,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     return code
 
 
+@contextmanager
+def _plain_warnings() -> Iterator[None]:
+    """Print warnings of ours as sentences: which line of a program they name means nothing here."""
+    usual = warnings.formatwarning
+
+    def plain(message: Any, category: type[Warning], *where: Any, **line: Any) -> str:
+        if issubclass(category, RankoptWarning):
+            return f"rankopt: warning: {message}\n"
+        return usual(message, category, *where, **line)
+
+    warnings.formatwarning = plain
+    try:
+        yield
+    finally:
+        warnings.formatwarning = usual
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="rankopt",
-        description="Make a trained PyTorch model smaller and really faster, by low rank.",
+        description="Low-rank compression of trained PyTorch models under budgets.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

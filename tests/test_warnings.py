@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
 import warnings
 
 import pytest
@@ -92,3 +94,22 @@ def test_each_line_of_a_program_is_warned():
             rankopt.apply(other, plan)
         rankopt.apply(other, plan)(planted_inputs())
     assert len(seen) == 2
+
+
+def test_the_shell_says_them_in_a_sentence(tmp_path):
+    """Without the line of the launcher that Python would name."""
+    (tmp_path / "nets.py").write_text(
+        "from torch import nn\nfrom rankopt.errors import warn\n"
+        "def build():\n    warn('look out')\n    return nn.Linear(64, 64)\n"
+    )
+    command = [
+        sys.executable,
+        "-m",
+        "rankopt",
+        "search",
+        "nets.py:build",
+        "--budget",
+        "params<=50%",
+    ]
+    ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert ran.stderr == "rankopt: warning: look out\n"

@@ -171,7 +171,7 @@ def _inputs(
 
     def watch(layer: Layer) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-            x = next(iter((*args, *kwargs.values())))
+            x = measure.first_argument(args, kwargs)
             ends = len(seen) + 1 == calls
             seen.append((layer, x if ends else x.clone()))  # the model may write into it
             if ends:

@@ -160,7 +160,7 @@ def _collected(
 
     def watch(layer: Layer) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-            for part in split_batch(layer, next(iter((*args, *kwargs.values())))):
+            for part in split_batch(layer, measure.first_argument(args, kwargs)):
                 rows = layer_inputs(layer, part, seed=counts.get(layer.name, 0))
                 counts[layer.name] = counts.get(layer.name, 0) + rows.shape[1]
                 if rows.shape[1] < ROWS:  # kept for a while: the model may write into its input
