@@ -128,10 +128,11 @@ class Study:
         """Run trials until the study has `n_trials` of them, whoever ran them.
 
         So the same call after a crash goes on where the study stood, and several workers
-        share one number; they may exceed it by one trial each less one. Trials that
-        finished, were stopped early or failed with an error count; those of workers that
-        died or were interrupted are run again and count once. A study of latency times
-        the models of its front at the end, see `measure`.
+        share one number; they may exceed it by one trial each less one, and by as many again
+        for each trial that a dead worker left. Trials that finished, were stopped early or
+        failed with an error count; those of workers that died or were interrupted are run
+        again and count once. A study of latency times the models of its front at the end,
+        see `measure`.
 
         Args:
             n_trials: Trials the study shall have in all.

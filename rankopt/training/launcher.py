@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import importlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -38,13 +40,19 @@ def accelerated(model: nn.Module, recipe: Recipe) -> Iterator[Any]:
     from accelerate.state import AcceleratorState, GradientState, PartialState
     from accelerate.utils import DataLoaderConfiguration, GradientAccumulationPlugin
 
-    launched = torch.distributed.is_torchelastic_launched() or torch.distributed.is_initialized()
+    initialized = torch.distributed.is_initialized()
+    launched = initialized or torch.distributed.is_torchelastic_launched()
     device = surgery.device_of(model)
     states = [AcceleratorState, GradientState, *([] if launched else [PartialState])]
     # Accelerate knows one GPU, the current one; a launcher has chosen that itself.
     current = nullcontext() if launched else measure.current_device(device)
+    opens = launched and not initialized
+    if opens:
+        # Imported later on, by DistributedDataParallel, it would hold the process group as the
+        # default of its functions' arguments for ever: what destroys the group would not end it.
+        importlib.import_module("torch.distributed.nn")
     with current, _set_aside([state._shared_state for state in states]):
-        yield Accelerator(
+        accelerator = Accelerator(
             mixed_precision=recipe.precision,
             cpu=device.type == "cpu" and (not launched or not _accelerators()),
             dataloader_config=DataLoaderConfiguration(
@@ -53,6 +61,15 @@ def accelerated(model: nn.Module, recipe: Recipe) -> Iterator[Any]:
             # Given, or the environment would have a say: the loop groups batches itself.
             gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
         )
+        if opens:
+            atexit.register(_close)
+        yield accelerator
+
+
+def _close() -> None:
+    """End the processes' group before the interpreter, whose end its threads may crash."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 @contextmanager

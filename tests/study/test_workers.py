@@ -123,7 +123,10 @@ def check_nothing_lost_or_doubled(storage, trials, workers):
     with rankopt.Study.load(storage) as study:
         status = study.status()
         warm = Counter(point.warm for point in study.points if point.warm)
-    assert trials <= status["counted"] < trials + workers
+    # Workers that look at the same time each begin a trial where one was missing: at the end,
+    # and for a plan of the beginning whose worker died.
+    at_once = 1 + status["trials"].get("lost", 0)
+    assert trials <= status["counted"] <= trials + (workers - 1) * at_once
     assert set(status["trials"]) <= {"complete", "pruned", "lost"}, status
     assert set(warm.values()) == {1}, warm
     assert {"dense", "knapsack at 70%", "knapsack at 50%", "knapsack at 35%"} <= set(warm)
