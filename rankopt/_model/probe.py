@@ -275,10 +275,18 @@ class _Recorder:
         name = self.names.get(id(module))
         if own or name is None:
             return
-        where = getattr(reader.f_code, "co_qualname", reader.f_code.co_name)
+        where = _qualified(reader)
         self.result.reads.setdefault(
             name, f"its {attribute} is read outside its own forward, by {where}"
         )
+
+
+def _qualified(frame: FrameType) -> str:
+    """The name of the function a frame runs, its class included."""
+    if sys.version_info >= (3, 11):
+        return frame.f_code.co_qualname
+    owner = frame.f_locals.get("self")
+    return f"{type(owner).__name__}." * (owner is not None) + frame.f_code.co_name
 
 
 @cache

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, urlencode
 
+from rankopt.errors import StudyError
+
 if TYPE_CHECKING:
     import sqlalchemy
 
@@ -16,10 +18,20 @@ __all__ = ["file_url", "holds_studies", "path_in", "read_only_url", "serialise",
 
 
 def file_url(path: str) -> str:
-    """The URL of a file, whatever its name holds, as Optuna takes it: a format string."""
+    """The URL of a file, whatever its name holds, as Optuna takes it: a format string.
+
+    Raises:
+        StudyError: SQLAlchemy would take part of the name for something else.
+    """
     import sqlalchemy
 
-    return _escaped(sqlalchemy.URL.create("sqlite", database=path))
+    url = sqlalchemy.URL.create("sqlite", database=path)
+    if path_in(str(url)) != path:
+        raise StudyError(
+            f"storage {path}: SQLAlchemy {sqlalchemy.__version__} misreads the name of this file "
+            "in a URL; rename it, or upgrade SQLAlchemy to 2.1, which takes any name"
+        )
+    return _escaped(url)
 
 
 def path_in(url: str) -> str:
