@@ -36,6 +36,7 @@ __all__ = [
     "MAKE_ONE",
     "Leases",
     "close_storage",
+    "closed_on_error",
     "open_storage",
     "retry",
     "shown",
@@ -137,6 +138,17 @@ def close_storage(storage: Any) -> None:
     if hasattr(backend, "engine"):
         storage.remove_session()
         backend.engine.dispose()
+
+
+@contextlib.contextmanager
+def closed_on_error(opened: Any, given: Any) -> Iterator[None]:
+    """Close a storage where the block raises, unless it was `given` open."""
+    try:
+        yield
+    except BaseException:
+        if opened is not given:
+            close_storage(opened)
+        raise
 
 
 def shown(spec: Any) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import re
 import sqlite3
 from pathlib import Path
@@ -16,7 +17,7 @@ from study_common import closeness, open_study
 from torch import nn
 
 import rankopt
-from rankopt._study.storage import open_storage
+from rankopt._study.storage import close_storage, open_storage
 from rankopt._study.trial import Runner
 from rankopt._study.views import status_view
 from rankopt.errors import (
@@ -341,9 +342,27 @@ def test_a_file_is_called_what_it_is_called(begun, tmp_path):
         return
     with rankopt.Study.load(path) as study:
         assert study.optuna.trials
-    open_storage(tmp_path / "e?f.db")
+    close_storage(open_storage(tmp_path / "e?f.db"))
     assert {file.name for file in tmp_path.iterdir()} >= {path.name, "e?f.db"}
     assert not (tmp_path / "e").exists()
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="lists open files as Linux does")
+def test_files_are_closed_after_errors_and_with_the_last_study(begun):
+    def opened():
+        return [file for file in Path("/proc/self/fd").iterdir() if file.resolve() == begun]
+
+    with pytest.raises(StudyError, match="searches the space"):
+        open_study(begun, space="layer")
+    with pytest.raises(StudyError, match="there is no study 'another'"):
+        rankopt.Study.load(begun, name="another")
+    assert not opened()
+    inner = rankopt.Study.load(begun).optuna
+    assert inner.trials
+    assert opened()
+    del inner
+    gc.collect()
+    assert not opened()
 
 
 def test_other_files_are_not_changed_by_reading(tmp_path):

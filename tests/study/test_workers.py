@@ -13,12 +13,14 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 
+import optuna
 import pytest
 
 import rankopt
+from rankopt._study.storage import LEASE, WORKER, Leases, close_storage, open_storage
 from rankopt.cli import main
 from rankopt.errors import RankoptWarning, StudyError
 
@@ -52,6 +54,19 @@ def calibration():
     return [torch.randn(32, 32, generator=torch.Generator().manual_seed(2))]
 """
 HEARTBEAT = 1
+
+
+@pytest.fixture
+def opened():
+    """Opens the Optuna study of a storage, as a worker does."""
+    with ExitStack() as stack:
+
+        def load(storage):
+            found = open_storage(storage, heartbeat=HEARTBEAT)
+            stack.callback(close_storage, found)
+            return optuna.load_study(study_name="rankopt", storage=found)
+
+        yield load
 
 
 @pytest.fixture
@@ -226,18 +241,11 @@ def test_workers_on_postgresql(task, tmp_path, capsys, postgresql):
 
 
 @pytest.mark.parametrize("storage", STORAGES)
-def test_two_claim_and_two_give_up(task, tmp_path, capsys, storage):
+def test_two_claim_and_two_give_up(task, tmp_path, capsys, opened, storage):
     """Two openers of one storage: a waiting trial goes to one, a lost one is queued once."""
-    import optuna
-
     storage = tmp_path / storage
     create(task, storage, capsys)
-    from rankopt._study.storage import Leases, open_storage
-
-    studies = [
-        optuna.load_study(study_name="rankopt", storage=open_storage(storage, heartbeat=HEARTBEAT))
-        for _ in range(2)
-    ]
+    studies = [opened(storage) for _ in range(2)]
     with pytest.warns(UserWarning, match="Heartbeat") if storage.suffix == ".db" else nullcontext():
         claimed = [study.ask().number for study in studies]
     assert len(set(claimed)) == 2
@@ -251,17 +259,11 @@ def test_two_claim_and_two_give_up(task, tmp_path, capsys, storage):
 
 
 @pytest.mark.parametrize("storage", STORAGES)
-def test_killed_before_its_first_sign_of_life(task, tmp_path, capsys, storage):
+def test_killed_before_its_first_sign_of_life(task, tmp_path, capsys, opened, storage):
     """Dead between claiming a trial and its first heartbeat: given up like any other."""
-    from rankopt._study.storage import Leases, open_storage
-
     storage = tmp_path / storage
     create(task, storage, capsys)
-    import optuna
-
-    study = optuna.load_study(
-        study_name="rankopt", storage=open_storage(storage, heartbeat=HEARTBEAT)
-    )
+    study = opened(storage)
     with pytest.warns(UserWarning, match="Heartbeat") if storage.suffix == ".db" else nullcontext():
         trial = study.ask()
     leases = Leases(study, HEARTBEAT)
@@ -274,17 +276,11 @@ def test_killed_before_its_first_sign_of_life(task, tmp_path, capsys, storage):
 
 
 @pytest.mark.parametrize("skew", [-15, 1000])
-def test_a_worker_on_a_host_with_another_clock(task, tmp_path, capsys, monkeypatch, skew):
+def test_a_worker_on_a_host_with_another_clock(task, tmp_path, capsys, opened, monkeypatch, skew):
     """Its trial is given up once its lease stays the same, not by what its clock says."""
-    import optuna
-
-    from rankopt._study.storage import LEASE, WORKER, Leases, open_storage
-
     storage = tmp_path / "study.journal"
     create(task, storage, capsys)
-    study = optuna.load_study(
-        study_name="rankopt", storage=open_storage(storage, heartbeat=HEARTBEAT)
-    )
+    study = opened(storage)
     trial = study.ask()
     trial.set_user_attr(WORKER, "elsewhere:1:abcdef")
     now = [0.0]
