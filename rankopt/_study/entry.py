@@ -24,7 +24,6 @@ from rankopt._study.records import (
 from rankopt._study.storage import (
     DEFAULT_STORAGE,
     HEARTBEAT_SECONDS,
-    closed_on_error,
     open_storage,
     shown,
 )
@@ -159,73 +158,71 @@ def study(
     known: dict[str, Any] | None = None
     where = shown(storage)
     opened_storage = open_storage(storage, heartbeat=heartbeat, create=create)
-    with closed_on_error(opened_storage, storage):
-        if not create:
-            inner = load_optuna(opened_storage, name, where=where)
-            known = read_request(inner.user_attrs, name)
-        else:
-            known = existing(opened_storage, name)
-        wanted = _own_or_known(budget, known)
-        given = {"only": only, "ignore": ignore, "methods": methods}
-        chosen = {key: _given(key, value, known) for key, value in given.items()}
-        axes = wanted.axes if wanted is not None else ()
-        begun = known or {}
-        multiple = begun.get("round_to", 1) if round_to is None else round_to
-        which = begun.get("rounding", "down") if rounding is None else rounding
-        check_round_to(multiple)
-        check_rounding(which)
-        weighing = _choice("fisher", fisher, known, calibration)
-        ordering = _choice("asymmetric", asymmetric, known, calibration)
-        timed = objective == LATENCY or bounds_latency(wanted) or begun.get("times") is not None
-        figures = (*axes, objective, LATENCY if timed else None)
-        check_inputs(figures, example_inputs, asked="a budget or an objective")
-        with torch.no_grad(), measure.preserve_rng():
-            opened = open_problem(
-                model,
-                wanted,
-                example_inputs=example_inputs,
-                calibration=calibration,
-                calibration_samples=calibration_samples,
-                evaluate=evaluate,
-                batches=batches,
-                methods=chosen["methods"] or Strategy.methods,
-                only=chosen["only"] or (),
-                ignore=chosen["ignore"] or (),
-                progress=progress,
-            )
-            problem = opened.problem
-            problem.round_to, problem.rounding = multiple, which
-            problem.fisher = weighing is True
-            if timed:
-                assert opened.seen is not None
-                table = _table(known) if profile is None else profile
-                clock = ModelClock(opened.source, example_inputs, table)
-                times = None if known is None else known.get("times")
-                price_time(problem, clock, opened.seen, axis=True, known=times)
-            return open_study(
-                problem,
-                storage=opened_storage,
-                where=where,
-                name=name,
-                objective=objective,
-                direction=direction,
-                space=space,
-                sizes=sizes,
-                switched=weighing == "search",
-                asymmetric=ordering,
-                sampler=sampler,
-                confidence=confidence,
-                warm_starts=warm_starts,
-                batches=None if batches is None else len(batches),
-                heartbeat=heartbeat,
-                seed=seed,
-                extra={
-                    "environment": environment(opened.source, example_inputs),
-                    **({"profile": _settings(table)} if timed else {}),
-                    **{key: _names(key, value) for key, value in chosen.items()},
-                },
-                finish=lambda plan: opened.finish(plan, seconds=plan.seconds),
-            )
+    if not create:
+        inner = load_optuna(opened_storage, name, where=where)
+        known = read_request(inner.user_attrs, name)
+    else:
+        known = existing(opened_storage, name)
+    wanted = _own_or_known(budget, known)
+    given = {"only": only, "ignore": ignore, "methods": methods}
+    chosen = {key: _given(key, value, known) for key, value in given.items()}
+    axes = wanted.axes if wanted is not None else ()
+    multiple = (known or {}).get("round_to", 1) if round_to is None else round_to
+    which = (known or {}).get("rounding", "down") if rounding is None else rounding
+    check_round_to(multiple)
+    check_rounding(which)
+    weighing = _choice("fisher", fisher, known, calibration)
+    ordering = _choice("asymmetric", asymmetric, known, calibration)
+    timed = objective == LATENCY or bounds_latency(wanted) or (known or {}).get("times") is not None
+    figures = (*axes, objective, LATENCY if timed else None)
+    check_inputs(figures, example_inputs, asked="a budget or an objective")
+    with torch.no_grad(), measure.preserve_rng():
+        opened = open_problem(
+            model,
+            wanted,
+            example_inputs=example_inputs,
+            calibration=calibration,
+            calibration_samples=calibration_samples,
+            evaluate=evaluate,
+            batches=batches,
+            methods=chosen["methods"] or Strategy.methods,
+            only=chosen["only"] or (),
+            ignore=chosen["ignore"] or (),
+            progress=progress,
+        )
+        problem = opened.problem
+        problem.round_to, problem.rounding = multiple, which
+        problem.fisher = weighing is True
+        if timed:
+            assert opened.seen is not None
+            table = _table(known) if profile is None else profile
+            clock = ModelClock(opened.source, example_inputs, table)
+            times = None if known is None else known.get("times")
+            price_time(problem, clock, opened.seen, axis=True, known=times)
+        return open_study(
+            problem,
+            storage=opened_storage,
+            where=where,
+            name=name,
+            objective=objective,
+            direction=direction,
+            space=space,
+            sizes=sizes,
+            switched=weighing == "search",
+            asymmetric=ordering,
+            sampler=sampler,
+            confidence=confidence,
+            warm_starts=warm_starts,
+            batches=None if batches is None else len(batches),
+            heartbeat=heartbeat,
+            seed=seed,
+            extra={
+                "environment": environment(opened.source, example_inputs),
+                **({"profile": _settings(table)} if timed else {}),
+                **{key: _names(key, value) for key, value in chosen.items()},
+            },
+            finish=lambda plan: opened.finish(plan, seconds=plan.seconds),
+        )
 
 
 def _own_or_known(budget: Any, known: Mapping[str, Any] | None) -> Budget | None:

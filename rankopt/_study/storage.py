@@ -11,6 +11,7 @@ import threading
 import time
 import uuid
 import warnings
+import weakref
 from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
@@ -36,7 +37,6 @@ __all__ = [
     "MAKE_ONE",
     "Leases",
     "close_storage",
-    "closed_on_error",
     "open_storage",
     "retry",
     "shown",
@@ -129,26 +129,21 @@ def _database(url: str, heartbeat: int, *, serial: bool = True) -> Any:
     )
     if sqlite and serial:
         serialise(storage.engine)
+    # Nobody has to close a study: its connections end with the last who knows the storage.
+    weakref.finalize(storage, _disconnect, storage.scoped_session, storage.engine)
     return storage
+
+
+def _disconnect(session: Any, engine: Any) -> None:
+    session.remove()
+    engine.dispose()
 
 
 def close_storage(storage: Any) -> None:
     """Give back the connections of a database; nothing for other storages."""
     backend = getattr(storage, "_backend", storage)  # Optuna wraps databases in a cache
     if hasattr(backend, "engine"):
-        storage.remove_session()
-        backend.engine.dispose()
-
-
-@contextlib.contextmanager
-def closed_on_error(opened: Any, given: Any) -> Iterator[None]:
-    """Close a storage where the block raises, unless it was `given` open."""
-    try:
-        yield
-    except BaseException:
-        if opened is not given:
-            close_storage(opened)
-        raise
+        _disconnect(backend.scoped_session, backend.engine)
 
 
 def shown(spec: Any) -> str:

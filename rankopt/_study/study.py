@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import os
 import time
-import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import cached_property
@@ -21,7 +20,6 @@ from rankopt._study.storage import (
     LOST,
     Leases,
     close_storage,
-    closed_on_error,
     open_storage,
     retry,
     shown,
@@ -68,7 +66,6 @@ class Study:
         self.optuna, self.where = study, where
         self._runner, self._finish = runner, finish
         self._leases = Leases(study, heartbeat)
-        weakref.finalize(study, close_storage, study._storage)
 
     @classmethod
     def load(cls, storage: Any, *, name: str | None = None) -> Study:
@@ -83,8 +80,7 @@ class Study:
         """
         where = shown(storage)
         opened = open_storage(storage, create=False)
-        with closed_on_error(opened, storage):
-            return cls(load_optuna(opened, name, where=where), where=where, heartbeat=1)
+        return cls(load_optuna(opened, name, where=where), where=where, heartbeat=1)
 
     def close(self) -> None:
         """Give back database connections; also at the end of a ``with`` block."""

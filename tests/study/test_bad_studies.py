@@ -356,6 +356,7 @@ def test_files_are_closed_after_errors_and_with_the_last_study(begun):
         open_study(begun, space="layer")
     with pytest.raises(StudyError, match="there is no study 'another'"):
         rankopt.Study.load(begun, name="another")
+    gc.collect()
     assert not opened()
     inner = rankopt.Study.load(begun).optuna
     assert inner.trials
