@@ -20,7 +20,7 @@ pytest.importorskip("accelerate")
 
 
 DISTRIBUTED = """
-import atexit, os, pathlib, sys
+import atexit, sys
 sys.path.insert(0, {tests!r})
 import torch
 torch.set_num_threads(1)
