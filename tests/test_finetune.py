@@ -150,6 +150,23 @@ def test_the_average_is_evaluated_and_kept():
     assert 0 < max(apart) < 5
 
 
+def test_the_average_has_batchnorm_statistics_of_its_own():
+    """Those of the weights it is the average of are far off while they move quickly."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 3))
+    x, y = 3 + torch.randn(256, 8), torch.randint(0, 3, (256,))
+    scored = []
+    rankopt.finetune(
+        model, in_batches(x, y), epochs=3, ema=0.9, learning_rate=0.05, schedule="constant",
+        evaluate=lambda average: scored.append(snapshot(average)) or len(scored),
+    )  # fmt: skip
+    with torch.no_grad():
+        taken_in = model[0](x)
+    assert torch.allclose(model[1].running_mean, taken_in.mean(dim=0), atol=1e-4)
+    assert torch.allclose(model[1].running_var, taken_in.var(dim=0, correction=0), rtol=1e-3)
+    assert equal(scored[-1], snapshot(model))
+
+
 @pytest.mark.parametrize("precision", ["bf16"])
 def test_autocast(precision):
     teacher, small, x, y = problem()

@@ -128,7 +128,8 @@ def finetune(
         accumulate: Batches per optimiser step.
         clip: Largest gradient norm; None for no clipping.
         ema: Decay per step of an exponential moving average of the weights, which is
-            what is evaluated and kept; None for none.
+            what is evaluated and kept, with BatchNorm statistics of its own from the last 512
+            samples of each epoch; None for none.
         precision: ``no``, ``bf16`` or ``fp16`` autocast.
         augment: Changes inputs before model and teacher see them: a function of (inputs,
             generator), ``auto`` (shifts and mirrors images, the one tensor of four dimensions

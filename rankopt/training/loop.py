@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import math
-import random
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
-from itertools import chain, islice
+from itertools import chain
 from pathlib import Path
 from typing import Any, Final
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -31,6 +29,7 @@ from rankopt.training.freezing import Freezer
 from rankopt.training.objective import Objective, so_far
 from rankopt.training.recipe import Recipe
 from rankopt.training.schedules import NoFreezing
+from rankopt.training.streams import Streams
 
 __all__ = ["Loop"]
 
@@ -39,8 +38,6 @@ __all__ = ["Loop"]
 NOTE_EVERY: Final = 10
 # Steps in a row without an update: float16's scale began at 2^16 and is below 2^-16 by then.
 MOST_SKIPPED: Final = 32
-# Distinct streams for every epoch of every process, from one seed.
-SEED_STRIDE: Final = 1_000_003
 
 
 class Loop:
@@ -71,6 +68,7 @@ class Loop:
         if batches_per_epoch is not None:
             check_integer("batches_per_epoch", batches_per_epoch, 1)
         self.loader, self.batches = data.prepared(train, accelerator, batches_per_epoch)
+        self.streams = Streams(recipe.seed, self.loader, accelerator)
         self.steps_per_epoch = -(-self.batches // recipe.accumulate)
         # Optimisers are made before anything is frozen, so that they know every factor.
         parameters = [p for p in self.plain.parameters() if p.requires_grad]
@@ -186,10 +184,8 @@ class Loop:
             self.best = files.copied(self.plain.state_dict())
 
     def _epoch(self, epoch: int) -> None:
-        if hasattr(self.loader, "set_epoch"):
-            self.loader.set_epoch(epoch)
         self.plain.train()
-        generator = torch.Generator().manual_seed(self._stream(epoch))
+        generator = self.streams.augmentation(epoch)
         # Sums over the epoch, on the device: loss, right, labels, samples.
         device = self.accelerator.device
         precise = torch.float32 if device.type == "mps" else torch.float64
@@ -198,7 +194,7 @@ class Loop:
         started = time.perf_counter()
         label = f"epoch {epoch + 1}/{self.recipe.epochs}"
         processes = self.accelerator.num_processes
-        batches = self._in_order(epoch)
+        batches = self.streams.batches(epoch)
         taken = 0
         with progress_bar(label, self.steps_per_epoch, enabled=self.progress) as advance:
             for group in data.groups(batches, self.recipe.accumulate, self.batches):
@@ -215,6 +211,8 @@ class Loop:
                 "were announced, so that the learning rate falls too late; pass the true number "
                 "as batches_per_epoch="
             )
+        if self.average is not None:
+            self.average.settle()
         if processes > 1:  # each has seen other batches; statistics are those of the first
             averaged = [] if self.average is None else self.average.buffers()
             for buffer in chain(self.plain.buffers(), averaged):
@@ -267,7 +265,7 @@ class Loop:
             raise overflowing(self.step, self.skipped)
         self.step += 1
         if self.average is not None:
-            self.average.update_parameters(self.plain)
+            self.average.update(self.plain)
 
     def _gradients(
         self,
@@ -282,51 +280,22 @@ class Loop:
         for index, batch in enumerate(group):
             with self.exchange.without(silent=index < len(group) - 1):
                 model = self.exchange.model
-                loss, parts = self.objective.of(model, batch, self.step, generator, totals)
+                loss, parts, inputs = self.objective.of(model, batch, self.step, generator, totals)
                 self.accelerator.backward(loss / len(group))
+            if self.average is not None:
+                self.average.see(inputs)
             finite = finite * loss.detach().isfinite()
             for name, value in parts.items():
                 terms[name] = terms.get(name, 0.0) + value / len(group)
         self.exchange.finish()
         return finite
 
-    def _in_order(self, epoch: int) -> Iterator[Any]:
-        """An epoch's batches of this process.
-
-        Samplers draw the order of an epoch at its first batch: from one seed in all
-        processes, as each takes its share of it.
-        """
-        batches = data.share(self.loader, self.accelerator)
-        self._seed(self._stream(epoch, process=0))
-        for own in data.generators(self.loader):
-            own.manual_seed(self._stream(epoch, process=0))
-        if self.accelerator.num_processes > 1:
-            first = list(islice(batches, 1))
-            self._seed(self._stream(epoch))
-            batches = chain(first, batches)
-        return batches
-
-    @staticmethod
-    def _seed(stream: int) -> None:
-        torch.manual_seed(stream)
-        random.seed(stream)
-        np.random.seed(stream % 2**32)
-
-    def _stream(self, epoch: int, process: int | None = None) -> int:
-        if process is None:
-            process = int(self.accelerator.process_index)
-        stream = (self.recipe.seed * SEED_STRIDE + epoch) * SEED_STRIDE + process
-        return stream % 2**63  # torch takes no more
-
     # After an epoch
 
     @property
     def _current(self) -> nn.Module:
         """The model to evaluate and keep."""
-        if self.average is None:
-            return self.plain
-        averaged: nn.Module = self.average.module
-        return averaged
+        return self.plain if self.average is None else self.average.model
 
     def _finish_epoch(self) -> None:
         entry = self.history[-1]

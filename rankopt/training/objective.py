@@ -59,8 +59,8 @@ class Objective:
         step: int,
         generator: torch.Generator,
         totals: Tensor,
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss of one batch with a gradient to `wrapped`, and its terms by name.
+    ) -> tuple[Tensor, dict[str, Tensor], Any]:
+        """The loss of one batch with a gradient to `wrapped`, its terms by name, and its inputs.
 
         Args:
             wrapped: The model, in what exchanges gradients between processes.
@@ -96,7 +96,7 @@ class Objective:
         if (counted := data.right(output, measure.to_device(labels, device))) is not None:
             totals[1] += counted[0]
             totals[2] += counted[1]
-        return task, parts
+        return task, parts, inputs
 
     def _task(self, output: Any, labels: Any, device: torch.device, step: int) -> Any:
         if self._loss is not None:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from rankopt._utils.arguments import check_integer
+from rankopt.training.average import Average
 from rankopt.training.schedules import FREEZING, NoFreezing, Schedule
 
 __all__ = ["OPTIMIZERS", "PRECISIONS", "RATES", "Recipe", "rate"]
@@ -102,18 +103,9 @@ class Recipe:
             raise ValueError(f"optimizer made a {type(made).__name__}, not a torch.optim.Optimizer")
         return made
 
-    def make_average(self, model: nn.Module) -> torch.optim.swa_utils.AveragedModel | None:
+    def make_average(self, model: nn.Module) -> Average | None:
         """The moving average of a model's weights; None where none is asked for."""
-        decay = self.ema
-        if decay is None:
-            return None
-
-        def blend(averaged: Any, current: Any, count: Any) -> None:
-            # A young average follows quickly, or it would remember the first weights for ever.
-            rate = 1 - min(decay, (1 + int(count)) / (10 + int(count)))
-            torch._foreach_lerp_(averaged, current, rate)
-
-        return torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=blend)
+        return None if self.ema is None else Average(model, self.ema)
 
     def freezing_schedule(self, steps_per_epoch: int) -> Schedule:
         """The freezing schedule, everything training in the last epochs.

@@ -1,0 +1,65 @@
+"""The order and the random numbers of every epoch, from one seed."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Iterator
+from itertools import chain, islice
+from typing import Any, Final
+
+import numpy as np
+import torch
+
+from rankopt.training import batches as data
+
+__all__ = ["Streams"]
+
+# Distinct streams for every epoch of every process.
+STRIDE: Final = 1_000_003
+
+
+class Streams:
+    """Distinct random numbers for every epoch of every process, the same in every run.
+
+    Args:
+        seed: Of the run.
+        loader: As `batches.prepared` gives it.
+        accelerator: Hugging Face's.
+    """
+
+    def __init__(self, seed: int, loader: Iterable[Any], accelerator: Any) -> None:
+        self._seed, self._loader, self._accelerator = seed, loader, accelerator
+
+    def augmentation(self, epoch: int) -> torch.Generator:
+        """For the changes of the inputs in this process."""
+        return torch.Generator().manual_seed(self._of(epoch))
+
+    def batches(self, epoch: int) -> Iterator[Any]:
+        """An epoch's batches of this process; from the first on, it has its own random numbers.
+
+        Samplers draw the order of an epoch at its first batch: from one seed in all
+        processes, as each takes its share of it.
+        """
+        if hasattr(self._loader, "set_epoch"):
+            self._loader.set_epoch(epoch)
+        batches = data.share(self._loader, self._accelerator)
+        _seed_all(self._of(epoch, process=0))
+        for own in data.generators(self._loader):
+            own.manual_seed(self._of(epoch, process=0))
+        if self._accelerator.num_processes > 1:
+            first = list(islice(batches, 1))
+            _seed_all(self._of(epoch))
+            batches = chain(first, batches)
+        return batches
+
+    def _of(self, epoch: int, process: int | None = None) -> int:
+        if process is None:
+            process = int(self._accelerator.process_index)
+        stream = (self._seed * STRIDE + epoch) * STRIDE + process
+        return stream % 2**63  # torch takes no more
+
+
+def _seed_all(stream: int) -> None:
+    torch.manual_seed(stream)
+    random.seed(stream)
+    np.random.seed(stream % 2**32)
