@@ -36,6 +36,7 @@ from benchmarks.unseen import ViT
 from rankopt._utils.files import atomic_path, write_text
 from rankopt._utils.tables import table, to_text
 from rankopt.training import Distillation
+from rankopt.training.augmentation import shift_and_mirror
 
 CALIBRATION = 1024
 BATCH = 128
@@ -181,7 +182,7 @@ class Bench:
             training = rankopt.finetune(
                 model,
                 self.loader,
-                augment="auto",
+                augment=pasted if self.arguments.paste else "auto",
                 folder=self.folder / name,
                 precision=self.arguments.precision,
                 **settings,
@@ -306,6 +307,23 @@ class Bench:
         print(to_text(made))
 
 
+def pasted(inputs: Tensor, generator: torch.Generator) -> Tensor:
+    """Images moved and mirrored; in every other batch with a square of another image (CutMix,
+    arXiv 1905.04899): what a teacher says of them it did not learn by heart.
+    """
+    images: Tensor = shift_and_mirror(inputs, generator)
+    chance, share, down, across = torch.rand(4, generator=generator).tolist()
+    if chance < 0.5:
+        return images
+    height, width = (int(side * (1 - share) ** 0.5) for side in images.shape[2:])
+    row = int(down * (images.shape[2] - height + 1))
+    column = int(across * (images.shape[3] - width + 1))
+    square = (..., slice(row, row + height), slice(column, column + width))
+    others = torch.randperm(len(images), generator=generator)
+    images[square] = images[others][square]
+    return images
+
+
 def _last(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last)
 
@@ -343,8 +361,11 @@ def main() -> None:
     parser.add_argument("--labels", type=float, default=0.5, help="weight of the labels' loss")
     parser.add_argument("--logits", type=float, default=0.5, help="weight of the teacher's")
     parser.add_argument("--outputs", type=float, default=0, help="weight of the layers' outputs")
+    parser.add_argument("--paste", action="store_true", help="CutMix; with --labels 0")
     parser.add_argument("--precision", choices=("no", "bf16"), default="no")
     arguments = parser.parse_intermixed_args()
+    if arguments.paste and arguments.labels:
+        parser.error("--paste has no labels of two images: add --labels 0 --logits 1")
     unknown = set(arguments.variants) - set(VARIANTS)
     if unknown:
         parser.error(f"unknown variant {', '.join(sorted(unknown))}; known: {', '.join(VARIANTS)}")

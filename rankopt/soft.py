@@ -23,6 +23,7 @@ from rankopt.budget import Budget
 from rankopt.errors import BudgetError, ModelError
 from rankopt.strategy import Strategy
 from rankopt.strategy.relaxation import Relaxation
+from rankopt.strategy.settings import Settings
 
 __all__ = ["SoftModel", "soften"]
 
@@ -93,7 +94,7 @@ def soften(
             methods=methods,
             only=only,
             ignore=ignore,
-            progress=progress,
+            settings=Settings(progress=progress),
         )
         clock = None
         if bounds_latency(allowed):

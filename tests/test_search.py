@@ -5,10 +5,12 @@ import torch
 from torch import nn
 
 import rankopt
+from rankopt._utils.progress import progress_bar
 from rankopt.errors import (
     BudgetError,
     BudgetInfeasible,
     CalibrationError,
+    DeadlineExceeded,
     LayerError,
     ModelError,
     RegistryError,
@@ -250,3 +252,27 @@ def test_rounding_directions():
     for bad in ({"round_to": 0}, {"round_to": 2.0}, {"rounding": "sideways"}):
         with pytest.raises(ValueError, match=next(iter(bad))):
             ranks(**bad)
+
+
+def test_progress_is_shown_as_asked_while_inputs_are_read(monkeypatch):
+    asked = []
+
+    def spied(label, total, *, enabled=None):
+        asked.append(enabled)
+        return progress_bar(label, total, enabled=False)
+
+    monkeypatch.setattr("rankopt._calibration.collect.progress_bar", spied)
+    for progress in (False, True, None):
+        rankopt.search(
+            planted_model(), "params<=60%", calibration=[planted_inputs()], progress=progress
+        )
+    assert asked == [False, True, None]
+
+
+def test_the_deadline_holds_while_inputs_are_read():
+    model, calls = planted_model(), []
+    model.register_forward_pre_hook(lambda module, args: calls.append(1))
+    inputs = [planted_inputs()] * 8
+    with pytest.raises(DeadlineExceeded):
+        rankopt.search(model, "params<=60%", calibration=inputs, timeout=0.0)
+    assert len(calls) < len(inputs)

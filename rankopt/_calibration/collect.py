@@ -59,6 +59,7 @@ def collect(
     *,
     max_samples: int | None = MAX_SAMPLES,
     progress: bool | None = None,
+    check: Callable[[], None] = lambda: None,
 ) -> dict[str, Moments]:
     """Second moments of the inputs of `layers`, in eval mode; about the mean for some.
 
@@ -70,6 +71,7 @@ def collect(
         data: See `batches`.
         max_samples: Where to stop.
         progress: Whether to show a progress bar.
+        check: Called after every batch, to raise when there is no more time.
 
     Raises:
         CalibrationError: See `batches`; also inputs the model fails on, or
@@ -81,8 +83,13 @@ def collect(
         data = hold(model, data, max_samples=max_samples)
     found: dict[str, Moments] = {}
     with progress_bar("calibrating", None, enabled=progress) as advance:
+
+        def tick() -> None:
+            advance()
+            check()
+
         for part in passes:
-            found |= _collected(model, part, data, max_samples, advance)
+            found |= _collected(model, part, data, max_samples, tick)
             give_back()
     return found
 
@@ -133,7 +140,7 @@ def _collected(
     layers: Sequence[Layer],
     data: Any,
     max_samples: int | None,
-    advance: Callable[[], None],
+    tick: Callable[[], None],
 ) -> dict[str, Moments]:
     """Moments of some layers from one pass."""
     modules = dict(surgery.named_modules(model))
@@ -176,7 +183,7 @@ def _collected(
     with hooked(handles), torch.no_grad(), measure.preserve_rng(), measure.evaluation(model):
         for inputs, _ in batches(model, data, max_samples=max_samples):
             run(model, inputs)
-            advance()
+            tick()
     found = {}
     for layer in layers:
         if not counts.get(layer.name):  # never called, or with nothing: an idle expert

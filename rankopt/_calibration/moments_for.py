@@ -40,11 +40,16 @@ def moments_for(
 
 
 def collect_for(
-    view: nn.Module, groups: Sequence[Sequence[Layer]], held: Any, *, progress: bool | None = None
+    view: nn.Module,
+    groups: Sequence[Sequence[Layer]],
+    held: Any,
+    *,
+    progress: bool | None = None,
+    check: Callable[[], None] = lambda: None,
 ) -> dict[str, Moments]:
     """Moments for sites, under the name of each site's first layer, pooled over the site."""
     layers = [layer for group in groups for layer in group]
-    found = collect(view, layers, held, max_samples=None, progress=progress)
+    found = collect(view, layers, held, max_samples=None, progress=progress, check=check)
     pooled = {}
     for group in groups:
         parts = [found[layer.name] for layer in group if layer.name in found]

@@ -28,6 +28,7 @@ from rankopt.budget import Budget
 from rankopt.errors import ModelError
 from rankopt.registry import decompositions
 from rankopt.strategy import Problem, Site
+from rankopt.strategy.settings import Settings
 
 __all__ = ["describe", "problem_of", "selected"]
 
@@ -122,6 +123,7 @@ def problem_of(
     seen: Probe | None,
     budget: Budget | None,
     methods: str | Decomposition | Sequence[str | Decomposition],
+    settings: Settings,
 ) -> Problem:
     if isinstance(methods, str) or not isinstance(methods, Iterable):
         methods = [methods]
@@ -144,8 +146,9 @@ def problem_of(
     if seen is not None:
         totals["macs"] = seen.macs
     return Problem(
-        layers=tuple(layers), sites=tuple(sites), budget=budget, totals=totals, weight=weight
-    )
+        layers=tuple(layers), sites=tuple(sites), budget=budget, totals=totals, weight=weight,
+        **vars(settings),
+    )  # fmt: skip
 
 
 def _with_values(layer: Layer, weight: Callable[[Layer], Tensor]) -> Layer:

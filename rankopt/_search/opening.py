@@ -42,6 +42,7 @@ from rankopt.errors import (
 )
 from rankopt.plan import Decision, RankPlan
 from rankopt.strategy import Option, Problem, Strategy, decide
+from rankopt.strategy.settings import Settings
 
 __all__ = ["Opened", "check_request", "open_problem", "uses_metric"]
 
@@ -99,7 +100,7 @@ def open_problem(
     methods: str | Decomposition | Sequence[str | Decomposition] = Strategy.methods,
     only: Patterns = (),
     ignore: Patterns = (),
-    progress: bool | None = None,
+    settings: Settings | None = None,
 ) -> Opened:
     """Describe a model for strategies; arguments and errors as of `search`."""
     source = surgery.unwrap(model)
@@ -110,8 +111,7 @@ def open_problem(
         held = hold(source, calibration, max_samples=calibration_samples)
     view, layers, seen = describe(source, example_inputs, runs=runs, held=held or ())
     layers = selected(layers, only, ignore)
-    problem = problem_of(view, layers, seen, budget, methods)
-    problem.progress = progress
+    problem = problem_of(view, layers, seen, budget, methods, settings or Settings())
     problem.model = {
         "class": type(source).__name__,
         "structure": measure.structure_digest(source),
@@ -176,7 +176,9 @@ def check_request(
 def _calibrate(problem: Problem, view: nn.Module, held: Sequence[Any]) -> None:
     """Collect what the strategy and the factors need from calibration inputs."""
     groups = [site.layers for site in problem.sites]
-    problem.moments = collect_for(view, groups, held, progress=problem.progress)
+    problem.moments = collect_for(
+        view, groups, held, progress=problem.progress, check=problem.check_deadline
+    )
 
     @cache
     def weighed() -> dict[str, Moments]:

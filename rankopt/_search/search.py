@@ -26,6 +26,7 @@ from rankopt.plan import RankPlan
 from rankopt.registry import strategies
 from rankopt.strategy import Problem, Strategy, check_timeout
 from rankopt.strategy.rank_choices import check_round_to, check_rounding
+from rankopt.strategy.settings import Settings
 
 __all__ = ["DEFAULT_STRATEGY", "search"]
 
@@ -135,7 +136,6 @@ def search(
     check_rounding(rounding)
     check_timeout(timeout)
     table = check_table(profile, "profile")
-    deadline = None if timeout is None else time.monotonic() + timeout
     chosen = strategies.create(strategy)
     allowed = check_request(Budget.parse(budget), chosen, example_inputs, calibration, evaluate)
     drops = allowed is not None and allowed.metric_drop is not None
@@ -151,11 +151,17 @@ def search(
             methods=chosen.methods if methods is None else methods,
             only=only,
             ignore=ignore,
+            settings=Settings(
+                seed=seed,
+                deadline=None if timeout is None else time.monotonic() + timeout,
+                fisher=fisher is True,
+                asymmetric=asymmetric is not False,
+                round_to=round_to,
+                rounding=rounding,
+                progress=progress,
+            ),
         )
         problem = opened.problem
-        problem.seed, problem.deadline, problem.progress = seed, deadline, progress
-        problem.round_to, problem.rounding = round_to, rounding
-        problem.fisher, problem.asymmetric = fisher is True, asymmetric is not False
         clock: ModelClock | None = None
         if bounds_latency(allowed) or "latency" in chosen.promises.needs:
             assert opened.seen is not None

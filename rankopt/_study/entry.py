@@ -35,6 +35,7 @@ from rankopt.budget import Budget, check_inputs
 from rankopt.errors import ModelError, StudyError
 from rankopt.strategy import LATENCY, Strategy
 from rankopt.strategy.rank_choices import check_round_to, check_rounding
+from rankopt.strategy.settings import Settings
 
 __all__ = ["study"]
 
@@ -188,11 +189,11 @@ def study(
             methods=chosen["methods"] or Strategy.methods,
             only=chosen["only"] or (),
             ignore=chosen["ignore"] or (),
-            progress=progress,
+            settings=Settings(
+                fisher=weighing is True, round_to=multiple, rounding=which, progress=progress
+            ),
         )
         problem = opened.problem
-        problem.round_to, problem.rounding = multiple, which
-        problem.fisher = weighing is True
         if timed:
             assert opened.seen is not None
             table = _table(known) if profile is None else profile
