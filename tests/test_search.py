@@ -269,6 +269,16 @@ def test_progress_is_shown_as_asked_while_inputs_are_read(monkeypatch):
     assert asked == [False, True, None]
 
 
+def test_a_log_has_a_line_of_each_bar(monkeypatch, capsys):
+    monkeypatch.setattr("rankopt._utils.progress.PATIENCE_SECONDS", 0.0)
+    with progress_bar("calibrating", 3, enabled=True) as advance:
+        for _ in range(3):
+            advance()
+    shown = capsys.readouterr().err
+    assert shown.count("calibrating") == 1
+    assert "3/3" in shown
+
+
 def test_the_deadline_holds_while_inputs_are_read():
     model, calls = planted_model(), []
     model.register_forward_pre_hook(lambda module, args: calls.append(1))

@@ -57,7 +57,9 @@ def progress_bar(
                 *counts,
                 TextColumn("{task.fields[note]}"),
             )
-            bar = Progress(*columns, console=Console(stderr=True), transient=True)
+            console = Console(stderr=True)
+            # Bars vanish from a terminal; a log has one line of each, at its end.
+            bar = Progress(*columns, console=console, transient=console.is_terminal)
             task = bar.add_task(label, total=total, note=shown_note)
             bar.start()
         bar.update(task, completed=done, note=shown_note)
