@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from rankopt._calibration.batchnorm import has_norms, settle_in_one_pass
-from rankopt._model.inputs import tensors_in
+from rankopt.training.batches import samples
 
 __all__ = ["Average"]
 
@@ -54,7 +54,7 @@ class Average:
         """Remember what the model trains on, as long as it may be needed."""
         if not self._settles:
             return
-        self._seen.append((inputs, next((len(t) for t in tensors_in(inputs) if t.dim()), 1)))
+        self._seen.append((inputs, samples(inputs)))
         held = sum(size for _, size in self._seen)
         while held - self._seen[0][1] >= SAMPLES:
             held -= self._seen.popleft()[1]

@@ -28,6 +28,7 @@ __all__ = [
     "kept_sampler",
     "prepared",
     "right",
+    "samples",
     "share",
     "split",
     "task_loss",
@@ -105,6 +106,11 @@ def call(model: nn.Module, inputs: Any, step: int) -> Any:
             f"step {step}: the model fails on a batch of {', '.join(shapes)}: {error}"
             + ("" if advice is None else f"; {advice}")
         ) from error
+
+
+def samples(inputs: Any) -> int:
+    """Length of a batch; 1 where no tensor has one."""
+    return next((len(t) for t in tensors_in(inputs) if t.dim()), 1)
 
 
 def check_labels(labels: Tensor, output: Any, step: int) -> None:

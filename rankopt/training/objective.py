@@ -90,7 +90,7 @@ class Objective:
             if self._distiller is not None:
                 task, parts = self._distiller.loss(output, task)
         _check_trainable(task, step)
-        size = next((len(t) for t in tensors_in(inputs) if t.dim()), 1)
+        size = data.samples(inputs)
         totals[0] += task.detach() * size
         totals[3] += size
         if (counted := data.right(output, measure.to_device(labels, device))) is not None:
