@@ -35,7 +35,7 @@ from benchmarks import cifar, unseen
 from benchmarks.unseen import ViT
 from rankopt._utils.files import atomic_path, write_text
 from rankopt._utils.tables import table, to_text
-from rankopt.training import Distillation
+from rankopt.training import FREEZING, Distillation, Schedule
 from rankopt.training.augmentation import shift_and_mirror
 
 CALIBRATION = 1024
@@ -254,17 +254,14 @@ class Bench:
                 self.start()
             model = rankopt.load(dense, self.folder / "start.safetensors")
         arguments = self.arguments
-        freezing = {
-            "freezing": "none" if name in ("control", "full") else name,
-            "final_epochs": arguments.final_epochs if name not in ("control", "full") else 0,
-        }
+        settings: dict[str, Any] = {"freezing": self.freezing(name)}
         # Of the layers' own terms the control has none; logits suit both.
         outputs = 0 if name == "control" else arguments.outputs
         terms = Distillation(
             labels=arguments.labels, weights=0, outputs=outputs, logits=arguments.logits
         )
         if arguments.logits or outputs:
-            freezing |= {"teacher": self.trained(), "distillation": terms}
+            settings |= {"teacher": self.trained(), "distillation": terms}
         label = self.label(name)
         training = self.tuned(
             label,
@@ -274,9 +271,19 @@ class Bench:
             optimizer=arguments.optimizer,
             weight_decay=arguments.weight_decay,
             ema=arguments.ema,
-            **freezing,
+            **settings,
         )
         self.scored(label, model, seconds=training.seconds, epochs=len(training.history))
+
+    def freezing(self, name: str) -> Schedule:
+        """The schedule of a variant; in a front, nothing trains in the final epochs either."""
+        if name in ("control", "full"):
+            return FREEZING["none"]()
+        schedule = FREEZING[name]().until(self.arguments.epochs - self.arguments.final_epochs)
+        for front in self.arguments.front:
+            module, _, phase = front.partition(":")
+            schedule = schedule.front(module, int(phase))
+        return schedule
 
     def table(self) -> None:
         """Print the finished variants."""
@@ -354,6 +361,10 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=15)
     parser.add_argument("--batch", type=int, default=BATCH, help="images per training step")
     parser.add_argument("--final-epochs", type=int, default=1, help="everything trains in them")
+    parser.add_argument(
+        "--front", action="append", default=[], metavar="MODULE:EPOCH",
+        help="of fixed and sequential: from this epoch on nothing up to this module trains",
+    )  # fmt: skip
     parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--optimizer", choices=("adamw", "sgd"), default="adamw")
     parser.add_argument("--weight-decay", type=float, default=1e-4)

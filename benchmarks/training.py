@@ -1,7 +1,7 @@
 """Training speed of decomposed networks with frozen factors.
 
 Run: python -m benchmarks.training [--model resnet50] [--batch 32] [--size 224] [--rounds 5]
-     [--variants NAME ...] [--clock wall|cpu] [--plans FOLDER] [--kernels]
+     [--variants NAME ...] [--clock wall|cpu] [--compile] [--plans FOLDER] [--kernels]
 
 Times whole training steps (forward, backward, SGD), interleaved with the dense model's, and
 prints throughput ratios. Freezing is held against 3 / (3 − f), the most a step can gain if time
@@ -49,14 +49,15 @@ VARIANTS = (*(plan + how for plan in ("vanilla", "profiled") for how in FREEZING
 KERNEL_RUNS = 5
 
 
-def trainer(model: nn.Module, x: Tensor, y: Tensor) -> Callable[[], None]:
+def trainer(model: nn.Module, x: Tensor, y: Tensor, compiled: bool = False) -> Callable[[], None]:
     """One training step as a function."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimiser = torch.optim.SGD(parameters, lr=1e-4, momentum=0.9, weight_decay=1e-4)
+    run = torch.compile(model) if compiled else model
 
     def step() -> None:
         optimiser.zero_grad(set_to_none=True)
-        F.cross_entropy(model(x), y).backward()
+        F.cross_entropy(run(x), y).backward()
         optimiser.step()
 
     return step
@@ -159,7 +160,7 @@ def speed(arguments: argparse.Namespace) -> None:
     y = torch.randint(0, 1000, (arguments.batch,))
     dense = make(arguments.model).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     made = plans(arguments, dense, x)
-    candidates = {"dense": trainer(dense.train(), x, y)}
+    candidates = {"dense": trainer(dense.train(), x, y, arguments.compile)}
     ceilings: dict[str, list[float]] = {}
     skipped: dict[str, float] = {}  # milliseconds of kernels a variant need not run
     clock = time.process_time if arguments.clock == "cpu" else time.perf_counter
@@ -175,7 +176,7 @@ def speed(arguments: argparse.Namespace) -> None:
             if arguments.kernels and freezer.frozen:
                 spent = kernel_ms(small, set(freezer.frozen), x, clock)
                 skipped[name] = skipped.get(name, 0.0) + spent / len(phases)
-            candidates[f"{name} {phase}"] = trainer(small, x, y)
+            candidates[f"{name} {phase}"] = trainer(small, x, y, arguments.compile)
     timings = (
         cpu_interleaved(candidates, arguments.rounds)
         if arguments.clock == "cpu"
@@ -246,6 +247,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    parser.add_argument("--compile", action="store_true", help="every model by torch.compile")
     parser.add_argument("--plans", default="", metavar="FOLDER", help="where the plan is kept")
     parser.add_argument("--profile-batch", type=int, default=8, help="of the profiled plan")
     parser.add_argument("--kernels", action="store_true", help="time weight gradients alone too")

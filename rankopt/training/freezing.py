@@ -2,13 +2,16 @@
 
 A backward pass spends one product on a layer's input gradient and one, as
 large, on its weight gradient. With the second skipped for a share f of the MACs, a
-training step gains at most 3 / (3 − f); see `Freezer.ceiling`.
+training step gains at most 3 / (3 − f); see `Freezer.ceiling`. In a front that does not train at
+all both are skipped.
 
-References: fixed freezing, arXiv 2407.20266 §2.2; sequential freezing, 2309.03824.
+References: fixed freezing, arXiv 2407.20266 §2.2; sequential freezing, 2309.03824; the front of
+the network as training ends, 1706.04983.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Set
 from dataclasses import dataclass
 from types import MethodType
 from typing import Any, Final, Literal
@@ -22,6 +25,7 @@ from rankopt._model.hooks import hooked
 from rankopt.errors import ModelError
 from rankopt.plan import Decision, RankPlan
 from rankopt.registry import decompositions
+from rankopt.training.front import front_modules
 from rankopt.training.schedules import Fixed, Roles, Schedule, Sequential
 
 __all__ = [
@@ -35,7 +39,7 @@ __all__ = [
 ]
 
 _CONVS: Final = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-# On modules whose weight a Freezer froze: one that is interrupted leaves them to the next.
+# On modules, the parameters a Freezer froze: one that is interrupted leaves them to the next.
 _FROZEN_ATTRIBUTE: Final = "rankopt_frozen"
 
 
@@ -143,11 +147,21 @@ class Freezer:
         self._model = surgery.unwrap(model)
         release(self._model)
         self._factors = [f for f in factors(model) if f.weight.requires_grad]
+        self._owned = [
+            (name, module, _trainable(module))
+            for name, module in surgery.named_modules(self._model)
+            if _trainable(module)
+        ]
 
     @property
     def frozen(self) -> tuple[str, ...]:
-        """Names of the factor weights that do not train now."""
-        return tuple(f"{f.name}.weight" for f in self._factors if not f.weight.requires_grad)
+        """Names of the parameters that do not train now: factors, and all of a frozen front."""
+        return tuple(
+            f"{name}.{parameter}".lstrip(".")
+            for name, module, owned in self._owned
+            for parameter in owned
+            if not module.get_parameter(parameter).requires_grad
+        )
 
     def step(self, phase: int) -> bool:
         """Freeze what the schedule freezes in `phase`, and let the rest train.
@@ -156,28 +170,26 @@ class Freezer:
             Whether anything changed.
 
         Raises:
-            ModelError: Nothing at all would be left to train.
+            ModelError: Nothing at all would be left to train, or the schedule names
+                a module that the model lacks.
         """
-        frozen = self._weights(phase)
-        ours = {id(factor.weight) for factor in self._factors}
-        if frozen.keys() == ours and not any(
-            p.requires_grad for p in self._model.parameters() if id(p) not in ours
+        frozen = self._frozen_in(phase)
+        if all(
+            id(module.get_parameter(parameter)) in frozen
+            for _, module, owned in self._owned
+            for parameter in owned
         ):
             raise ModelError(
                 f"phase {phase} of {self.schedule} freezes every parameter, so nothing would train"
             )
-        changed = False
-        for factor in self._factors:
-            weight = factor.weight
-            trains = id(weight) not in frozen
-            changed |= weight.requires_grad != trains
-            _set_frozen(factor.module, frozen=not trains)
-            if not trains:
-                weight.grad = None  # a stale gradient would keep moving the weight
-        return changed
+        changes = [
+            _freeze(module, owned, {p for p in owned if id(module.get_parameter(p)) in frozen})
+            for _, module, owned in self._owned
+        ]
+        return any(changes)
 
     def release(self) -> None:
-        """Let every factor train again."""
+        """Let everything train again."""
         release(self._model)
 
     def skipped(self, phase: int, example_inputs: Any) -> float:
@@ -187,59 +199,100 @@ class Freezer:
             phase: As for `step`.
             example_inputs: A tensor, a tuple or a mapping to call the model with.
         """
-        frozen = self._weights(phase)
-        macs = {id(factor.module): 0 for factor in self._factors if id(factor.weight) in frozen}
+        return self._skipped(phase, example_inputs)[0]
+
+    def ceiling(self, phase: int, example_inputs: Any) -> float:
+        """The largest possible gain of a training step in `phase`, 3 / (3 − f − g).
+
+        A step costs three products of equal size per layer, forward, input
+        gradient and weight gradient. The last is skipped for the share f of MACs, the second in
+        a frozen front, for the share g.
+        """
+        return 3 / (3 - sum(self._skipped(phase, example_inputs)))
+
+    def _skipped(self, phase: int, example_inputs: Any) -> tuple[float, float]:
+        """Shares of the MACs whose weight and whose input gradients `phase` skips."""
+        frozen, front = self._frozen_in(phase), self._front(phase)
+        macs: dict[int, int] = {}
 
         def hook(module: Any, _: Any, output: Tensor) -> None:
             per_output = module.weight[0].numel()
-            macs[id(module)] += output.numel() * per_output
+            macs[id(module)] = macs.get(id(module), 0) + output.numel() * per_output
 
-        counted = [f.module for f in self._factors if id(f.module) in macs]
         model = self._model
+        layers = [m for m in model.modules() if isinstance(m, (nn.Linear, *_CONVS))]
         inputs = measure.to_device(example_inputs, surgery.device_of(model))
         with (
-            hooked(module.register_forward_hook(hook) for module in counted),
+            hooked(module.register_forward_hook(hook) for module in layers),
             torch.no_grad(),
             measure.preserve_rng(),
             measure.evaluation(model),
         ):
-            total = measure.count_macs(model, inputs)
-        return sum(macs.values()) / max(total, 1)
+            total = max(measure.count_macs(model, inputs), 1)
+        weights = sum(macs.get(id(m), 0) for m in layers if id(m.weight) in frozen)
+        behind = sum(macs.get(id(m), 0) for m in layers if id(m) in front)
+        return weights / total, behind / total
 
-    def ceiling(self, phase: int, example_inputs: Any) -> float:
-        """The largest possible gain of a training step in `phase`, 3 / (3 − f).
+    def _front(self, phase: int) -> dict[int, nn.Module]:
+        """The modules of the fronts that are frozen in `phase`, by identity."""
+        found: dict[int, nn.Module] = {}
+        for name in sorted(self.schedule.fronts(phase)):
+            found |= front_modules(self._model, name)
+        return found
 
-        A step costs three products of equal size per layer, forward, input
-        gradient and weight gradient, of which the last is skipped for the share f of MACs.
-        """
-        return 3 / (3 - self.skipped(phase, example_inputs))
-
-    def _weights(self, phase: int) -> dict[int, nn.Parameter]:
-        """Weights that every layer using them freezes, by identity."""
-        frozen: dict[int, nn.Parameter] = {}
+    def _frozen_in(self, phase: int) -> Set[int]:
+        """Identities of the parameters that every module having them freezes."""
+        front = self._front(phase)
+        roles = {
+            id(factor.module): self.schedule.frozen(phase, factor.roles) for factor in self._factors
+        }
+        kinds = {id(factor.module): factor.role for factor in self._factors}
+        frozen: set[int] = set()
         trained: set[int] = set()
-        for factor in self._factors:
-            if factor.role in self.schedule.frozen(phase, factor.roles):
-                frozen[id(factor.weight)] = factor.weight
-            else:
-                trained.add(id(factor.weight))
-        return {key: weight for key, weight in frozen.items() if key not in trained}
+        for _, module, owned in self._owned:
+            for name in owned:
+                key = id(module)
+                still = key in front or (
+                    name == "weight" and key in kinds and kinds[key] in roles[key]
+                )
+                (frozen if still else trained).add(id(module.get_parameter(name)))
+        return frozen - trained
 
 
 def release(model: nn.Module) -> None:
-    """Let every weight train again that a `Freezer` froze, interrupted or not."""
+    """Let every parameter train again that a `Freezer` froze, interrupted or not."""
     for module in surgery.unwrap(model).modules():
-        if _FROZEN_ATTRIBUTE in module.__dict__:
-            _set_frozen(module, frozen=False)
+        _freeze(module, module.__dict__.get(_FROZEN_ATTRIBUTE, ()), frozenset())
 
 
-def _set_frozen(module: nn.Module, *, frozen: bool) -> None:
-    module.get_parameter("weight").requires_grad_(not frozen)
-    _set_bias_apart(module, apart=frozen)
+def _trainable(module: nn.Module) -> tuple[str, ...]:
+    """Names of the parameters of a module's own that train."""
+    return tuple(
+        name for name, p in module.named_parameters(recurse=False, remove_duplicate=False)
+        if p.requires_grad
+    )  # fmt: skip
+
+
+def _freeze(module: nn.Module, owned: Iterable[str], frozen: Set[str]) -> bool:
+    """Freeze some of a module's own parameters and let the others of `owned` train.
+
+    Returns:
+        Whether anything changed.
+    """
+    changed = False
+    for name in owned:
+        parameter = module.get_parameter(name)
+        changed |= parameter.requires_grad == (name in frozen)
+        parameter.requires_grad_(name not in frozen)
+        if name in frozen:
+            parameter.grad = None  # a stale gradient would keep moving it
+    if owned:
+        _set_bias_apart(module, apart="weight" in frozen and "bias" not in frozen)
     if frozen:
-        module.__dict__[_FROZEN_ATTRIBUTE] = True
+        module.__dict__[_FROZEN_ATTRIBUTE] = tuple(frozen)
     else:
         module.__dict__.pop(_FROZEN_ATTRIBUTE, None)
+    return changed
 
 
 def _set_bias_apart(module: nn.Module, *, apart: bool) -> None:

@@ -1,6 +1,7 @@
 """Schedules of freezing: which factors of a decomposed layer train in which phase.
 
-References: fixed freezing, arXiv 2407.20266 §2.2; sequential freezing, 2309.03824.
+References: fixed freezing, arXiv 2407.20266 §2.2; sequential freezing, 2309.03824; the
+front of the network as training ends, 1706.04983.
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Final, Literal
+
+from rankopt._utils.arguments import check_integer
 
 __all__ = ["FREEZING", "Fixed", "NoFreezing", "Roles", "Schedule", "Sequential"]
 
@@ -21,7 +24,7 @@ class Schedule(ABC):
 
     A phase is a counter: of epochs, or of anything else the caller counts.
     Biases, norms and layers that were kept always train, and so does a chain of
-    one factor.
+    one factor, but for those in a front that is frozen (see `front`).
     """
 
     def __repr__(self) -> str:
@@ -37,6 +40,14 @@ class Schedule(ABC):
             phase: From 0.
             roles: The roles among ``first``, ``core`` and ``last`` the layer has.
         """
+
+    def fronts(self, phase: int) -> frozenset[str]:
+        """Names of modules up to which, and including which, nothing trains; none by default.
+
+        Args:
+            phase: From 0.
+        """
+        return frozenset()
 
     def every(self, count: int) -> Schedule:
         """The same schedule with phases `count` times as long.
@@ -57,6 +68,25 @@ class Schedule(ABC):
             frozenset()
         """
         return _Until(self, phase, then or NoFreezing())
+
+    def front(self, module: str, phase: int) -> Schedule:
+        """The same schedule, and from `phase` on the front of the network does not train at all.
+
+        A backward pass then ends behind it, which saves more than any factor, most of all in
+        convolutional networks, whose first layers see the most pixels. Best near the end, when
+        the first layers have learned what they can.
+
+        Args:
+            module: The last module of the front. What was registered before it belongs to
+                the front too: weights, biases and norms, decomposed or not.
+            phase: The first one in which it is frozen.
+
+        Example:
+            >>> schedule = Sequential().front("layer1", 10).front("layer2", 13)
+            >>> [sorted(schedule.fronts(t)) for t in (9, 10, 13)]
+            [[], ['layer1'], ['layer1', 'layer2']]
+        """
+        return _Front(self, module, phase)
 
 
 @dataclass(frozen=True)
@@ -109,14 +139,16 @@ class _Every(Schedule):
     count: int
 
     def __post_init__(self) -> None:
-        if isinstance(self.count, bool) or not isinstance(self.count, int) or self.count < 1:
-            raise ValueError(f"every({self.count!r}): expected an integer of at least 1")
+        check_integer("count", self.count, 1)
 
     def __repr__(self) -> str:
         return f"{self.schedule!r}.every({self.count})"
 
     def frozen(self, phase: int, roles: Roles) -> Roles:
         return self.schedule.frozen(phase // self.count, roles)
+
+    def fronts(self, phase: int) -> frozenset[str]:
+        return self.schedule.fronts(phase // self.count)
 
 
 @dataclass(frozen=True)
@@ -126,17 +158,47 @@ class _Until(Schedule):
     then: Schedule
 
     def __post_init__(self) -> None:
-        if isinstance(self.phase, bool) or not isinstance(self.phase, int) or self.phase < 0:
-            raise ValueError(f"until({self.phase!r}): expected an integer of at least 0")
+        check_integer("phase", self.phase, 0)
 
     def __repr__(self) -> str:
         then = "" if self.then == NoFreezing() else f", {self.then!r}"
         return f"{self.schedule!r}.until({self.phase}{then})"
 
     def frozen(self, phase: int, roles: Roles) -> Roles:
+        schedule, phase = self._at(phase)
+        return schedule.frozen(phase, roles)
+
+    def fronts(self, phase: int) -> frozenset[str]:
+        schedule, phase = self._at(phase)
+        return schedule.fronts(phase)
+
+    def _at(self, phase: int) -> tuple[Schedule, int]:
+        """The schedule that counts in `phase`, and how it counts it."""
         if phase < self.phase:
-            return self.schedule.frozen(phase, roles)
-        return self.then.frozen(phase - self.phase, roles)
+            return self.schedule, phase
+        return self.then, phase - self.phase
+
+
+@dataclass(frozen=True)
+class _Front(Schedule):
+    schedule: Schedule
+    module: str
+    phase: int
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.module, str) or not self.module:
+            raise ValueError(f"module={self.module!r}: expected the name of a module")
+        check_integer("phase", self.phase, 0)
+
+    def __repr__(self) -> str:
+        return f"{self.schedule!r}.front({self.module!r}, {self.phase})"
+
+    def frozen(self, phase: int, roles: Roles) -> Roles:
+        return self.schedule.frozen(phase, roles)
+
+    def fronts(self, phase: int) -> frozenset[str]:
+        found = self.schedule.fronts(phase)
+        return found | {self.module} if phase >= self.phase else found
 
 
 FREEZING: Final[Mapping[str, Callable[[], Schedule]]] = {
