@@ -170,7 +170,7 @@ def test_a_training_record(tmp_path):
     page = drawn(str(tmp_path / "run"), tmp_path)
     assert page.source.count("<svg") == 5
     assert "61.5" in page.words  # the best metric
-    assert "epoch 3: 0.25, 2 factors frozen" in page.words
+    assert "epoch 3: 0.25, 2 parameters frozen" in page.words
     assert "optimizer AdamW · freezing Sequential(parity=0)" in page.words
     assert page.tags.count("circle") == 5 * 3
     bare = [{**row, "metric": None, "accuracy": None} for row in epochs(1)]

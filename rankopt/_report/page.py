@@ -225,7 +225,7 @@ def _series(run: TrainingRun, key: str, label: str) -> Line:
     shown = [epoch for epoch in run.epochs if epoch[key] is not None]
     notes = [
         f"epoch {epoch['epoch'] + 1}: {epoch[key]:.5g}"
-        + (f", {epoch['frozen']} factors frozen" if epoch["frozen"] else "")
+        + (f", {epoch['frozen']} parameters frozen" if epoch["frozen"] else "")
         for epoch in shown
     ]
     return Line(label, [(epoch["epoch"] + 1, epoch[key]) for epoch in shown], notes)

@@ -33,8 +33,8 @@ class Training:
     Args:
         history: One mapping per epoch: ``epoch``, ``step``, ``loss``, ``accuracy`` (percent, in
             training; None where labels are no classes), ``metric`` (of `evaluate`; else
-            None), ``learning_rate``, ``samples_per_second``, ``seconds``, ``frozen`` (factors that
-            did not train), and ``terms`` of the loss.
+            None), ``learning_rate``, ``samples_per_second``, ``seconds``, ``frozen`` (how many
+            parameters the freezing kept from training), and ``terms`` of the loss.
         best_epoch: The epoch whose weights the model now has; -1 for those it started with.
         metric: `evaluate` of the weights the model now has; None without `evaluate`.
         before: `evaluate` of the weights it started with.
@@ -110,7 +110,8 @@ def finetune(
         teacher: The dense model; adds `distillation` to the loss. Not changed.
         distillation: Terms and weights; None with a teacher takes `Distillation()`.
             ``Distillation(labels=0, logits=1)`` trains without labels.
-        freezing: ``none``, ``fixed``, ``sequential`` or a `rankopt.training.Schedule`.
+        freezing: ``none``, ``fixed``, ``sequential`` or a `rankopt.training.Schedule`, such as
+            ``Sequential().front("layer1", 7)``.
         freezing_steps: Optimiser steps per phase of the freezing schedule; None for one epoch.
         final_epochs: Epochs at the end in which everything trains.
         epochs: How often to go through `train`.
