@@ -75,7 +75,8 @@ def measured(arguments: argparse.Namespace) -> dict[str, dict[str, list[float]]]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "compressed.safetensors"
         compressed(arguments, path)
-        command = [sys.executable, "-m", "benchmarks.allocator", *sys.argv[1:], "--worker", str(path)]
+        command = [sys.executable, "-m", "benchmarks.allocator", *sys.argv[1:]]
+        command += ["--worker", str(path)]
         for turn in range(arguments.rounds):
             for name in random.Random(turn).sample(list(settings), len(settings)):
                 environment = {k: v for k, v in os.environ.items() if not k.startswith("MALLOC_")}
