@@ -276,13 +276,13 @@ class Bench:
         self.scored(label, model, seconds=training.seconds, epochs=len(training.history))
 
     def freezing(self, name: str) -> Schedule:
-        """The schedule of a variant; in a front, nothing trains in the final epochs either."""
+        """The schedule of a variant; a front may be frozen in the final epochs, too."""
         if name in ("control", "full"):
             return FREEZING["none"]()
         schedule = FREEZING[name]().until(self.arguments.epochs - self.arguments.final_epochs)
         for front in self.arguments.front:
-            module, _, phase = front.partition(":")
-            schedule = schedule.front(module, int(phase))
+            module, *phases = front.split(":")
+            schedule = schedule.front(module, *map(int, phases))
         return schedule
 
     def table(self) -> None:
@@ -362,8 +362,8 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=BATCH, help="images per training step")
     parser.add_argument("--final-epochs", type=int, default=1, help="everything trains in them")
     parser.add_argument(
-        "--front", action="append", default=[], metavar="MODULE:EPOCH",
-        help="of fixed and sequential: from this epoch on nothing up to this module trains",
+        "--front", action="append", default=[], metavar="MODULE:START[:END]",
+        help="of fixed and sequential: epochs in which nothing up to this module trains",
     )  # fmt: skip
     parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--optimizer", choices=("adamw", "sgd"), default="adamw")

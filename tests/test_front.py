@@ -55,6 +55,9 @@ def test_phases():
     pair = frozenset({"first", "last"})
     assert [schedule.frozen(t, pair) for t in (4, 5)] == [{"first"}, {"last"}]
     assert not schedule.until(3).fronts(4)
+    passing = Fixed().front("stem", 1, 3)
+    assert [bool(passing.fronts(t)) for t in range(4)] == [False, True, True, False]
+    assert repr(passing) == "Fixed().front('stem', 1, 3)"
     assert schedule.every(2).fronts(3) == frozenset()
     assert schedule.every(2).fronts(4) == {"stem"}
     assert Fixed().until(1, schedule).fronts(3) == {"stem"}
@@ -66,8 +69,9 @@ def test_phases():
     [
         (lambda: Fixed().front("", 1), "module=''"),
         (lambda: Fixed().front(3, 1), "module=3"),
-        (lambda: Fixed().front("stem", -1), "phase=-1"),
-        (lambda: Fixed().front("stem", True), "phase=True"),
+        (lambda: Fixed().front("stem", -1), "start=-1"),
+        (lambda: Fixed().front("stem", 2, 2), "end=2: expected an integer of at least 3"),
+        (lambda: Fixed().front("stem", True), "start=True"),
     ],
 )
 def test_bad_settings(make, message):

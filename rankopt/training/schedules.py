@@ -69,24 +69,24 @@ class Schedule(ABC):
         """
         return _Until(self, phase, then or NoFreezing())
 
-    def front(self, module: str, phase: int) -> Schedule:
-        """The same schedule, and from `phase` on the front of the network does not train at all.
+    def front(self, module: str, start: int, end: int | None = None) -> Schedule:
+        """The same schedule, and in some phases the front of the network does not train at all.
 
         A backward pass then ends behind it, which saves more than any factor, most of all in
-        convolutional networks, whose first layers see the most pixels. Best near the end, when
-        the first layers have learned what they can.
+        convolutional networks, whose first layers see the most pixels.
 
         Args:
             module: The last module of the front. What was registered before it belongs to
                 the front too: weights, biases and norms, decomposed or not.
-            phase: The first one in which it is frozen.
+            start: The first phase in which it is frozen.
+            end: The first phase in which it trains again; None for never.
 
         Example:
-            >>> schedule = Sequential().front("layer1", 10).front("layer2", 13)
-            >>> [sorted(schedule.fronts(t)) for t in (9, 10, 13)]
-            [[], ['layer1'], ['layer1', 'layer2']]
+            >>> schedule = Sequential().front("layer1", 0, 5).front("layer2", 13)
+            >>> [sorted(schedule.fronts(t)) for t in (4, 5, 13)]
+            [['layer1'], [], ['layer2']]
         """
-        return _Front(self, module, phase)
+        return _Front(self, module, start, end)
 
 
 @dataclass(frozen=True)
@@ -183,22 +183,27 @@ class _Until(Schedule):
 class _Front(Schedule):
     schedule: Schedule
     module: str
-    phase: int
+    start: int
+    end: int | None
 
     def __post_init__(self) -> None:
         if not isinstance(self.module, str) or not self.module:
             raise ValueError(f"module={self.module!r}: expected the name of a module")
-        check_integer("phase", self.phase, 0)
+        check_integer("start", self.start, 0)
+        if self.end is not None:
+            check_integer("end", self.end, self.start + 1)
 
     def __repr__(self) -> str:
-        return f"{self.schedule!r}.front({self.module!r}, {self.phase})"
+        end = "" if self.end is None else f", {self.end}"
+        return f"{self.schedule!r}.front({self.module!r}, {self.start}{end})"
 
     def frozen(self, phase: int, roles: Roles) -> Roles:
         return self.schedule.frozen(phase, roles)
 
     def fronts(self, phase: int) -> frozenset[str]:
         found = self.schedule.fronts(phase)
-        return found | {self.module} if phase >= self.phase else found
+        frozen = phase >= self.start and (self.end is None or phase < self.end)
+        return found | {self.module} if frozen else found
 
 
 FREEZING: Final[Mapping[str, Callable[[], Schedule]]] = {
