@@ -144,6 +144,16 @@ def test_conditions_tell_modes_threads_and_clocks_apart():
     assert ProfileTable(":memory:").conditions(CPU, Call((4, 64), "float64")) != base
 
 
+def test_conditions_tell_allocators_apart(monkeypatch):
+    monkeypatch.setenv("LD_PRELOAD", "")
+    base = ProfileTable(":memory:").conditions(CPU, CALL)
+    for name, value in (("LD_PRELOAD", "libjemalloc.so.2"), ("MALLOC_TRIM_THRESHOLD_", "1")):
+        with monkeypatch.context() as process:
+            process.setenv(name, value)
+            assert ProfileTable(":memory:").conditions(CPU, CALL) != base
+    assert ProfileTable(":memory:").conditions(CPU, CALL) == base
+
+
 def test_a_layer_runs_under_the_autocast_of_its_call():
     seen = []
 

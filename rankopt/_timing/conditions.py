@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 
 from rankopt._model.probe import Call
 
 __all__ = ["conditions", "tf32"]
+
+# Environment variables by which a process gets another allocator, or the same with other habits:
+# whether pages are kept or cleared anew is up to a fifth of a time (`benchmarks.allocator`).
+_ALLOCATOR: Final = ("GLIBC_TUNABLES", "LD_PRELOAD", "THP_MEM_ALLOC_ENABLE")
+_ALLOCATOR_PREFIXES: Final = ("MALLOC_", "MIMALLOC_", "TCMALLOC_")
 
 
 def conditions(
@@ -32,6 +38,8 @@ def conditions(
         settings["autocast"] = f"torch.{call.autocast}"
     elif call is None and torch.is_autocast_enabled(device.type):
         settings["autocast"] = str(torch.get_autocast_dtype(device.type))
+    if device.type == "cpu":
+        settings |= _allocator()
     if device.type == "cuda":
         if torch.backends.cudnn.deterministic:
             settings["deterministic"] = True
@@ -56,6 +64,15 @@ def tf32() -> list[bool | str]:
         precise = torch.backends.cuda.matmul.fp32_precision
         conv: Any = torch.backends.cudnn
         return [precise, conv.conv.fp32_precision]
+
+
+def _allocator() -> dict[str, str]:
+    """What the environment says of the allocator; nothing where it says nothing."""
+    return {
+        name: value
+        for name, value in os.environ.items()
+        if name in _ALLOCATOR or name.startswith(_ALLOCATOR_PREFIXES)
+    }
 
 
 def _device_name(device: torch.device) -> str:
