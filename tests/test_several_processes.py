@@ -15,6 +15,7 @@ from finetuning import equal, in_batches
 from torch import nn
 
 import rankopt
+from rankopt.training import Sequential
 
 pytest.importorskip("accelerate")
 
@@ -58,8 +59,9 @@ def together(folder, accumulate=1):
     plan = rankopt.search(teacher, "params<=60%")
     small = rankopt.apply(teacher, plan)
     train = in_batches(torch.randn(128, 24), torch.randint(0, 4, (128,)), 16)
+    schedule = Sequential().front("1", 2)  # half of the steps
     done = rankopt.finetune(
-        small, train, teacher=teacher, freezing="sequential", freezing_steps=2, epochs=2,
+        small, train, teacher=teacher, freezing=schedule, freezing_steps=2, epochs=2,
         accumulate=accumulate, evaluate=lambda model: 1.0, folder=folder,
     )  # fmt: skip
     rank = os.environ.get("RANK", "alone")
