@@ -32,6 +32,7 @@ from rankopt._utils.tables import table, to_text
 from rankopt_strategies import ParameterRatio
 
 KEPT = {"MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_": str(1 << 34)}
+JEMALLOC_KEPT = "dirty_decay_ms:-1,muzzy_decay_ms:-1"
 KINDS = ("inference", "training")
 
 
@@ -70,7 +71,10 @@ def measured(arguments: argparse.Namespace) -> dict[str, dict[str, list[float]]]
     """Setting to what was timed to one figure per round."""
     settings: dict[str, dict[str, str]] = {"default": {}, "kept": KEPT}
     if arguments.preload:
-        settings[Path(arguments.preload).name] = {"LD_PRELOAD": arguments.preload}
+        name = Path(arguments.preload).name
+        settings[name] = {"LD_PRELOAD": arguments.preload}
+        if "jemalloc" in name:
+            settings[f"{name}, kept"] = {**settings[name], "MALLOC_CONF": JEMALLOC_KEPT}
     times: dict[str, dict[str, list[float]]] = {name: {} for name in settings}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "compressed.safetensors"
