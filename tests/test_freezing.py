@@ -138,6 +138,17 @@ def test_what_was_frozen_before_stays_frozen(small):
     assert [n for n, p in small.named_parameters() if not p.requires_grad] == ["mix.first.weight"]
 
 
+def test_what_is_frozen_meanwhile_stays_frozen(small):
+    freezer = SequentialFreezing(small)
+    freezer.step(0)
+    small.norm.weight.requires_grad_(False)
+    small.deep.core.weight.requires_grad_(False)
+    assert [freezer.step(t) for t in (1, 0)] == [True, True]
+    freezer.release()
+    still = [n for n, p in small.named_parameters() if not p.requires_grad]
+    assert still == ["norm.weight", "deep.core.weight"]
+
+
 def test_loaded_and_wrapped_models(small, tmp_path):
     rankopt.save(small, tmp_path / "s.safetensors")
     loaded = rankopt.load(Mixed(), tmp_path / "s.safetensors")

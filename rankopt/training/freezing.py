@@ -11,7 +11,7 @@ the network as training ends, 1706.04983.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Set
+from collections.abc import Set
 from dataclasses import dataclass
 from types import MethodType
 from typing import Any, Final, Literal
@@ -147,20 +147,16 @@ class Freezer:
         self._model = surgery.unwrap(model)
         release(self._model)
         self._factors = [f for f in factors(model) if f.weight.requires_grad]
-        self._owned = [
-            (name, module, _trainable(module))
-            for name, module in surgery.named_modules(self._model)
-            if _trainable(module)
-        ]
+        self._roles = {factor.roles for factor in self._factors}
+        self._fronts: dict[str, dict[int, nn.Module]] = {}
 
     @property
     def frozen(self) -> tuple[str, ...]:
         """Names of the parameters that do not train now: factors, and all of a frozen front."""
         return tuple(
             f"{name}.{parameter}".lstrip(".")
-            for name, module, owned in self._owned
-            for parameter in owned
-            if not module.get_parameter(parameter).requires_grad
+            for name, module in self._model.named_modules()
+            for parameter in _held(module)
         )
 
     def step(self, phase: int) -> bool:
@@ -173,19 +169,19 @@ class Freezer:
             ModelError: Nothing at all would be left to train, or the schedule names
                 a module that the model lacks.
         """
-        frozen = self._frozen_in(phase)
-        if all(
-            id(module.get_parameter(parameter)) in frozen
-            for _, module, owned in self._owned
-            for parameter in owned
-        ):
+        modules = list(self._model.modules())
+        able = {
+            id(parameter)
+            for module in modules
+            for name, parameter in _own(module)
+            if parameter.requires_grad or name in _held(module)
+        }
+        frozen = self._frozen_in(phase) & able  # what others froze stays theirs
+        if frozen == able:
             raise ModelError(
                 f"phase {phase} of {self.schedule} freezes every parameter, so nothing would train"
             )
-        changes = [
-            _freeze(module, owned, {p for p in owned if id(module.get_parameter(p)) in frozen})
-            for _, module, owned in self._owned
-        ]
+        changes = [_hold(module, frozen) for module in modules]
         return any(changes)
 
     def release(self) -> None:
@@ -237,62 +233,63 @@ class Freezer:
         """The modules of the fronts that are frozen in `phase`, by identity."""
         found: dict[int, nn.Module] = {}
         for name in sorted(self.schedule.fronts(phase)):
-            found |= front_modules(self._model, name)
+            if name not in self._fronts:
+                self._fronts[name] = front_modules(self._model, name)
+            found |= self._fronts[name]
         return found
 
     def _frozen_in(self, phase: int) -> Set[int]:
         """Identities of the parameters that every module having them freezes."""
         front = self._front(phase)
-        roles = {
-            id(factor.module): self.schedule.frozen(phase, factor.roles) for factor in self._factors
-        }
-        kinds = {id(factor.module): factor.role for factor in self._factors}
+        roles = {kinds: self.schedule.frozen(phase, kinds) for kinds in self._roles}
+        resting = {id(f.module) for f in self._factors if f.role in roles[f.roles]}
         frozen: set[int] = set()
         trained: set[int] = set()
-        for _, module, owned in self._owned:
-            for name in owned:
-                key = id(module)
-                still = key in front or (
-                    name == "weight" and key in kinds and kinds[key] in roles[key]
-                )
-                (frozen if still else trained).add(id(module.get_parameter(name)))
+        for module in self._model.modules():
+            for name, parameter in _own(module):
+                rests = id(module) in front or (name == "weight" and id(module) in resting)
+                (frozen if rests else trained).add(id(parameter))
         return frozen - trained
 
 
 def release(model: nn.Module) -> None:
     """Let every parameter train again that a `Freezer` froze, interrupted or not."""
     for module in surgery.unwrap(model).modules():
-        _freeze(module, module.__dict__.get(_FROZEN_ATTRIBUTE, ()), frozenset())
+        _hold(module, frozenset())
 
 
-def _trainable(module: nn.Module) -> tuple[str, ...]:
-    """Names of the parameters of a module's own that train."""
-    return tuple(
-        name for name, p in module.named_parameters(recurse=False, remove_duplicate=False)
-        if p.requires_grad
-    )  # fmt: skip
+def _own(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """A module's own parameters by name; a step looks at all of the model, so without detours."""
+    return [(name, found) for name, found in module._parameters.items() if found is not None]
 
 
-def _freeze(module: nn.Module, owned: Iterable[str], frozen: Set[str]) -> bool:
-    """Freeze some of a module's own parameters and let the others of `owned` train.
+def _held(module: nn.Module) -> tuple[str, ...]:
+    """Names of the parameters of a module's own that a `Freezer` froze."""
+    names: tuple[str, ...] = module.__dict__.get(_FROZEN_ATTRIBUTE, ())
+    return names
+
+
+def _hold(module: nn.Module, frozen: Set[int]) -> bool:
+    """Freeze those of a module's own parameters and let go of the others that were frozen here.
 
     Returns:
         Whether anything changed.
     """
-    changed = False
-    for name in owned:
-        parameter = module.get_parameter(name)
-        changed |= parameter.requires_grad == (name in frozen)
-        parameter.requires_grad_(name not in frozen)
-        if name in frozen:
+    before, now = _held(module), []
+    for name, parameter in _own(module):
+        if id(parameter) in frozen:
+            now.append(name)
+            parameter.requires_grad_(False)
             parameter.grad = None  # a stale gradient would keep moving it
-    if owned:
-        _set_bias_apart(module, apart="weight" in frozen and "bias" not in frozen)
-    if frozen:
-        module.__dict__[_FROZEN_ATTRIBUTE] = tuple(frozen)
-    else:
-        module.__dict__.pop(_FROZEN_ATTRIBUTE, None)
-    return changed
+        elif name in before:
+            parameter.requires_grad_(True)
+    if tuple(now) == before:
+        return False
+    module.__dict__[_FROZEN_ATTRIBUTE] = tuple(now)
+    if not now:
+        del module.__dict__[_FROZEN_ATTRIBUTE]
+    _set_bias_apart(module, apart="weight" in now and "bias" not in now)
+    return True
 
 
 def _set_bias_apart(module: nn.Module, *, apart: bool) -> None:
