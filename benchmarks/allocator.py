@@ -33,6 +33,7 @@ from rankopt_strategies import ParameterRatio
 
 KEPT = {"MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_": str(1 << 34)}
 JEMALLOC_KEPT = "dirty_decay_ms:-1,muzzy_decay_ms:-1"
+OTHERS = ("MALLOC_", "LD_PRELOAD", "GLIBC_TUNABLES")  # left out of every process
 KINDS = ("inference", "training")
 
 
@@ -83,7 +84,7 @@ def measured(arguments: argparse.Namespace) -> dict[str, dict[str, list[float]]]
         command += ["--worker", str(path)]
         for turn in range(arguments.rounds):
             for name in random.Random(turn).sample(list(settings), len(settings)):
-                environment = {k: v for k, v in os.environ.items() if not k.startswith("MALLOC_")}
+                environment = {k: v for k, v in os.environ.items() if not k.startswith(OTHERS)}
                 done = subprocess.run(
                     command, env=environment | settings[name], stdout=subprocess.PIPE, check=True
                 )

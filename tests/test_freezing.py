@@ -149,6 +149,26 @@ def test_what_is_frozen_meanwhile_stays_frozen(small):
     assert still == ["norm.weight", "deep.core.weight"]
 
 
+def test_what_is_let_go_meanwhile_is_frozen_anew(small):
+    freezer = SequentialFreezing(small)
+    freezer.step(0)
+    small.requires_grad_(True)
+    assert freezer.frozen == ()
+    assert freezer.step(0)
+    assert len(freezer.frozen) == 4
+
+
+def test_names_are_those_of_the_model_before_it_was_compiled(small):
+    freezer = SequentialFreezing(small)
+    freezer.step(0)
+    names = freezer.frozen
+    freezer.release()
+    small.mix = torch.compile(small.mix, backend="eager")
+    freezer = SequentialFreezing(small)
+    freezer.step(0)
+    assert freezer.frozen == names
+
+
 def test_loaded_and_wrapped_models(small, tmp_path):
     rankopt.save(small, tmp_path / "s.safetensors")
     loaded = rankopt.load(Mixed(), tmp_path / "s.safetensors")

@@ -10,7 +10,7 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 import rankopt
-from rankopt.errors import ModelError
+from rankopt.errors import ModelError, RankoptWarning
 from rankopt.training import Fixed, Freezer, NoFreezing, Sequential
 
 
@@ -168,18 +168,74 @@ def test_what_is_used_again_later_trains():
     assert {name.partition(".")[0] for name in freezer.frozen} == {"inner"}
 
 
+def test_tied_embeddings_keep_the_backward_pass_going():
+    class Language(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.body = nn.Embedding(32, 24), nn.Linear(24, 24)
+            self.deep, self.out = nn.Linear(24, 24), nn.Linear(24, 32, bias=False)
+            self.out.weight = self.embed.weight
+
+        def forward(self, tokens):
+            return self.out(self.deep(self.body(self.embed(tokens))))
+
+    dense, tokens = Language(), torch.arange(32)
+    plan = rankopt.search(dense, None, strategy="parameter_ratio", only=["body", "deep"])
+    freezer = Freezer(rankopt.apply(dense, plan), NoFreezing().front("body", 0))
+    skipped = freezer.skipped(0, tokens)
+    assert skipped > 0
+    assert freezer.ceiling(0, tokens) == pytest.approx(3 / (3 - skipped))
+
+
+def test_layers_of_other_classes_compute_what_they_do():
+    class Standardised(nn.Conv2d):
+        def forward(self, x):
+            weight = self.weight - self.weight.mean()
+            return self._conv_forward(x, weight, self.bias), None
+
+    class Odd(Net):
+        def __init__(self):
+            super().__init__()
+            self.stem = Standardised(3, 24, 3, padding=1)
+            self.stem.bias = self.deep.bias  # trains as it is used again
+
+        def forward(self, x):
+            x = self.deep(self.body(self.stem(x)[0]))
+            return self.head(x.relu().mean(dim=(2, 3)))
+
+    dense = Odd()
+    plan = rankopt.search(dense, None, strategy="parameter_ratio", only=["body*"])
+    small = rankopt.apply(dense, plan)
+    freezer = Freezer(small, NoFreezing().front("body", 0))
+    before = small(x)
+    freezer.step(0)
+    assert "stem.weight" in freezer.frozen
+    assert torch.equal(small(x), before)
+    assert freezer.ceiling(0, x) > 1
+
+
+def test_a_search_while_frozen_sees_the_same_layers(small):
+    def seen():
+        with pytest.warns(RankoptWarning, match="compressed already"):
+            return [d.targets for d in rankopt.search(small, "params<=50%").decisions]
+
+    plain = seen()
+    Freezer(small, NoFreezing().front("body", 0)).step(0)
+    assert seen() == plain
+
+
 @pytest.mark.parametrize(
     ("module", "message"),
     [("stm", "no module of this name; it has stem"), ("zzz", "it has stem, body, deep, head")],
 )
 def test_unknown_modules(small, module, message):
     with pytest.raises(ModelError, match=message):
-        Freezer(small, Fixed().front(module, 2)).step(2)
+        Freezer(small, Fixed().front(module, 2).every(3).until(9, Fixed()))
 
 
 def test_a_front_that_is_everything(small):
     with pytest.raises(ModelError, match="last module of the model"):
-        Freezer(small, Fixed().front("head", 0)).step(0)
+        Freezer(small, Fixed().front("head", 7))
 
 
 def test_a_front_in_finetune_resumes(small, tmp_path):
@@ -191,6 +247,14 @@ def test_a_front_in_finetune_resumes(small, tmp_path):
     counts = [epoch["frozen"] for epoch in whole.history]
     assert min(counts[1:]) > len(in_front(small)) > counts[0]
     assert all(p.requires_grad for p in small.parameters())
+
+    thawed = rankopt.finetune(
+        copy.deepcopy(other),
+        train,
+        final_epochs=2,
+        **settings | {"freezing": Fixed().front("stem", 2)},
+    )
+    assert [epoch["frozen"] for epoch in thawed.history][1:] == [0, 5]  # the front's
 
     def killed_after(epochs):
         scores = iter([0.0] * (epochs + 1))

@@ -16,7 +16,7 @@ from rankopt._model.probe import Call
 __all__ = ["conditions", "tf32"]
 
 # Environment variables by which a process gets another allocator, or the same with other habits:
-# whether pages are kept or cleared anew is up to a fifth of a time (`benchmarks.allocator`).
+# times differ by up to half (`benchmarks.allocator`).
 _ALLOCATOR: Final = ("GLIBC_TUNABLES", "LD_PRELOAD", "THP_MEM_ALLOC_ENABLE")
 _ALLOCATOR_PREFIXES: Final = ("MALLOC_", "MIMALLOC_", "TCMALLOC_")
 

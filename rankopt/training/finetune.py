@@ -113,7 +113,8 @@ def finetune(
         freezing: ``none``, ``fixed``, ``sequential`` or a `rankopt.training.Schedule`, such as
             ``Sequential().front("layer1", 7)``.
         freezing_steps: Optimiser steps per phase of the freezing schedule; None for one epoch.
-        final_epochs: Epochs at the end in which everything trains.
+        final_epochs: Epochs at the end in which all factors train; a front that `freezing` freezes
+            by then does not.
         epochs: How often to go through `train`.
         learning_rate: At its peak.
         optimizer: ``adamw``, ``sgd`` (Nesterov 0.9), or a function of the parameters.
@@ -147,8 +148,8 @@ def finetune(
     Raises:
         ValueError: A setting out of range, or without another that it needs.
         ModelError: `model` or `teacher` is no module, `train` cannot be read every epoch, nothing
-            in the model trains, or float16 parameters do; no plan to freeze by, or a teacher
-            without the layers or with other outputs.
+            in the model trains, or float16 parameters do; no plan to freeze by, or no module of a
+            name in `freezing`; or a teacher without the layers or with other outputs.
         EvaluationError: `evaluate` raised, or gave no number.
         TrainingError: A batch it cannot use, or a loss that is not finite; the model then
             has the weights of the last complete epoch.

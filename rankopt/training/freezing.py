@@ -11,7 +11,7 @@ the network as training ends, 1706.04983.
 
 from __future__ import annotations
 
-from collections.abc import Set
+from collections.abc import Iterable, Set
 from dataclasses import dataclass
 from types import MethodType
 from typing import Any, Final, Literal
@@ -39,8 +39,9 @@ __all__ = [
 ]
 
 _CONVS: Final = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_CONV_FORWARDS: Final = tuple(conv.forward for conv in _CONVS)
 # On modules, the parameters a Freezer froze: one that is interrupted leaves them to the next.
-_FROZEN_ATTRIBUTE: Final = "rankopt_frozen"
+_FROZEN_ATTRIBUTE: Final = "_rankopt_frozen"
 
 
 @dataclass(frozen=True)
@@ -128,7 +129,7 @@ class Freezer:
         schedule: What is frozen when.
 
     Raises:
-        ModelError: The model carries no plan.
+        ModelError: The model carries no plan, or the schedule names a module that it lacks.
 
     Example:
         >>> dense = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 8))
@@ -148,16 +149,18 @@ class Freezer:
         release(self._model)
         self._factors = [f for f in factors(model) if f.weight.requires_grad]
         self._roles = {factor.roles for factor in self._factors}
-        self._fronts: dict[str, dict[int, nn.Module]] = {}
+        self._fronts = {name: front_modules(self._model, name) for name in schedule.modules()}
 
     @property
     def frozen(self) -> tuple[str, ...]:
         """Names of the parameters that do not train now: factors, and all of a frozen front."""
-        return tuple(
-            f"{name}.{parameter}".lstrip(".")
-            for name, module in self._model.named_modules()
-            for parameter in _held(module)
-        )
+        found: dict[int, str] = {}
+        for name, module in surgery.named_modules(self._model):
+            for owned in _held(module):
+                parameter = module.get_parameter(owned)
+                if not parameter.requires_grad:
+                    found.setdefault(id(parameter), f"{name}.{owned}".lstrip("."))
+        return tuple(found.values())
 
     def step(self, phase: int) -> bool:
         """Freeze what the schedule freezes in `phase`, and let the rest train.
@@ -166,8 +169,7 @@ class Freezer:
             Whether anything changed.
 
         Raises:
-            ModelError: Nothing at all would be left to train, or the schedule names
-                a module that the model lacks.
+            ModelError: Nothing at all would be left to train.
         """
         modules = list(self._model.modules())
         able = {
@@ -191,6 +193,8 @@ class Freezer:
     def skipped(self, phase: int, example_inputs: Any) -> float:
         """The share f of the model's MACs whose weight gradient `phase` skips.
 
+        Of fronts, only linear and convolutional layers are counted, not those inside attention.
+
         Args:
             phase: As for `step`.
             example_inputs: A tensor, a tuple or a mapping to call the model with.
@@ -209,32 +213,38 @@ class Freezer:
     def _skipped(self, phase: int, example_inputs: Any) -> tuple[float, float]:
         """Shares of the MACs whose weight and whose input gradients `phase` skips."""
         frozen, front = self._frozen_in(phase), self._front(phase)
-        macs: dict[int, int] = {}
+        behind = _unreached(front.values(), frozen)
+        resting = {id(f.module): f.module for f in self._factors if id(f.weight) in frozen}
+        layers = {
+            key: module
+            for key, module in (resting | front).items()
+            if isinstance(module, (nn.Linear, *_CONVS))
+        }
+        macs = dict.fromkeys(layers, 0)
 
-        def hook(module: Any, _: Any, output: Tensor) -> None:
-            per_output = module.weight[0].numel()
-            macs[id(module)] = macs.get(id(module), 0) + output.numel() * per_output
+        def hook(module: Any, _: Any, output: Any) -> None:
+            if isinstance(output, Tensor):
+                macs[id(module)] += output.numel() * module.weight[0].numel()
 
         model = self._model
-        layers = [m for m in model.modules() if isinstance(m, (nn.Linear, *_CONVS))]
         inputs = measure.to_device(example_inputs, surgery.device_of(model))
         with (
-            hooked(module.register_forward_hook(hook) for module in layers),
+            hooked(module.register_forward_hook(hook) for module in layers.values()),
             torch.no_grad(),
             measure.preserve_rng(),
             measure.evaluation(model),
         ):
             total = max(measure.count_macs(model, inputs), 1)
-        weights = sum(macs.get(id(m), 0) for m in layers if id(m.weight) in frozen)
-        behind = sum(macs.get(id(m), 0) for m in layers if id(m) in front)
-        return weights / total, behind / total
+        weights = sum(
+            count for key, count in macs.items()
+            if all(id(p) in frozen for name, p in _own(layers[key]) if name != "bias")
+        )  # fmt: skip
+        return weights / total, sum(macs.get(key, 0) for key in behind) / total
 
     def _front(self, phase: int) -> dict[int, nn.Module]:
         """The modules of the fronts that are frozen in `phase`, by identity."""
         found: dict[int, nn.Module] = {}
         for name in sorted(self.schedule.fronts(phase)):
-            if name not in self._fronts:
-                self._fronts[name] = front_modules(self._model, name)
             found |= self._fronts[name]
         return found
 
@@ -258,6 +268,16 @@ def release(model: nn.Module) -> None:
         _hold(module, frozenset())
 
 
+def _unreached(front: Iterable[nn.Module], frozen: Set[int]) -> Set[int]:
+    """Identities of a front's modules that no gradient gets to: those before any that trains."""
+    found: set[int] = set()
+    for module in front:
+        if any(id(parameter) not in frozen for _, parameter in _own(module)):
+            break
+        found.add(id(module))
+    return found
+
+
 def _own(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
     """A module's own parameters by name; a step looks at all of the model, so without detours."""
     return [(name, found) for name, found in module._parameters.items() if found is not None]
@@ -276,20 +296,22 @@ def _hold(module: nn.Module, frozen: Set[int]) -> bool:
         Whether anything changed.
     """
     before, now = _held(module), []
+    changed = False
     for name, parameter in _own(module):
-        if id(parameter) in frozen:
+        rests = id(parameter) in frozen
+        if rests:
             now.append(name)
-            parameter.requires_grad_(False)
             parameter.grad = None  # a stale gradient would keep moving it
-        elif name in before:
-            parameter.requires_grad_(True)
+        if rests or name in before:
+            changed |= parameter.requires_grad == rests
+            parameter.requires_grad_(not rests)
     if tuple(now) == before:
-        return False
+        return changed
     module.__dict__[_FROZEN_ATTRIBUTE] = tuple(now)
     if not now:
         del module.__dict__[_FROZEN_ATTRIBUTE]
     _set_bias_apart(module, apart="weight" in now and "bias" not in now)
-    return True
+    return changed
 
 
 def _set_bias_apart(module: nn.Module, *, apart: bool) -> None:
@@ -298,11 +320,18 @@ def _set_bias_apart(module: nn.Module, *, apart: bool) -> None:
     oneDNN computes weight and bias gradients in one kernel, so a trainable bias
     would bring back the weight gradient that freezing is to skip.
     """
-    needed = apart and isinstance(module, _CONVS) and module.bias is not None
-    if needed and module.weight.device.type == "cpu":
-        module.forward = MethodType(_convolve_then_add, module)
-    elif getattr(module.__dict__.get("forward"), "__func__", None) is _convolve_then_add:
+    if getattr(module.__dict__.get("forward"), "__func__", None) is _convolve_then_add:
         del module.__dict__["forward"]
+    if (
+        apart
+        and isinstance(module, _CONVS)
+        and type(module).forward in _CONV_FORWARDS
+        and "forward" not in module.__dict__
+        and module.bias is not None
+        and module.bias.requires_grad
+        and module.weight.device.type == "cpu"
+    ):
+        module.__dict__["forward"] = MethodType(_convolve_then_add, module)
 
 
 def _convolve_then_add(module: Any, x: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from torch import nn
 
 from rankopt._utils.arguments import check_integer
 from rankopt.training.average import Average
-from rankopt.training.schedules import FREEZING, NoFreezing, Schedule
+from rankopt.training.schedules import FREEZING, FactorsUntil, NoFreezing, Schedule
 
 __all__ = ["OPTIMIZERS", "PRECISIONS", "RATES", "Recipe", "rate"]
 
@@ -108,7 +108,7 @@ class Recipe:
         return None if self.ema is None else Average(model, self.ema)
 
     def freezing_schedule(self, steps_per_epoch: int) -> Schedule:
-        """The freezing schedule, everything training in the last epochs.
+        """The freezing schedule, every factor training in the last epochs.
 
         Its phases are epochs, or steps where `freezing_steps` are given.
         """
@@ -120,7 +120,7 @@ class Recipe:
         last = self.epochs - self.final_epochs
         if self.freezing_steps is not None:
             schedule, last = schedule.every(self.freezing_steps), last * steps_per_epoch
-        return schedule.until(last) if self.final_epochs else schedule
+        return FactorsUntil(schedule, last) if self.final_epochs else schedule
 
     def rate(self, step: int, total: int) -> float:
         """The learning rate's factor at `step` of `total`."""

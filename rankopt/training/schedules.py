@@ -13,7 +13,7 @@ from typing import Final, Literal
 
 from rankopt._utils.arguments import check_integer
 
-__all__ = ["FREEZING", "Fixed", "NoFreezing", "Roles", "Schedule", "Sequential"]
+__all__ = ["FREEZING", "FactorsUntil", "Fixed", "NoFreezing", "Roles", "Schedule", "Sequential"]
 
 Roles = frozenset[str]
 _OUTER: Final = frozenset({"first", "last"})
@@ -49,6 +49,10 @@ class Schedule(ABC):
         """
         return frozenset()
 
+    def modules(self) -> frozenset[str]:
+        """Names of all modules that `fronts` gives in any phase, to be looked up beforehand."""
+        return frozenset()
+
     def every(self, count: int) -> Schedule:
         """The same schedule with phases `count` times as long.
 
@@ -72,12 +76,15 @@ class Schedule(ABC):
     def front(self, module: str, start: int, end: int | None = None) -> Schedule:
         """The same schedule, and in some phases the front of the network does not train at all.
 
-        A backward pass then ends behind it, which saves more than any factor, most of all in
-        convolutional networks, whose first layers see the most pixels.
+        A backward pass then ends behind it, which can save more than frozen factors do, most of all
+        in convolutional networks, whose first layers see the most pixels. It does not end there if
+        something in the front has to train as it is used again later, such as tied embeddings.
 
         Args:
-            module: The last module of the front. What was registered before it belongs to
-                the front too: weights, biases and norms, decomposed or not.
+            module: The last module of the front. All that was registered before it belongs to
+                the front too, weights, biases and norms, decomposed or not, and the parameters of
+                their own of the modules that contain it. Registered, not executed: models
+                whose modules run in another order save less, or freeze what should train.
             start: The first phase in which it is frozen.
             end: The first phase in which it trains again; None for never.
 
@@ -150,6 +157,9 @@ class _Every(Schedule):
     def fronts(self, phase: int) -> frozenset[str]:
         return self.schedule.fronts(phase // self.count)
 
+    def modules(self) -> frozenset[str]:
+        return self.schedule.modules()
+
 
 @dataclass(frozen=True)
 class _Until(Schedule):
@@ -171,6 +181,9 @@ class _Until(Schedule):
     def fronts(self, phase: int) -> frozenset[str]:
         schedule, phase = self._at(phase)
         return schedule.fronts(phase)
+
+    def modules(self) -> frozenset[str]:
+        return self.schedule.modules() | self.then.modules()
 
     def _at(self, phase: int) -> tuple[Schedule, int]:
         """The schedule that counts in `phase`, and how it counts it."""
@@ -204,6 +217,38 @@ class _Front(Schedule):
         found = self.schedule.fronts(phase)
         frozen = phase >= self.start and (self.end is None or phase < self.end)
         return found | {self.module} if frozen else found
+
+    def modules(self) -> frozenset[str]:
+        return self.schedule.modules() | {self.module}
+
+
+@dataclass(frozen=True)
+class FactorsUntil(Schedule):
+    """Every factor trains from a phase on; fronts are those of the schedule all the same.
+
+    Args:
+        schedule: Any.
+        phase: The first one in which no factor is frozen.
+    """
+
+    schedule: Schedule
+    phase: int
+
+    def __repr__(self) -> str:
+        """As of `Schedule.until`."""
+        return repr(self.schedule.until(self.phase))
+
+    def frozen(self, phase: int, roles: Roles) -> Roles:
+        """Those of the schedule before the phase."""
+        return self.schedule.frozen(phase, roles) if phase < self.phase else frozenset()
+
+    def fronts(self, phase: int) -> frozenset[str]:
+        """Those of the schedule."""
+        return self.schedule.fronts(phase)
+
+    def modules(self) -> frozenset[str]:
+        """Those of the schedule."""
+        return self.schedule.modules()
 
 
 FREEZING: Final[Mapping[str, Callable[[], Schedule]]] = {
