@@ -11,7 +11,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import rankopt
 from rankopt.errors import ModelError, RankoptWarning
-from rankopt.training import Fixed, Freezer, NoFreezing, Sequential
+from rankopt.training import Fixed, Freezer, NoFreezing, Schedule, Sequential
 
 
 class Net(nn.Module):
@@ -231,6 +231,18 @@ def test_a_search_while_frozen_sees_the_same_layers(small):
 def test_unknown_modules(small, module, message):
     with pytest.raises(ModelError, match=message):
         Freezer(small, Fixed().front(module, 2).every(3).until(9, Fixed()))
+
+
+def test_a_schedule_of_ones_own_need_not_announce_its_fronts(small):
+    class Own(Schedule):
+        def frozen(self, phase, roles):
+            return frozenset()
+
+        def fronts(self, phase):
+            return frozenset({"stem"}) if phase else frozenset()
+
+    freezer = Freezer(small, Own())
+    assert [freezer.step(t) and len(freezer.frozen) for t in range(2)] == [False, 5]
 
 
 def test_a_front_that_is_everything(small):

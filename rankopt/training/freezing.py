@@ -245,6 +245,8 @@ class Freezer:
         """The modules of the fronts that are frozen in `phase`, by identity."""
         found: dict[int, nn.Module] = {}
         for name in sorted(self.schedule.fronts(phase)):
+            if name not in self._fronts:  # a schedule need not announce them
+                self._fronts[name] = front_modules(self._model, name)
             found |= self._fronts[name]
         return found
 
