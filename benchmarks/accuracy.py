@@ -254,7 +254,11 @@ class Bench:
                 self.start()
             model = rankopt.load(dense, self.folder / "start.safetensors")
         arguments = self.arguments
-        settings: dict[str, Any] = {"freezing": self.freezing(name)}
+        plain = name in ("control", "full")
+        settings: dict[str, Any] = {
+            "freezing": self.freezing("none" if plain else name),
+            "final_epochs": 0 if plain else arguments.final_epochs,
+        }
         # Of the layers' own terms the control has none; logits suit both.
         outputs = 0 if name == "control" else arguments.outputs
         terms = Distillation(
@@ -276,11 +280,9 @@ class Bench:
         self.scored(label, model, seconds=training.seconds, epochs=len(training.history))
 
     def freezing(self, name: str) -> Schedule:
-        """The schedule of a variant; a front may be frozen in the final epochs, too."""
-        if name in ("control", "full"):
-            return FREEZING["none"]()
-        schedule = FREEZING[name]().until(self.arguments.epochs - self.arguments.final_epochs)
-        for front in self.arguments.front:
+        """The schedule of a name, with the fronts that were asked for."""
+        schedule = FREEZING[name]()
+        for front in self.arguments.front if name != "none" else ():
             module, *phases = front.split(":")
             schedule = schedule.front(module, *map(int, phases))
         return schedule

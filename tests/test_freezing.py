@@ -249,12 +249,13 @@ def test_freezing_changes_no_function(small):
     assert not any("forward" in vars(module) for module in small.modules())
 
 
-def test_under_compile_each_phase_is_traced_once(small):
+@pytest.mark.parametrize("schedule", [Sequential(), NoFreezing().front("mix", 1)], ids=repr)
+def test_under_compile_each_phase_is_traced_once(small, schedule):
     from torch._dynamo.testing import CompileCounterWithBackend
 
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(small, backend=counter)
-    freezer = SequentialFreezing(compiled)
+    freezer = Freezer(compiled, schedule)
     x = torch.randn(4, 3, 8, 8)
     for phase in (0, 1, 2, 3):
         freezer.step(phase)

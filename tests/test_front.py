@@ -288,18 +288,3 @@ def test_a_front_in_finetune_resumes(small, tmp_path):
     assert [epoch["loss"] for epoch in resumed.history] == [
         epoch["loss"] for epoch in whole.history
     ]
-
-
-def test_under_compile_each_phase_is_traced_once(small):
-    from torch._dynamo.testing import CompileCounterWithBackend
-
-    counter = CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(small, backend=counter)
-    freezer = Freezer(compiled, NoFreezing().front("body", 1))
-    for phase in (0, 1, 2):
-        freezer.step(phase)
-        small.zero_grad()
-        compiled(x).square().sum().backward()
-        with_gradient = {n for n, p in small.named_parameters() if p.grad is not None}
-        assert with_gradient == {n for n, _ in small.named_parameters()} - set(freezer.frozen)
-    assert counter.frame_count == 2

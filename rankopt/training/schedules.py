@@ -234,10 +234,6 @@ class FactorsUntil(Schedule):
     schedule: Schedule
     phase: int
 
-    def __repr__(self) -> str:
-        """As of `Schedule.until`."""
-        return repr(self.schedule.until(self.phase))
-
     def frozen(self, phase: int, roles: Roles) -> Roles:
         """Those of the schedule before the phase."""
         return self.schedule.frozen(phase, roles) if phase < self.phase else frozenset()
