@@ -184,6 +184,7 @@ class Bench:
                 self.loader,
                 augment=pasted if self.arguments.paste else "auto",
                 folder=self.folder / name,
+                seed=self.arguments.seed,
                 precision=self.arguments.precision,
                 **settings,
             )
@@ -361,6 +362,7 @@ def main() -> None:
     parser.add_argument("--factors", action="store_true", help="find out how to make factors")
     parser.add_argument("--recover", type=float, default=60.0, help="seconds; 0 for none")
     parser.add_argument("--epochs", type=int, default=15)
+    parser.add_argument("--seed", type=int, default=0, help="orders batches, moves images")
     parser.add_argument("--batch", type=int, default=BATCH, help="images per training step")
     parser.add_argument("--final-epochs", type=int, default=1, help="everything trains in them")
     parser.add_argument(

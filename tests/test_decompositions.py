@@ -12,7 +12,15 @@ from torch import nn
 
 import rankopt
 from rankopt._calibration.moments import Moments
-from rankopt._decompositions import CP, SVD, TT, BranchedTucker, SpatialSVD, Tucker2
+from rankopt._decompositions import (
+    CP,
+    SVD,
+    TT,
+    BranchedTucker,
+    DepthwiseSeparable,
+    SpatialSVD,
+    Tucker2,
+)
 from rankopt._model.layers import canonical_weight, find_layers
 from rankopt._model.measure import count_macs
 from rankopt.testing import decomposition_checks, dense_weight
@@ -45,6 +53,7 @@ KERNELS = [
         *decomposition_checks(Tucker2(), KERNELS),
         *decomposition_checks(Tucker2(hooi=2), KERNELS[1:2]),
         *decomposition_checks(CP(), KERNELS),
+        *decomposition_checks(DepthwiseSeparable(), KERNELS),
         *decomposition_checks(BranchedTucker(), KERNELS),
         *decomposition_checks(BranchedTucker(branches=3, init="truncate"), KERNELS[1:3]),
         *decomposition_checks(TT(), [*KERNELS[1:4:2], nn.Conv3d(4, 6, (3, 2, 2), groups=2)]),
@@ -72,6 +81,7 @@ METHODS = (
     Tucker2(),
     SpatialSVD(),
     CP(),
+    DepthwiseSeparable(),
     BranchedTucker(),
     BranchedTucker(branches=3, init="truncate"),
     TT(),

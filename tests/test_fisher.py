@@ -16,6 +16,7 @@ from rankopt._decompositions import (
     SVD,
     TT,
     BranchedTucker,
+    DepthwiseSeparable,
     SpatialSVD,
     Tucker2,
 )
@@ -195,7 +196,7 @@ def test_time_runs_out_while_differentiating():
 
 # Factors
 
-METHODS = (SVD(), SpatialSVD(), Tucker2(), CP(), TT(), BranchedTucker())
+METHODS = (SVD(), SpatialSVD(), Tucker2(), CP(), DepthwiseSeparable(), TT(), BranchedTucker())
 
 
 @pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)

@@ -5,7 +5,15 @@ import torch
 
 import rankopt
 from rankopt._calibration.moments import Moments
-from rankopt._decompositions import CP, SVD, TT, BranchedTucker, SpatialSVD, Tucker2
+from rankopt._decompositions import (
+    CP,
+    SVD,
+    TT,
+    BranchedTucker,
+    DepthwiseSeparable,
+    SpatialSVD,
+    Tucker2,
+)
 from rankopt._decompositions.cache import DEFAULT_BYTES, BasisCache, shared
 from rankopt._model.layers import find_layers
 from rankopt._utils.parallel import for_each, largest_first
@@ -65,7 +73,9 @@ def test_cache_is_bounded_and_content_addressed():
 
 @pytest.mark.parametrize("aware", [False, True])
 @pytest.mark.parametrize(
-    "method", [SVD(), SpatialSVD(), Tucker2(), CP(), TT(), BranchedTucker()], ids=lambda m: m.name
+    "method",
+    [SVD(), SpatialSVD(), Tucker2(), CP(), DepthwiseSeparable(), TT(), BranchedTucker()],
+    ids=lambda m: m.name,
 )
 def test_what_leaves_the_cache_gives_its_matrices_back_and_keeps_its_errors(method, aware):
     torch.manual_seed(0)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from rankopt._calibration.moments import Moments
 from rankopt._decompositions import base
 from rankopt._decompositions.fitted import FittedBasis
+from rankopt._decompositions.refining import Penalty
 from rankopt._model.layers import Layer
 
 __all__ = ["CP"]
@@ -73,6 +74,18 @@ class _Basis(FittedBasis):
         _, inputs, kernel = fit(tensor.flatten(2), ranks[0], self.stability, sweeps)
         return [inputs.mT, kernel.mT]
 
+    def _penalty(self, tensor: Tensor, ranks: Sequence[int]) -> Penalty:
+        outputs, inputs, pixels = tensor.flatten(2).shape
+        total = tensor.square().sum()
+        weight = _weight(total, ranks[0], (outputs, inputs, pixels), self.stability) / total
+
+        def penalty(leading: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+            rows, kernels = (factor.square().sum(dim=1) for factor in leading)
+            ridge = weight * (pixels * rows + inputs * kernels)
+            return ridge, weight * outputs * (rows * kernels).sum()
+
+        return penalty
+
     def _features(self, leading: Sequence[Tensor]) -> Tensor:
         inputs, kernel = leading
         return inputs[:, :, None] * kernel[:, None, :]
@@ -113,8 +126,7 @@ def fit(tensor: Tensor, rank: int, stability: float, sweeps: int) -> tuple[Tenso
     total = tensor.square().sum()
     if energies[rank:].sum() <= EXACT * total:
         return factors
-    outputs, inputs, pixels = tensor.shape
-    penalty = float(stability * (total / rank) ** (1 / 3) / (outputs + inputs + pixels))
+    penalty = float(_weight(total, rank, tensor.shape, stability))
     previous, now, best = factors, factors, math.inf
     pull, ceiling = 0.5, 1.0
     for sweep in range(sweeps):
@@ -134,6 +146,12 @@ def fit(tensor: Tensor, rank: int, stability: float, sweeps: int) -> tuple[Tenso
         if gained < NEGLIGIBLE_GAIN * float(total):
             break
     return now
+
+
+def _weight(total: Tensor, rank: int, shape: Sequence[int], stability: float) -> Tensor:
+    """μ for a tensor of this shape with ‖T‖² = `total`."""
+    found: Tensor = stability * (total / rank) ** (1 / 3) / sum(shape)
+    return found
 
 
 def _sweep(

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from rankopt._calibration.moments import Moments
 from rankopt._decompositions import base
+from rankopt._decompositions.refining import Penalty, refined
 
 __all__ = ["FittedBasis"]
 
@@ -26,6 +27,9 @@ FAR_APART: Final = 1.0
 MOST_ANCHORS: Final = 8
 # Chains that are held, in float64, each about half the weight's size.
 KEPT_FITS: Final = 4
+# With fewer positions for each feature of a patch, factors that follow the moments of patches
+# do worse on other images.
+POSITIONS_PER_FEATURE: Final = 3
 # Relative ridge of the least squares problem for the last factor.
 _RIDGE: Final = 1e-10
 
@@ -84,6 +88,10 @@ class FittedBasis(base.Basis):
             ranks: One per axis.
             thorough: Whether the factors will be used; otherwise a few sweeps do.
         """
+
+    def _penalty(self, tensor: Tensor, ranks: Sequence[int]) -> Penalty | None:
+        """What refined factors for this whitened weight pay for beside the error."""
+        return None
 
     @abstractmethod
     def _features(self, leading: Sequence[Tensor]) -> Tensor:
@@ -165,8 +173,20 @@ class FittedBasis(base.Basis):
         return found
 
     def _solve(self, ranks: Sequence[int], *, thorough: bool) -> tuple[dict[str, Tensor], float]:
-        groups = [self._fit(tensor, ranks, thorough=thorough) for tensor in self._tensor]
-        groups = [[self._unwhitened(g, first), *rest] for g, (first, *rest) in enumerate(groups)]
+        groups = []
+        for group, tensor in enumerate(self._tensor):
+            factors = self._fit(tensor, ranks, thorough=thorough)
+            if self._refines:
+                factors = refined(
+                    factors,
+                    tensor.flatten(1),
+                    self._whitened_patches(group),
+                    self._features,
+                    self._penalty(tensor, ranks),
+                    thorough=thorough,
+                )
+            first, *rest = factors
+            groups.append([self._unwhitened(group, first), *rest])
         stacked = [torch.stack(factors) for factors in zip(*groups, strict=True)]
         given = stacked.pop() if self._ends_fixed else None
         count = len(stacked)
@@ -201,12 +221,35 @@ class FittedBasis(base.Basis):
         """Rows [groups, n, C·pixels] times the second moments of their patches."""
         if self._moments is None:
             return rows
-        if self._moments.pixels > 1 or self._pixels == 1:
+        if self._knows_patches or self._pixels == 1:
             return rows @ self._moments.damped.to(rows)
         root = self._moments.channel_root.to(rows)
         split = rows.unflatten(-1, (-1, self._pixels))
         product: Tensor = torch.einsum("gncp,gcd->gndp", split, root @ root.mT).flatten(2)
         return product
+
+    @property
+    def _knows_patches(self) -> bool:
+        return self._moments is not None and self._moments.pixels > 1
+
+    @property
+    def _refines(self) -> bool:
+        """Whether patches are known, and well enough that all factors may follow them."""
+        if self._moments is None or not self._knows_patches or self._ends_fixed:
+            return False
+        return self._moments.count >= POSITIONS_PER_FEATURE * self._moments.shape[-1]
+
+    def _whitened_patches(self, group: int) -> Tensor:
+        """Moments [C·pixels, C·pixels] of patches whose channels are whitened."""
+        assert self._moments is not None
+        tensor = self._tensor
+        root = self._moments.channel_root[group].to(tensor)
+        found = self._moments.damped[group].to(tensor)
+        for _ in range(2):  # rows, then columns
+            rows = found.unflatten(0, (len(root), -1)).flatten(1)
+            solved = torch.linalg.solve_triangular(root, rows, upper=False)
+            found = solved.reshape(found.shape).mT
+        return found
 
     def _unwhitened(self, group: int, first: Tensor) -> Tensor:
         """Rows [r, C] of the first factor, for raw inputs."""
@@ -219,10 +262,15 @@ class FittedBasis(base.Basis):
     # The weight
 
     @property
+    def _dense(self) -> Tensor:
+        """[groups, S, C, *kernel]."""
+        assert self.weight is not None
+        return base.working_copy(self.weight)
+
+    @property
     def _tensor(self) -> Tensor:
         """[groups, S, C, *kernel], whitened along C."""
-        assert self.weight is not None
-        dense = base.working_copy(self.weight)
+        dense = self._dense
         if self._moments is None:
             return dense
         root = self._moments.channel_root.to(dense)

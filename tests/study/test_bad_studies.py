@@ -175,7 +175,7 @@ def test_another_model_or_version_is_refused(tmp_path, monkeypatch):
             BudgetError,
             "objective on macs needs example_inputs: MACs",
         ),
-        ({"budget": "latency<=1%"}, BudgetInfeasible, "smallest reachable is latency"),
+        ({"budget": "latency<=0.01%"}, BudgetInfeasible, "smallest reachable is latency"),
         ({"budget": "macs<=1%"}, BudgetInfeasible, "smallest reachable is macs"),
         ({"create": False}, StudyError, "no study 'rankopt'; it has none; make one with"),
         (

@@ -1,0 +1,137 @@
+"""Fitted factors made better for whole patches of inputs, where their moments are known."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, Final
+
+import numpy as np
+import torch
+from scipy.optimize import minimize
+from torch import Tensor
+
+__all__ = ["Penalty", "refined"]
+
+# Of leading factors: weights [r] of the last factor's squared columns, and a further term.
+Penalty = Callable[[Sequence[Tensor]], tuple[Tensor, Tensor]]
+
+EVALUATIONS: Final = 100
+QUICK_EVALUATIONS: Final = 10
+# Share of the energy below which what one more step gains does not pay.
+NEGLIGIBLE_GAIN: Final = 1e-6
+# Relative ridge that keeps the least squares problem solvable, raised as far as need be.
+_JITTER: Final = {torch.float64: 1e-12, torch.float32: 1e-6}
+_MOST_JITTER: Final = 1.0
+
+
+def refined(
+    leading: Sequence[Tensor],
+    weight: Tensor,
+    moments: Tensor,
+    features: Callable[[Sequence[Tensor]], Tensor],
+    penalty: Penalty | None = None,
+    *,
+    thorough: bool = True,
+) -> list[Tensor]:
+    """Leading factors whose chain, with the best last factor, loses less of the output.
+
+    Minimises over the leading factors, whose product is F, and for each of them exactly
+    over the last factor B
+
+        tr((W − BF)·M·(W − BF)ᵀ) / tr(WMWᵀ) + Σ_r p_r·‖b_r‖² + q
+
+    by L-BFGS: variable projection, Golub and Pereyra, SIAM J. Numer. Anal. 10 (1973). The
+    first term never ends above its value at the start.
+
+    Args:
+        leading: Where to start.
+        weight: W [S, n], n = C·pixels.
+        moments: M [n, n], positive definite.
+        features: F [r, C, pixels] of leading factors, differentiable.
+        penalty: p and q, differentiable; nothing if None.
+        thorough: Whether the factors will be used; otherwise a few evaluations do.
+
+    Returns:
+        The factors, shaped as `leading`.
+    """
+    problem = _Problem(leading, weight, moments, features, penalty)
+    if problem.energy <= 0:
+        return list(leading)
+    evaluations = EVALUATIONS if thorough else QUICK_EVALUATIONS
+    options = {"maxfun": evaluations, "maxiter": evaluations, "ftol": NEGLIGIBLE_GAIN}
+    with torch.inference_mode(False), torch.enable_grad():
+        minimize(problem, problem.start, jac=True, method="L-BFGS-B", options=options)
+    return problem.best()
+
+
+class _Problem:
+    """The objective and its gradient in one vector; remembers where it was lowest."""
+
+    def __init__(
+        self,
+        leading: Sequence[Tensor],
+        weight: Tensor,
+        moments: Tensor,
+        features: Callable[[Sequence[Tensor]], Tensor],
+        penalty: Penalty | None,
+    ) -> None:
+        self._shapes = [factor.shape for factor in leading]
+        self._moments, self._features, self._penalty = moments, features, penalty
+        self._target = weight @ moments
+        self.energy = float((self._target * weight).sum())
+        self.start = np.concatenate([factor.double().cpu().numpy().ravel() for factor in leading])
+        self._lowest, self._place = math.inf, self.start
+        if self.energy > 0:
+            self._first = self._fitted(features(leading).flatten(1), None)[1]
+
+    def __call__(self, place: Any) -> tuple[float, Any]:
+        leading = [factor.requires_grad_() for factor in self._factors(place)]
+        rows = self._features(leading).flatten(1)  # [r, n]
+        ridge, rest = self._penalty(leading) if self._penalty is not None else (None, None)
+        with torch.no_grad():
+            last, lost, slope = self._fitted(rows, ridge)
+        outputs, slopes, value = [rows], [slope], lost
+        if ridge is not None and rest is not None:
+            term = (ridge * last.square().sum(dim=1)).sum() + rest
+            value += float(term.detach())
+            outputs.append(term)
+            slopes.append(torch.ones_like(term))
+        found = torch.autograd.grad(outputs, leading, slopes)
+        if value < self._lowest and lost <= self._first:
+            self._lowest, self._place = value, place.copy()
+        return value, np.concatenate([part.double().cpu().numpy().ravel() for part in found])
+
+    def best(self) -> list[Tensor]:
+        return self._factors(self._place)
+
+    def _fitted(self, rows: Tensor, ridge: Tensor | None) -> tuple[Tensor, float, Tensor]:
+        """The last factor [r, S] that suits the rows best, what is lost, its slope in the rows.
+
+        The last factor need not be differentiated: at its minimum the objective does not move
+        with it.
+        """
+        seen = rows @ self._moments
+        gram, cross = seen @ rows.mT, rows @ self._target.mT
+        last = _solved(gram, cross, None if ridge is None else ridge * self.energy)
+        kept = 2 * (last * cross).sum() - (last * (gram @ last)).sum()
+        slope = 2 * (last @ (last.mT @ seen - self._target)) / self.energy
+        return last, 1.0 - float(kept) / self.energy, slope
+
+    def _factors(self, place: Any) -> list[Tensor]:
+        parts = torch.from_numpy(place).to(self._moments).split([s.numel() for s in self._shapes])
+        return [part.reshape(shape) for part, shape in zip(parts, self._shapes, strict=True)]
+
+
+def _solved(gram: Tensor, cross: Tensor, ridge: Tensor | None) -> Tensor:
+    """X [r, S] with (gram + diag(ridge))·X = cross; NaN if that cannot be solved."""
+    jitter, scale = _JITTER[gram.dtype], float(gram.diagonal().mean())
+    whole = gram if ridge is None else gram + torch.diag(ridge)
+    while jitter < _MOST_JITTER and math.isfinite(scale):
+        diagonal = torch.full_like(gram[0], max(jitter * scale, 1e-30))
+        root, failed = torch.linalg.cholesky_ex(whole + torch.diag(diagonal))
+        if not failed:
+            found: Tensor = torch.cholesky_solve(cross, root)
+            return found
+        jitter *= 10
+    return torch.full_like(cross, math.nan)

@@ -1,0 +1,125 @@
+"""Fitted factors that follow the moments of whole patches."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from scipy.optimize import check_grad
+from torch import nn
+
+from rankopt._calibration.moments import Moments
+from rankopt._decompositions import CP, TT, BranchedTucker, DepthwiseSeparable
+from rankopt._decompositions.cp import _Basis
+from rankopt._decompositions.refining import _Problem, refined
+
+MANY = 10**6
+CASES = [
+    (CP(), (10,)),
+    (BranchedTucker(), (6, 8)),
+    (TT(), (6, 10, 8)),
+    (DepthwiseSeparable(), (2,)),
+]
+
+
+def patches(channels=12, *, seed=0):
+    """Moments of 3x3 patches of smooth images with correlated channels, [n, n]."""
+    draw = torch.Generator().manual_seed(seed)
+    images = torch.randn(8, channels, 24, 24, generator=draw, dtype=torch.float64)
+    images = nn.functional.avg_pool2d(images, 3, stride=1)
+    mixing = torch.randn(channels, channels, generator=draw, dtype=torch.float64)
+    images = torch.relu(torch.einsum("cd,bdij->bcij", mixing, images))
+    rows = nn.functional.unfold(images, 3).transpose(1, 2).flatten(0, 1)
+    return rows.mT @ rows / len(rows)
+
+
+def kernel(outputs=16, channels=12, *, seed=1):
+    draw = torch.Generator().manual_seed(seed)
+    return torch.randn(1, outputs, channels, 3, 3, generator=draw, dtype=torch.float64)
+
+
+def prepared(method, weight, count):
+    return method.prepare(weight, Moments(patches()[None], 9, count))
+
+
+@pytest.mark.parametrize(("method", "ranks"), CASES, ids=lambda value: getattr(value, "name", ""))
+def test_all_factors_follow_the_patches_once_there_are_enough_of_them(method, ranks):
+    weight = kernel()
+    few, many = (prepared(method, weight, count) for count in (2 * 108, MANY))
+    assert many.fitted_error(ranks) < 0.97 * few.fitted_error(ranks)
+    assert float(many.error(ranks)) < float(few.error(ranks))
+    # With few the leading factors are those that know the channels alone.
+    last = list(few.factors(ranks))[-1]
+    other = prepared(method, weight, 0).factors(ranks)
+    for name, factor in few.factors(ranks).items():
+        assert name == last or torch.equal(factor, other[name])
+
+
+def cp_problem(stability=0.02):
+    basis = CP(stability=stability).prepare(kernel(), Moments(patches()[None], 9, MANY))
+    assert isinstance(basis, _Basis)
+    tensor = basis._tensor[0]
+    leading = basis._fit(tensor, (10,), thorough=False)
+    return (
+        leading,
+        tensor.flatten(1),
+        basis._whitened_patches(0),
+        basis._features,
+        basis._penalty(tensor, (10,)),
+    )
+
+
+def test_gradients_are_those_of_the_objective():
+    problem = _Problem(*cp_problem())
+    place = problem.start + 0.1 * np.random.default_rng(0).standard_normal(problem.start.shape)
+    slope = problem(place)[1]
+    gap = check_grad(lambda x: problem(x)[0], lambda x: problem(x)[1], place, seed=0)
+    assert gap < 1e-4 * np.linalg.norm(slope)
+
+
+def test_the_objective_is_the_error_and_the_penalty():
+    leading, weight, moments, features, penalty = cp_problem()
+    problem = _Problem(leading, weight, moments, features, None)
+    rows = features(leading).flatten(1)
+    last = torch.linalg.lstsq(
+        (torch.linalg.cholesky(moments).mT @ rows.mT), torch.linalg.cholesky(moments).mT @ weight.mT
+    ).solution.mT
+    gap = weight - last @ rows
+    expected = ((gap @ moments * gap).sum() / (weight @ moments * weight).sum()).item()
+    assert problem(problem.start)[0] == pytest.approx(expected, rel=1e-6)
+    held = _Problem(leading, weight, moments, features, penalty)
+    assert held(held.start)[0] > expected
+
+
+def test_what_is_exact_stays_exact():
+    # A penalty could be lowered by giving up some of the fit.
+    leading, _, moments, features, penalty = cp_problem(stability=1.0)
+    weight = torch.ones(4, 10, dtype=torch.float64) @ features(leading).flatten(1)
+    found = refined(leading, weight, moments, features, penalty)
+    for factor, start in zip(found, leading, strict=True):
+        torch.testing.assert_close(factor, start)
+
+
+def test_a_weight_of_zeros_is_left_alone():
+    leading, weight, moments, features, penalty = cp_problem()
+    found = refined(leading, 0 * weight, moments, features, penalty)
+    assert all(a is b for a, b in zip(found, leading, strict=True))
+
+
+def test_separable_kernels_are_found_again():
+    draw = torch.Generator().manual_seed(2)
+    filters = torch.randn(12, 2, 9, generator=draw, dtype=torch.float64)
+    mixing = torch.randn(16, 12, 2, generator=draw, dtype=torch.float64)
+    weight = torch.einsum("scm,cmk->sck", mixing, filters).reshape(1, 16, 12, 3, 3)
+    for moments in (None, Moments(patches()[None], 9, 0), Moments(patches()[None], 9, MANY)):
+        assert DepthwiseSeparable().prepare(weight, moments).fitted_error((2,)) < 1e-5
+
+
+def test_separable_errors_are_what_the_channels_svds_discard():
+    weight = kernel()
+    values = torch.linalg.svdvals(weight[0].flatten(2).transpose(0, 1))  # [C, 9]
+    for rank in (1, 3, 8):
+        expected = (values[:, rank:].square().sum() / values.square().sum()).sqrt().item()
+        basis = DepthwiseSeparable().prepare(weight)
+        assert basis.fitted_error((rank,)) == pytest.approx(expected, rel=1e-6)
+        assert float(basis.error((rank,))) == pytest.approx(expected, rel=1e-6)
