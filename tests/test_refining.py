@@ -8,9 +8,11 @@ import torch
 from scipy.optimize import check_grad
 from torch import nn
 
+import rankopt
 from rankopt._calibration.moments import Moments
 from rankopt._decompositions import CP, TT, BranchedTucker, DepthwiseSeparable
-from rankopt._decompositions.cp import _Basis
+from rankopt._decompositions.cache import BasisCache
+from rankopt._decompositions.fitted import FittedBasis
 from rankopt._decompositions.refining import _Problem, refined
 
 MANY = 10**6
@@ -55,22 +57,28 @@ def test_all_factors_follow_the_patches_once_there_are_enough_of_them(method, ra
         assert name == last or torch.equal(factor, other[name])
 
 
+def prepared_at(method, scale, square):
+    """As `prepared`, weight and inputs scaled."""
+    return method.prepare(scale * kernel(), Moments(patches()[None] * square, 9, MANY))
+
+
+def posed(method, ranks):
+    """Arguments of `refined` for one group."""
+    basis = prepared(method, kernel(), MANY)
+    assert isinstance(basis, FittedBasis)
+    (tensor,) = basis._tensor
+    leading = basis._fit(tensor, ranks, thorough=False)
+    (moments,) = basis._whitened_patches(basis._tensor)
+    return leading, tensor.flatten(1), moments, basis._features, basis._penalty(tensor, ranks)
+
+
 def cp_problem(stability=0.02):
-    basis = CP(stability=stability).prepare(kernel(), Moments(patches()[None], 9, MANY))
-    assert isinstance(basis, _Basis)
-    tensor = basis._tensor[0]
-    leading = basis._fit(tensor, (10,), thorough=False)
-    return (
-        leading,
-        tensor.flatten(1),
-        basis._whitened_patches(0),
-        basis._features,
-        basis._penalty(tensor, (10,)),
-    )
+    return posed(CP(stability=stability), (10,))
 
 
-def test_gradients_are_those_of_the_objective():
-    problem = _Problem(*cp_problem())
+@pytest.mark.parametrize(("method", "ranks"), CASES, ids=lambda value: getattr(value, "name", ""))
+def test_gradients_are_those_of_the_objective(method, ranks):
+    problem = _Problem(*posed(method, ranks))
     place = problem.start + 0.1 * np.random.default_rng(0).standard_normal(problem.start.shape)
     slope = problem(place)[1]
     gap = check_grad(lambda x: problem(x)[0], lambda x: problem(x)[1], place, seed=0)
@@ -104,6 +112,84 @@ def test_a_weight_of_zeros_is_left_alone():
     leading, weight, moments, features, penalty = cp_problem()
     found = refined(leading, 0 * weight, moments, features, penalty)
     assert all(a is b for a, b in zip(found, leading, strict=True))
+
+
+@pytest.mark.parametrize(("method", "ranks"), CASES, ids=lambda value: getattr(value, "name", ""))
+def test_the_scale_of_weights_and_inputs_does_not_matter(method, ranks):
+    errors = [
+        method.prepare(by * kernel(), Moments(patches()[None] * square, 9, MANY)).fitted_error(
+            ranks
+        )
+        for by, square in ((1.0, 1.0), (1e3, 1.0), (1e-4, 1e-6), (30.0, 1e6))
+    ]
+    assert errors == pytest.approx([errors[0]] * 4, rel=5e-3)
+
+
+@pytest.mark.parametrize(("method", "ranks"), CASES, ids=lambda value: getattr(value, "name", ""))
+def test_groups_are_refined_one_by_one(method, ranks):
+    weights = [kernel(seed=seed) for seed in (1, 2)]
+    parts = [patches(seed=seed)[None] for seed in (3, 4)]
+    both = method.prepare(torch.cat(weights), Moments(torch.cat(parts), 9, MANY)).factors(ranks)
+    alone = [
+        method.prepare(weight, Moments(part, 9, MANY)).factors(ranks)
+        for weight, part in zip(weights, parts, strict=True)
+    ]
+    for name, factor in both.items():
+        expected = torch.cat([factors[name] for factors in alone])
+        torch.testing.assert_close(factor, expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(("method", "ranks"), CASES, ids=lambda value: getattr(value, "name", ""))
+def test_factors_are_fitted_in_inference_mode_too(method, ranks):
+    with torch.inference_mode():
+        error = prepared(method, kernel(), MANY).fitted_error(ranks)
+    assert error == pytest.approx(prepared(method, kernel(), MANY).fitted_error(ranks), rel=1e-6)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-3])
+@pytest.mark.parametrize(("method", "ranks"), CASES, ids=lambda value: getattr(value, "name", ""))
+def test_channels_that_are_dead_need_no_large_factors(method, ranks, scale):
+    still = patches() * scale**2
+    still[9:27], still[:, 9:27] = 0.0, 0.0
+    for count in (0, MANY):
+        basis = method.prepare(kernel(), Moments(still[None], 9, count))
+        assert basis.fitted_error(ranks) < 1
+        for factor in basis.factors(ranks).values():
+            assert factor.abs().max() < 1e4
+
+
+def test_inputs_of_zeros_are_allowed():
+    weight = torch.randn(1, 16, 160, 3, 3)
+    for moments in (
+        Moments(torch.zeros(1, 160, 160, dtype=torch.float64), 1, MANY),
+        Moments(torch.zeros(1, 1440, 1440, dtype=torch.float64), 9, 0),
+    ):
+        factors = DepthwiseSeparable().prepare(weight, moments).factors((2,))
+        assert all(factor.isfinite().all() for factor in factors.values())
+
+
+def test_the_count_of_positions_is_part_of_what_is_kept():
+    cache, weight, second = BasisCache(), kernel(), patches()[None]
+    errors = [
+        cache.get(CP(), weight, Moments(second, 9, count)).fitted_error((10,))
+        for count in (0, MANY)
+    ]
+    assert errors[1] < 0.97 * errors[0]
+
+
+def test_a_rounding_is_of_channels_not_of_filters():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(16, 32, 3, stride=2, padding=1), nn.ReLU())
+    for round_to, allowed in ((8, {1, 2, 3, 4}), (32, {2, 4})):
+        plan = rankopt.search(
+            model,
+            "macs<=60%",
+            example_inputs=torch.randn(1, 16, 12, 12),
+            methods=("depthwise_separable",),
+            round_to=round_to,
+        )
+        (decision,) = plan.changes
+        assert decision.args["ranks"][0] in allowed
 
 
 def test_separable_kernels_are_found_again():

@@ -52,7 +52,7 @@ class Moments:
         self._derived: dict[str, Any] = {}
         self._file = _File()
         if second.numel() * second.element_size() > SPILL_BYTES:
-            self._derived["key"] = tensor_digest(second)
+            self._derived["key"] = self._identity(second)
         self._stored = self._file.keep(second)
         self._output_root: Tensor | Spilled | None = None
 
@@ -150,9 +150,13 @@ class Moments:
     def key(self) -> bytes:
         """Identifies the moments in a cache."""
         if "key" not in self._derived:
-            self._derived["key"] = tensor_digest(self.second)
+            self._derived["key"] = self._identity(self.second)
         found: bytes = self._derived["key"]
         return found
+
+    def _identity(self, second: Tensor) -> bytes:
+        """Of patches, how many there were decides how far factors follow them."""
+        return tensor_digest(second) + str(self.count).encode() * (self.pixels > 1)
 
 
 class _File:

@@ -40,11 +40,13 @@ class RankAxis:
         name: What the rank counts.
         maximum: Largest useful value, a multiple of `step`.
         step: Feasible ranks are its multiples.
+        width: Channels of the chain that one rank stands for; a `round_to` is of channels.
     """
 
     name: str
     maximum: int
     step: int = 1
+    width: int = 1
 
 
 class Basis(ABC):

@@ -77,7 +77,7 @@ class _Basis(FittedBasis):
     def _penalty(self, tensor: Tensor, ranks: Sequence[int]) -> Penalty:
         outputs, inputs, pixels = tensor.flatten(2).shape
         total = tensor.square().sum()
-        weight = _weight(total, ranks[0], (outputs, inputs, pixels), self.stability) / total
+        weight = float(_weight(total, ranks[0], (outputs, inputs, pixels), self.stability) / total)
 
         def penalty(leading: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
             rows, kernels = (factor.square().sum(dim=1) for factor in leading)
@@ -238,7 +238,8 @@ class CP(base.Decomposition):
         stability: Weight of the components' sensitivity against the error. At 0
             this is plain alternating least squares, whose components cancel each
             other and cannot be fine-tuned.
-        sweeps: Sweeps of the fit that the factors come from.
+        sweeps: Sweeps of the fit that the factors come from; with moments of enough patches
+            they are then refined.
     """
 
     name: ClassVar[str] = "cp"

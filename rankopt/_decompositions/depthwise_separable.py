@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from rankopt._calibration.moments import DAMPING, Moments
+from rankopt._calibration.moments import Moments
 from rankopt._decompositions import base
 from rankopt._decompositions.fitted import FittedBasis
 from rankopt._model.layers import Layer
@@ -30,19 +30,18 @@ class _Basis(FittedBasis):
         """Lower roots of every channel's own patches, [groups, C, pixels, pixels]."""
         if self._moments is None:
             return None
-        tensor = self._dense
-        channels, pixels = tensor.shape[2], self._pixels
-        if self._knows_patches:
-            second = self._moments.damped.unflatten(2, (channels, pixels))
-            blocks = second.unflatten(1, (channels, pixels)).diagonal(dim1=1, dim2=3)
-            own = blocks.movedim(-1, 1)
-        else:
-            scales = self._moments.channels.diagonal(dim1=-2, dim2=-1)[..., None, None]
-            own = scales * torch.eye(pixels, dtype=scales.dtype, device=scales.device)
-        size = own.diagonal(dim1=-2, dim2=-1).mean(dim=(-2, -1)).clamp_min(1e-300)
-        eye = torch.eye(pixels, dtype=own.dtype, device=own.device)
-        damping = DAMPING * size[:, None, None, None] * eye
-        roots: Tensor = torch.linalg.cholesky(own + damping).to(tensor)
+        if "roots" not in self._parts:
+            self._parts["roots"] = self._own_roots(self._moments)
+        found: Tensor = self._parts["roots"]
+        return found
+
+    def _own_roots(self, moments: Moments) -> Tensor:
+        channels, pixels = self._dense.shape[2], self._pixels
+        if not self._knows_patches:
+            scales = moments.channel_root.square().sum(dim=-1).sqrt()[..., None, None]
+            return scales * torch.eye(pixels, dtype=scales.dtype, device=scales.device)
+        blocks = moments.damped.unflatten(2, (channels, pixels)).unflatten(1, (channels, pixels))
+        roots: Tensor = torch.linalg.cholesky(blocks.diagonal(dim1=1, dim2=3).movedim(-1, 1))
         return roots
 
     @property
@@ -50,17 +49,17 @@ class _Basis(FittedBasis):
         dense, roots = self._dense, self._roots
         if roots is None:
             return dense
-        rows = torch.einsum("gscp,gcpq->gscq", dense.flatten(3), roots)
+        rows = torch.einsum("gscp,gcpq->gscq", dense.flatten(3), roots.to(dense))
         return rows.reshape(dense.shape)
 
-    def _whitened_patches(self, group: int) -> Tensor:
+    def _whitened_patches(self, like: Tensor) -> Tensor:
         assert self._moments is not None
         roots = self._roots
         assert roots is not None
-        found = self._moments.damped[group].to(roots)
+        found, roots = self._moments.damped.to(like), roots.to(like)
         for _ in range(2):  # rows, then columns
-            rows = found.unflatten(0, roots.shape[1:3])
-            found = torch.linalg.solve_triangular(roots[group], rows, upper=False).flatten(0, 1).mT
+            rows = found.unflatten(1, roots.shape[1:3])
+            found = torch.linalg.solve_triangular(roots, rows, upper=False).flatten(1, 2).mT
         return found
 
     def _unwhitened(self, group: int, first: Tensor) -> Tensor:
@@ -68,8 +67,16 @@ class _Basis(FittedBasis):
         if roots is None:
             return first
         filters = first.unflatten(0, (roots.shape[1], -1))
-        rows: Tensor = torch.linalg.solve_triangular(roots[group], filters, upper=False, left=False)
-        return rows.flatten(0, 1)
+        root = roots[group].to(first)
+        rows = torch.linalg.solve_triangular(root, filters, upper=False, left=False).flatten(0, 1)
+        # Filters of a channel that hardly varies would be as large as it is small.
+        lengths = rows.norm(dim=1, keepdim=True)
+        scaled: Tensor = rows / lengths.where(lengths > 0, 1.0)
+        return scaled
+
+    def release(self) -> None:
+        super().release()
+        self._parts.pop("roots", None)
 
     def _estimate(self, ranks: Sequence[Any]) -> Any:
         """What the SVDs discard, as if channels were not correlated."""
@@ -122,8 +129,8 @@ class DepthwiseSeparable(base.Decomposition):
     the cheapest chain for such layers. A rank is a number of filters per input channel, so
     choices are few: of a 3x3 convolution of 64 channels each takes an eighth of the MACs.
 
-    The filters start from an SVD of each channel's kernels. With moments of whole patches
-    they are fitted to the output, and so is the 1x1 factor.
+    The filters come from an SVD of each channel's kernels, and the 1x1 factor is fitted to the
+    weight, or with moments to the output; so are the filters where enough patches are known.
     """
 
     name: ClassVar[str] = "depthwise_separable"
@@ -138,7 +145,8 @@ class DepthwiseSeparable(base.Decomposition):
 
     def rank_axes(self, layer: Layer) -> tuple[base.RankAxis, ...]:
         _, outputs = layer.group_shape
-        return (base.RankAxis("filters", min(outputs, base.kernel_size(layer))),)
+        most = min(outputs, base.kernel_size(layer))
+        return (base.RankAxis("filters", most, width=layer.in_channels),)
 
     def params(self, layer: Layer, ranks: Sequence[Any]) -> Any:
         (rank,) = ranks

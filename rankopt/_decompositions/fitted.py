@@ -43,8 +43,9 @@ class FittedBasis(base.Basis):
     one choice of ranks.
 
     Factors are fitted to the weight, whitened along its input mode if moments of
-    the channels are known. The last factor is then the least squares fit to the
-    weight, or with moments to the layer's output, given all the others.
+    the channels are known; where those of whole patches are, from enough positions, all
+    of them then follow the layer's output (`refined`). The last factor is in any case the
+    least squares fit to the weight, or with moments to the layer's output, given all the others.
 
     Args:
         weight: Canonical weight [groups, S, C, *kernel].
@@ -173,14 +174,15 @@ class FittedBasis(base.Basis):
         return found
 
     def _solve(self, ranks: Sequence[int], *, thorough: bool) -> tuple[dict[str, Tensor], float]:
-        groups = []
-        for group, tensor in enumerate(self._tensor):
+        groups, tensors = [], self._tensor
+        patches = self._whitened_patches(tensors) if self._refines else None
+        for group, tensor in enumerate(tensors):
             factors = self._fit(tensor, ranks, thorough=thorough)
-            if self._refines:
+            if patches is not None:
                 factors = refined(
                     factors,
                     tensor.flatten(1),
-                    self._whitened_patches(group),
+                    patches[group],
                     self._features,
                     self._penalty(tensor, ranks),
                     thorough=thorough,
@@ -239,14 +241,13 @@ class FittedBasis(base.Basis):
             return False
         return self._moments.count >= POSITIONS_PER_FEATURE * self._moments.shape[-1]
 
-    def _whitened_patches(self, group: int) -> Tensor:
-        """Moments [C·pixels, C·pixels] of patches whose channels are whitened."""
+    def _whitened_patches(self, like: Tensor) -> Tensor:
+        """Moments [groups, C·pixels, C·pixels] of patches whose channels are whitened."""
         assert self._moments is not None
-        tensor = self._tensor
-        root = self._moments.channel_root[group].to(tensor)
-        found = self._moments.damped[group].to(tensor)
+        root = self._moments.channel_root.to(like)
+        found = self._moments.damped.to(like)
         for _ in range(2):  # rows, then columns
-            rows = found.unflatten(0, (len(root), -1)).flatten(1)
+            rows = found.unflatten(1, (root.shape[1], -1)).flatten(2)
             solved = torch.linalg.solve_triangular(root, rows, upper=False)
             found = solved.reshape(found.shape).mT
         return found

@@ -59,7 +59,7 @@ def refined(
     if problem.energy <= 0:
         return list(leading)
     evaluations = EVALUATIONS if thorough else QUICK_EVALUATIONS
-    options = {"maxfun": evaluations, "maxiter": evaluations, "ftol": NEGLIGIBLE_GAIN}
+    options = {"maxfun": evaluations, "maxiter": evaluations, "ftol": NEGLIGIBLE_GAIN, "gtol": 0.0}
     with torch.inference_mode(False), torch.enable_grad():
         minimize(problem, problem.start, jac=True, method="L-BFGS-B", options=options)
     return problem.best()
@@ -80,7 +80,9 @@ class _Problem:
         self._moments, self._features, self._penalty = moments, features, penalty
         self._target = weight @ moments
         self.energy = float((self._target * weight).sum())
-        self.start = np.concatenate([factor.double().cpu().numpy().ravel() for factor in leading])
+        # Steps are of coordinates of order one, whatever the scale of a factor.
+        self._scales = [float(f.double().square().mean().sqrt()) or 1.0 for f in leading]
+        self.start = self._joined(leading, [1 / scale for scale in self._scales])
         self._lowest, self._place = math.inf, self.start
         if self.energy > 0:
             self._first = self._fitted(features(leading).flatten(1), None)[1]
@@ -100,7 +102,7 @@ class _Problem:
         found = torch.autograd.grad(outputs, leading, slopes)
         if value < self._lowest and lost <= self._first:
             self._lowest, self._place = value, place.copy()
-        return value, np.concatenate([part.double().cpu().numpy().ravel() for part in found])
+        return value, self._joined(found, self._scales)
 
     def best(self) -> list[Tensor]:
         return self._factors(self._place)
@@ -120,7 +122,14 @@ class _Problem:
 
     def _factors(self, place: Any) -> list[Tensor]:
         parts = torch.from_numpy(place).to(self._moments).split([s.numel() for s in self._shapes])
-        return [part.reshape(shape) for part, shape in zip(parts, self._shapes, strict=True)]
+        ways = zip(parts, self._scales, self._shapes, strict=True)
+        return [(scale * part).reshape(shape) for part, scale, shape in ways]
+
+    @staticmethod
+    def _joined(parts: Sequence[Tensor], scales: Sequence[float]) -> Any:
+        """Tensors, each times a number, as one vector."""
+        pairs = zip(parts, scales, strict=True)
+        return np.concatenate([(part.double() * by).cpu().numpy().ravel() for part, by in pairs])
 
 
 def _solved(gram: Tensor, cross: Tensor, ridge: Tensor | None) -> Tensor:

@@ -131,7 +131,8 @@ class TT(base.Decomposition):
     """Mix channels, convolve along each side of the kernel in turn, mix channels.
 
     Cores come from TT-SVD, left to right; with moments the input mode is
-    whitened and the last factor fitted to the layer's output. The train of order
+    whitened and the last factor fitted to the layer's output, and with those of
+    enough patches all of them. The train of order
     three, (S, k², C), is another name for Tucker-2.
 
     References:

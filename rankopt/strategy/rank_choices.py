@@ -43,7 +43,7 @@ def check_rounding(rounding: str) -> None:
 
 def rank_step(axis: RankAxis, round_to: int) -> int:
     """What ranks along an axis are multiples of; its own where `round_to` is too large."""
-    both = math.lcm(round_to, axis.step)
+    both = math.lcm(round_to // math.gcd(round_to, axis.width), axis.step)
     return both if both <= axis.maximum else axis.step
 
 

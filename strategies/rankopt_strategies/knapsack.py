@@ -32,9 +32,9 @@ class Knapsack(Strategy):
     then minimised by Lagrangian relaxation and proved, or improved, by HiGHS.
 
     The plan's extension ``knapsack`` states the ``damage`` that was minimised, its lower
-    ``bound`` and their relative ``gap``. Where errors are estimates, as of cp, tt and
-    branched_tucker, so are these three: the gap says how well the estimates were
-    minimised. ``fitted_damage`` is that of the errors the plan states, after the fits.
+    ``bound`` and their relative ``gap``. Where errors are estimates, as of cp, so are
+    these three: the gap says how well the estimates were minimised.
+    ``fitted_damage`` is that of the errors the plan states, after the fits.
 
     Args:
         sensitivity: ``auto`` weighs sites by the square root of the measured
