@@ -26,6 +26,7 @@ HALF, THIRD = "macs<=50%, params<=50%", "macs<=30%, params<=30%"
 TWO = ("svd", "tucker2")
 CLOSED = (*TWO, "spatial_svd")
 FITTED = (*CLOSED, "cp")
+DEPTHWISE = (*FITTED, "depthwise_separable")
 # Plan, budget, whether to recover it too, settings of the search.
 ROWS: list[tuple[str, str, bool, dict[str, Any]]] = [
     (
@@ -58,6 +59,15 @@ ROWS: list[tuple[str, str, bool, dict[str, Any]]] = [
     ("knapsack with cp, fisher, 30%", THIRD, True, {"methods": FITTED, "fisher": True}),
     ("knapsack with cp, asymmetric", HALF, True, {"methods": FITTED, "asymmetric": True}),
     ("knapsack with cp, asymmetric, 30%", THIRD, True, {"methods": FITTED, "asymmetric": True}),
+    ("knapsack with both", HALF, True, {"methods": DEPTHWISE}),
+    ("knapsack with both, 30%", THIRD, True, {"methods": DEPTHWISE}),
+    ("knapsack with both, asymmetric", HALF, False, {"methods": DEPTHWISE, "asymmetric": True}),
+    (
+        "knapsack with both, asymmetric, 30%",
+        THIRD,
+        False,
+        {"methods": DEPTHWISE, "asymmetric": True},
+    ),
 ]
 
 
