@@ -117,9 +117,7 @@ def test_a_weight_of_zeros_is_left_alone():
 @pytest.mark.parametrize(("method", "ranks"), CASES, ids=lambda value: getattr(value, "name", ""))
 def test_the_scale_of_weights_and_inputs_does_not_matter(method, ranks):
     errors = [
-        method.prepare(by * kernel(), Moments(patches()[None] * square, 9, MANY)).fitted_error(
-            ranks
-        )
+        prepared_at(method, by, square).fitted_error(ranks)
         for by, square in ((1.0, 1.0), (1e3, 1.0), (1e-4, 1e-6), (30.0, 1e6))
     ]
     assert errors == pytest.approx([errors[0]] * 4, rel=5e-3)

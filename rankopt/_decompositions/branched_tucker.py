@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from rankopt._calibration.moments import Moments
 from rankopt._decompositions import base
-from rankopt._decompositions.fitted import FittedBasis
+from rankopt._decompositions.fitted import FittedBasis, FittedDecomposition
 from rankopt._decompositions.tucker2 import Tucker2
 from rankopt._model.layers import Layer
 
@@ -191,7 +191,7 @@ def _padded(columns: Tensor, width: int) -> Tensor:
 
 
 @dataclass(frozen=True)
-class BranchedTucker(base.Decomposition):
+class BranchedTucker(FittedDecomposition):
     """Tucker-2 whose core is split into N groups: 1x1 C→r1, k×k in N groups, 1x1 r2→S.
 
     Each branch spans its own r1/N inputs and r2/N outputs, so ranks may exceed the
@@ -211,7 +211,6 @@ class BranchedTucker(base.Decomposition):
 
     name: ClassVar[str] = "branched_tucker"
     roles: ClassVar[Mapping[str, str]] = {"first": "first", "core": "core", "last": "last"}
-    exact_error: ClassVar[bool] = False
     branches: int = 2
     init: Literal["deflate", "truncate"] = "deflate"
     sweeps: int = 20
@@ -256,9 +255,6 @@ class BranchedTucker(base.Decomposition):
 
     def prepare(self, weight: Tensor, moments: Moments | None = None) -> base.Basis:
         return _Basis(weight, moments, self)
-
-    def factors_kind(self, moments: Moments) -> str:
-        return "whitened+output"
 
     def build(self, layer: Layer, ranks: Sequence[int]) -> nn.Sequential:
         first, second = (layer.groups * rank for rank in ranks)

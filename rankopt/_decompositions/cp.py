@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from rankopt._calibration.moments import Moments
 from rankopt._decompositions import base
-from rankopt._decompositions.fitted import FittedBasis
+from rankopt._decompositions.fitted import FittedBasis, FittedDecomposition
 from rankopt._decompositions.refining import Penalty
 from rankopt._model.layers import Layer
 
@@ -228,7 +228,7 @@ def _maximum(outputs: int, inputs: int, pixels: int) -> int:
 
 
 @dataclass(frozen=True)
-class CP(base.Decomposition):
+class CP(FittedDecomposition):
     """A sum of r separable components: mix channels, filter each one, mix again.
 
     Ranks may exceed the channels. Factors are fitted, so errors before a choice
@@ -244,7 +244,6 @@ class CP(base.Decomposition):
 
     name: ClassVar[str] = "cp"
     roles: ClassVar[Mapping[str, str]] = {"first": "first", "core": "core", "last": "last"}
-    exact_error: ClassVar[bool] = False
     has_spectra: ClassVar[bool] = False
     stability: float = 0.02
     sweeps: int = 50
@@ -276,15 +275,8 @@ class CP(base.Decomposition):
         size = base.kernel_size(layer)
         return layer.groups * rank * (inputs * entering + (size + outputs) * leaving)
 
-    @property
-    def refits(self) -> bool:
-        return True
-
     def prepare(self, weight: Tensor, moments: Moments | None = None) -> base.Basis:
         return _Basis(weight, moments, self.stability, self.sweeps)
-
-    def factors_kind(self, moments: Moments) -> str:
-        return "whitened+output"
 
     def build(self, layer: Layer, ranks: Sequence[int]) -> nn.Sequential:
         hidden = layer.groups * ranks[0]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from rankopt._calibration.moments import Moments
 from rankopt._decompositions import base
-from rankopt._decompositions.fitted import FittedBasis
+from rankopt._decompositions.fitted import FittedBasis, FittedDecomposition
 from rankopt._model.layers import Layer
 
 __all__ = ["DepthwiseSeparable"]
@@ -122,7 +122,7 @@ class _Basis(FittedBasis):
 
 
 @dataclass(frozen=True)
-class DepthwiseSeparable(base.Decomposition):
+class DepthwiseSeparable(FittedDecomposition):
     """Every input channel filtered r times by itself, then mixed: DW+PW of arXiv 1808.05517.
 
     Where the convolution has a stride both factors run on the smaller map, which makes this
@@ -135,7 +135,6 @@ class DepthwiseSeparable(base.Decomposition):
 
     name: ClassVar[str] = "depthwise_separable"
     roles: ClassVar[Mapping[str, str]] = {"core": "core", "last": "last"}
-    exact_error: ClassVar[bool] = False
     has_spectra: ClassVar[bool] = False
 
     def refusal(self, layer: Layer) -> str | None:
@@ -157,15 +156,8 @@ class DepthwiseSeparable(base.Decomposition):
         _, leaving = base.positions(layer)
         return self.params(layer, ranks) * leaving
 
-    @property
-    def refits(self) -> bool:
-        return True
-
     def prepare(self, weight: Tensor, moments: Moments | None = None) -> base.Basis:
         return _Basis(weight, moments)
-
-    def factors_kind(self, moments: Moments) -> str:
-        return "whitened+output"
 
     def build(self, layer: Layer, ranks: Sequence[int]) -> nn.Sequential:
         hidden = layer.in_channels * ranks[0]

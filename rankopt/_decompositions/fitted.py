@@ -6,8 +6,9 @@ import math
 import threading
 from abc import abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Final
+from typing import Any, ClassVar, Final
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from rankopt._calibration.moments import Moments
 from rankopt._decompositions import base
 from rankopt._decompositions.refining import Penalty, refined
 
-__all__ = ["FittedBasis"]
+__all__ = ["FittedBasis", "FittedDecomposition"]
 
 # Loads, as shares of the dense weight's, at which errors are fitted: from the least ranks on.
 ANCHORS: Final = (0.0, 0.03, 0.1, 0.3, 0.7)
@@ -294,6 +295,20 @@ class FittedBasis(base.Basis):
     @property
     def nbytes(self) -> int:
         return KEPT_FITS * 8 * self._held // 2
+
+
+@dataclass(frozen=True)
+class FittedDecomposition(base.Decomposition):
+    """A decomposition whose basis is a `FittedBasis`."""
+
+    exact_error: ClassVar[bool] = False
+
+    @property
+    def refits(self) -> bool:
+        return True
+
+    def factors_kind(self, moments: Moments) -> str:
+        return "whitened+output"
 
 
 def _solved(gram: Tensor, cross: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from rankopt._calibration.moments import Moments
 from rankopt._decompositions import base
-from rankopt._decompositions.fitted import FittedBasis
+from rankopt._decompositions.fitted import FittedBasis, FittedDecomposition
 from rankopt._model.layers import Layer
 
 __all__ = ["TT"]
@@ -127,7 +127,7 @@ def _elements(shape: Sequence[int], ranks: Sequence[Any]) -> Any:
 
 
 @dataclass(frozen=True)
-class TT(base.Decomposition):
+class TT(FittedDecomposition):
     """Mix channels, convolve along each side of the kernel in turn, mix channels.
 
     Cores come from TT-SVD, left to right; with moments the input mode is
@@ -143,7 +143,6 @@ class TT(base.Decomposition):
     roles: ClassVar[Mapping[str, str]] = {
         "first": "first", "core1": "core", "core2": "core", "core3": "core", "last": "last"
     }  # fmt: skip
-    exact_error: ClassVar[bool] = False
 
     def refusal(self, layer: Layer) -> str | None:
         if len(layer.kernel) >= 2 and min(layer.kernel) > 1:
@@ -172,15 +171,8 @@ class TT(base.Decomposition):
         ends = inputs * ranks[0] * entering + ranks[-1] * outputs * leaving
         return layer.groups * (ends + cores)
 
-    @property
-    def refits(self) -> bool:
-        return True
-
     def prepare(self, weight: Tensor, moments: Moments | None = None) -> base.Basis:
         return _Basis(weight, moments)
-
-    def factors_kind(self, moments: Moments) -> str:
-        return "whitened+output"
 
     def build(self, layer: Layer, ranks: Sequence[int]) -> nn.Sequential:
         hidden = [layer.groups * rank for rank in ranks]
