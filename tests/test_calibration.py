@@ -11,7 +11,7 @@ import rankopt
 from rankopt._calibration import collect as calibration
 from rankopt._calibration.collect import POSITIONS, collect, layer_inputs, patches
 from rankopt._calibration.moments import Moments, damped_root
-from rankopt._model.inputs import batches, digest, divergence, hold
+from rankopt._model.inputs import batches, digest, divergence, divergences, hold
 from rankopt._model.layers import canonical_weight, find_layers
 from rankopt.errors import CalibrationError, PlanError, RankoptWarning
 from rankopt.testing import planted_inputs, planted_model
@@ -263,6 +263,21 @@ def test_digest_does_not_depend_on_batching():
     x = torch.randn(12, 5)
     assert digest(x.split(4)) == digest(x.split(5)) == digest([x])
     assert digest([x]) != digest([x + 1])
+
+
+@pytest.mark.parametrize("shape", [(6, 5), (6, 4, 5), (6, 3, 4, 4), (6,), (6, 1)])
+@pytest.mark.parametrize("named", [True, False])
+def test_divergences_of_samples_add_up(shape, named):
+    draw = torch.Generator().manual_seed(0)
+    old, new = (torch.randn(shape, generator=draw) for _ in range(2))
+    if len(shape) == 2 and shape[1] > 1:
+        old[0, 0] = -torch.inf  # a class that is left out
+    if named and len(shape) > 1:
+        old, new = {"logits": old}, {"logits": new}
+    each = divergences(old, new)
+    assert each.shape == (6,)
+    assert each.mean().item() == pytest.approx(divergence(old, new))
+    assert each.std() > 0
 
 
 def test_divergence():

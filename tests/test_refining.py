@@ -5,15 +5,19 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from scipy.optimize import check_grad
 from torch import nn
 
 import rankopt
 from rankopt._calibration.moments import Moments
-from rankopt._decompositions import CP, TT, BranchedTucker, DepthwiseSeparable
+from rankopt._decompositions import CP, TT, BranchedTucker, DepthwiseSeparable, SpatialSVD, Tucker2
 from rankopt._decompositions.cache import BasisCache
 from rankopt._decompositions.fitted import FittedBasis
+from rankopt._decompositions.rebuild import rebuild
 from rankopt._decompositions.refining import _Problem, refined
+from rankopt._model.layers import find_layers
 
 MANY = 10**6
 CASES = [
@@ -22,6 +26,22 @@ CASES = [
     (TT(), (6, 10, 8)),
     (DepthwiseSeparable(), (2,)),
 ]
+
+# Their errors are of nested factors, in closed form; what the refined ones lose is less.
+CLOSED = [
+    (SpatialSVD(), (6,)),
+    (Tucker2(), (6, 8)),
+    (Tucker2(), (6, 16)),
+]
+
+
+def ways(cases):
+    return pytest.mark.parametrize(
+        ("method", "ranks"), cases, ids=lambda value: getattr(value, "name", "")
+    )
+
+
+each_fitted, each_way = ways(CASES), ways(CASES + CLOSED)
 
 
 def patches(channels=12, *, seed=0):
@@ -44,7 +64,7 @@ def prepared(method, weight, count):
     return method.prepare(weight, Moments(patches()[None], 9, count))
 
 
-@pytest.mark.parametrize(("method", "ranks"), CASES, ids=lambda value: getattr(value, "name", ""))
+@each_fitted
 def test_all_factors_follow_the_patches_once_there_are_enough_of_them(method, ranks):
     weight = kernel()
     few, many = (prepared(method, weight, count) for count in (2 * 108, MANY))
@@ -76,7 +96,7 @@ def cp_problem(stability=0.02):
     return posed(CP(stability=stability), (10,))
 
 
-@pytest.mark.parametrize(("method", "ranks"), CASES, ids=lambda value: getattr(value, "name", ""))
+@each_fitted
 def test_gradients_are_those_of_the_objective(method, ranks):
     problem = _Problem(*posed(method, ranks))
     place = problem.start + 0.1 * np.random.default_rng(0).standard_normal(problem.start.shape)
@@ -114,7 +134,57 @@ def test_a_weight_of_zeros_is_left_alone():
     assert all(a is b for a, b in zip(found, leading, strict=True))
 
 
-@pytest.mark.parametrize(("method", "ranks"), CASES, ids=lambda value: getattr(value, "name", ""))
+def lost(method, basis, ranks):
+    """Relative output error of the factors, by the chain they make."""
+    size = basis.weight.shape
+    conv = nn.Conv2d(size[0] * size[2], size[0] * size[1], 3, groups=size[0], bias=False)
+    (layer,) = find_layers(nn.Sequential(conv.double()))
+    near = rebuild(method, layer, ranks, basis.factors(ranks)).reshape(size)
+    gap, dense = ((basis.weight - x).flatten(2) for x in (near, torch.zeros_like(near)))
+    parts = [(x @ basis._moments.damped * x).sum() for x in (gap, dense)]
+    return (parts[0] / parts[1]).sqrt().item()
+
+
+@pytest.mark.parametrize(("method", "ranks"), CLOSED)
+def test_factors_lose_less_than_the_closed_form_says(method, ranks):
+    few, many = (prepared(method, kernel(), count) for count in (2 * 108, MANY))
+    stated = float(many.error(ranks))
+    assert stated == float(few.error(ranks))
+    assert lost(method, few, ranks) == pytest.approx(stated, rel=1e-6)
+    assert few.fitted_error(ranks) == stated
+    refined_error = lost(method, many, ranks)
+    assert refined_error < 0.97 * stated
+    assert many.fitted_error(ranks) == pytest.approx(refined_error, rel=1e-6)
+
+
+@pytest.mark.parametrize("method", [SpatialSVD(), Tucker2()], ids=lambda method: method.name)
+@settings(max_examples=15, deadline=None)
+@given(data=st.data())
+def test_factors_lose_no_more_than_the_closed_form_says(method, data):
+    groups = data.draw(st.integers(1, 2))
+    outputs, inputs = (data.draw(st.integers(2, 7)) for _ in range(2))
+    seed = data.draw(st.integers(0, 99))
+    weight = torch.cat([kernel(outputs, inputs, seed=seed + group) for group in range(groups)])
+    second = torch.stack([patches(inputs, seed=seed + group) for group in range(groups)])
+    basis = method.prepare(weight, Moments(second, 9, MANY))
+    most = (3 * min(inputs, outputs),) if method.name == "spatial_svd" else (inputs, outputs)
+    ranks = tuple(data.draw(st.integers(1, rank)) for rank in most)
+    stated, found = float(basis.error(ranks)), lost(method, basis, ranks)
+    assert found <= stated + 1e-5
+    assert basis.fitted_error(ranks) == pytest.approx(found, abs=1e-5)
+    if ranks == most:
+        assert found < 1e-5
+
+
+def test_at_full_input_rank_the_regression_is_the_best():
+    nested, basis = (prepared(Tucker2(), kernel(), count) for count in (0, MANY))
+    for name, factor in basis.factors((12, 8)).items():
+        assert torch.equal(factor, nested.factors((12, 8))[name])
+
+
+@pytest.mark.parametrize(
+    ("method", "ranks"), CASES + CLOSED, ids=lambda value: getattr(value, "name", "")
+)
 def test_the_scale_of_weights_and_inputs_does_not_matter(method, ranks):
     errors = [
         prepared_at(method, by, square).fitted_error(ranks)
@@ -123,7 +193,9 @@ def test_the_scale_of_weights_and_inputs_does_not_matter(method, ranks):
     assert errors == pytest.approx([errors[0]] * 4, rel=5e-3)
 
 
-@pytest.mark.parametrize(("method", "ranks"), CASES, ids=lambda value: getattr(value, "name", ""))
+@pytest.mark.parametrize(
+    ("method", "ranks"), CASES + CLOSED, ids=lambda value: getattr(value, "name", "")
+)
 def test_groups_are_refined_one_by_one(method, ranks):
     weights = [kernel(seed=seed) for seed in (1, 2)]
     parts = [patches(seed=seed)[None] for seed in (3, 4)]
@@ -137,7 +209,9 @@ def test_groups_are_refined_one_by_one(method, ranks):
         torch.testing.assert_close(factor, expected, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize(("method", "ranks"), CASES, ids=lambda value: getattr(value, "name", ""))
+@pytest.mark.parametrize(
+    ("method", "ranks"), CASES + CLOSED, ids=lambda value: getattr(value, "name", "")
+)
 def test_factors_are_fitted_in_inference_mode_too(method, ranks):
     with torch.inference_mode():
         error = prepared(method, kernel(), MANY).fitted_error(ranks)
@@ -145,7 +219,9 @@ def test_factors_are_fitted_in_inference_mode_too(method, ranks):
 
 
 @pytest.mark.parametrize("scale", [1.0, 1e-3])
-@pytest.mark.parametrize(("method", "ranks"), CASES, ids=lambda value: getattr(value, "name", ""))
+@pytest.mark.parametrize(
+    ("method", "ranks"), CASES + CLOSED, ids=lambda value: getattr(value, "name", "")
+)
 def test_channels_that_are_dead_need_no_large_factors(method, ranks, scale):
     still = patches() * scale**2
     still[9:27], still[:, 9:27] = 0.0, 0.0

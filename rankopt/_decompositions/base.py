@@ -137,8 +137,9 @@ class Decomposition(ABC):
         name: As in plans and the registry.
         roles: Child name in the chain to role: ``first``, ``core`` or ``last``.
         exact_error: Whether `Basis.error` follows in closed form: what the factors of a
-            single rank lose, and of several ranks an upper bound. Otherwise it is an
-            estimate and `Basis.fitted_error` the truth.
+            single rank lose, and of several ranks, or of factors that follow the moments of
+            patches, an upper bound. Otherwise it is an estimate. `Basis.fitted_error` is the
+            truth in any case.
         has_spectra: Whether each rank truncates an unfolding of the weight, so that
             `Basis.spectra` tell what it could lose.
         soft: Whether the basis can mix ranks of a weight that trains, by `Basis.projection`;

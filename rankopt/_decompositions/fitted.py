@@ -16,7 +16,14 @@ from torch import Tensor
 
 from rankopt._calibration.moments import Moments
 from rankopt._decompositions import base
-from rankopt._decompositions.refining import Penalty, refined
+from rankopt._decompositions.refining import (
+    Penalty,
+    follows,
+    last_factor,
+    least_squares,
+    refined,
+    whitened_patches,
+)
 
 __all__ = ["FittedBasis", "FittedDecomposition"]
 
@@ -28,11 +35,6 @@ FAR_APART: Final = 1.0
 MOST_ANCHORS: Final = 8
 # Chains that are held, in float64, each about half the weight's size.
 KEPT_FITS: Final = 4
-# With fewer positions for each feature of a patch, factors that follow the moments of patches
-# do worse on other images.
-POSITIONS_PER_FEATURE: Final = 3
-# Relative ridge of the least squares problem for the last factor.
-_RIDGE: Final = 1e-10
 
 
 class FittedBasis(base.Basis):
@@ -198,27 +200,13 @@ class FittedBasis(base.Basis):
         return self._name(stacked, last), error
 
     def _last(self, features: Tensor, given: Tensor | None) -> tuple[Tensor, float]:
-        """(last factor [g, S, r], relative error): the best fit unless one is given.
-
-        Args:
-            features: What the other factors amount to, [groups, r, C, pixels].
-            given: [groups, S, r].
-        """
-        assert self.weight is not None
-        dense = base.working_copy(self.weight.flatten(3)).double()
-        rows, weight = features.double().flatten(2), dense.flatten(2)
-        seen, target = self._metric(rows), self._metric(weight)
-        gram, cross = seen @ rows.mT, weight @ seen.mT
-        last = _solved(gram, cross) if given is None else given.double()
-        energy = (weight * target).sum()
-        lost = energy - 2 * (last * cross).sum() + (last * (last @ gram)).sum()
-        share = float((lost / energy).clamp_min(0)) if energy > 0 else 0.0
-        return last, math.sqrt(share)
+        """`last_factor` of features [groups, r, C, pixels]."""
+        return last_factor(features.flatten(2), self._dense.flatten(2), self._metric, given)
 
     def fitting(self, features: Tensor) -> Tensor:
         rows = features.double().flatten(2)
         seen = self._metric(rows)
-        return _solved(seen @ rows.mT, seen.mT)
+        return least_squares(seen @ rows.mT, seen.mT)
 
     def _metric(self, rows: Tensor) -> Tensor:
         """Rows [groups, n, C·pixels] times the second moments of their patches."""
@@ -237,21 +225,12 @@ class FittedBasis(base.Basis):
 
     @property
     def _refines(self) -> bool:
-        """Whether patches are known, and well enough that all factors may follow them."""
-        if self._moments is None or not self._knows_patches or self._ends_fixed:
-            return False
-        return self._moments.count >= POSITIONS_PER_FEATURE * self._moments.shape[-1]
+        return follows(self._moments) and not self._ends_fixed
 
     def _whitened_patches(self, like: Tensor) -> Tensor:
-        """Moments [groups, C·pixels, C·pixels] of patches whose channels are whitened."""
+        """Moments [groups, C·pixels, C·pixels] of what the whitened weight is applied to."""
         assert self._moments is not None
-        root = self._moments.channel_root.to(like)
-        found = self._moments.damped.to(like)
-        for _ in range(2):  # rows, then columns
-            rows = found.unflatten(1, (root.shape[1], -1)).flatten(2)
-            solved = torch.linalg.solve_triangular(root, rows, upper=False)
-            found = solved.reshape(found.shape).mT
-        return found
+        return whitened_patches(self._moments, like)
 
     def _unwhitened(self, group: int, first: Tensor) -> Tensor:
         """Rows [r, C] of the first factor, for raw inputs."""
@@ -309,12 +288,3 @@ class FittedDecomposition(base.Decomposition):
 
     def factors_kind(self, moments: Moments) -> str:
         return "whitened+output"
-
-
-def _solved(gram: Tensor, cross: Tensor) -> Tensor:
-    """X [g, S, r] with X·gram = cross, for a positive semidefinite gram [g, r, r]."""
-    scale = gram.diagonal(dim1=-2, dim2=-1).mean(dim=-1).clamp_min(1e-300)
-    eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
-    root = torch.linalg.cholesky(0.5 * (gram + gram.mT) + _RIDGE * scale[:, None, None] * eye)
-    found: Tensor = torch.cholesky_solve(cross.mT, root).mT
-    return found

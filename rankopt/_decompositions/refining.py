@@ -1,4 +1,4 @@
-"""Fitted factors made better for whole patches of inputs, where their moments are known."""
+"""Factors made better for whole patches of inputs, where their moments are known."""
 
 from __future__ import annotations
 
@@ -11,11 +11,24 @@ import torch
 from scipy.optimize import minimize
 from torch import Tensor
 
-__all__ = ["Penalty", "refined"]
+from rankopt._calibration.moments import Moments
+
+__all__ = [
+    "Penalty",
+    "follows",
+    "last_factor",
+    "least_squares",
+    "refined",
+    "refined_groups",
+    "whitened_patches",
+]
 
 # Of leading factors: weights [r] of the last factor's squared columns, and a further term.
 Penalty = Callable[[Sequence[Tensor]], tuple[Tensor, Tensor]]
 
+# With fewer positions for each feature of a patch, factors that follow the moments of patches
+# do worse on other images.
+POSITIONS_PER_FEATURE: Final = 3
 EVALUATIONS: Final = 100
 QUICK_EVALUATIONS: Final = 10
 # Share of the energy below which what one more step gains does not pay.
@@ -23,6 +36,81 @@ NEGLIGIBLE_GAIN: Final = 1e-6
 # Relative ridge that keeps the least squares problem solvable, raised as far as need be.
 _JITTER: Final = {torch.float64: 1e-12, torch.float32: 1e-6}
 _MOST_JITTER: Final = 1.0
+# Relative ridge of the least squares problem for the last factor.
+_RIDGE: Final = 1e-10
+
+
+def follows(moments: Moments | None) -> bool:
+    """Whether patches are known, and well enough that all factors may follow them."""
+    if moments is None or moments.pixels == 1:
+        return False
+    return moments.count >= POSITIONS_PER_FEATURE * moments.shape[-1]
+
+
+def whitened_patches(moments: Moments, like: Tensor) -> Tensor:
+    """Moments [groups, C·pixels, C·pixels] of patches whose channels are whitened."""
+    root = moments.channel_root.to(like)
+    found = moments.damped.to(like)
+    for _ in range(2):  # rows, then columns
+        rows = found.unflatten(1, (root.shape[1], -1)).flatten(2)
+        solved = torch.linalg.solve_triangular(root, rows, upper=False)
+        found = solved.reshape(found.shape).mT
+    return found
+
+
+def refined_groups(
+    leading: Sequence[Tensor],
+    tensor: Tensor,
+    moments: Moments,
+    features: Callable[[Sequence[Tensor]], Tensor],
+) -> list[Tensor]:
+    """`refined` for each group of a weight whitened along its input mode.
+
+    Args:
+        leading: Factors that take whitened channels, [groups, ...].
+        tensor: [groups, S, C, *kernel].
+        moments: Of the layer's inputs, as they are.
+        features: As in `refined`.
+    """
+    patches = whitened_patches(moments, tensor)
+    groups = [
+        refined([factor[group] for factor in leading], part.flatten(1), patches[group], features)
+        for group, part in enumerate(tensor)
+    ]
+    return [torch.stack(factors) for factors in zip(*groups, strict=True)]
+
+
+def last_factor(
+    features: Tensor,
+    weight: Tensor,
+    metric: Callable[[Tensor], Tensor],
+    given: Tensor | None = None,
+) -> tuple[Tensor, float]:
+    """(last factor [groups, S, r], relative error): the best fit unless one is given.
+
+    Args:
+        features: What the other factors amount to, [groups, r, n].
+        weight: [groups, S, n].
+        metric: Rows [groups, ..., n] times the second moments, in float64.
+        given: [groups, S, r].
+    """
+    rows, dense = features.double(), weight.double()
+    seen, target = metric(rows), metric(dense)
+    gram, cross = seen @ rows.mT, dense @ seen.mT
+    last = least_squares(gram, cross) if given is None else given.double()
+    energy = (dense * target).sum()
+    lost = energy - 2 * (last * cross).sum() + (last * (last @ gram)).sum()
+    share = float((lost / energy).clamp_min(0)) if energy > 0 else 0.0
+    return last, math.sqrt(share)
+
+
+def least_squares(gram: Tensor, cross: Tensor) -> Tensor:
+    """X [g, S, r] with X·gram = cross, for a positive semidefinite gram [g, r, r]."""
+    scale = gram.diagonal(dim1=-2, dim2=-1).mean(dim=-1).clamp_min(1e-300)
+    eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+    root = torch.linalg.cholesky(0.5 * (gram + gram.mT) + _RIDGE * scale[:, None, None] * eye)
+    found: Tensor = torch.cholesky_solve(cross.mT, root).mT
+    return found
 
 
 def refined(

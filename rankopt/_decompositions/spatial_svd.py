@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from rankopt._calibration.moments import Moments
 from rankopt._decompositions import base
 from rankopt._decompositions.projection import Projection
+from rankopt._decompositions.refining import follows, last_factor, refined_groups
 from rankopt._model.layers import Layer
 
 __all__ = ["SpatialSVD"]
@@ -23,7 +24,9 @@ class _Basis(base.Basis):
 
     With moments the rows are whitened by the moments of the channels, and with
     moments of whole patches the second factor is the least squares fit to the
-    layer's output, nested in the rank like the Cholesky factor it comes from.
+    layer's output, nested in the rank like the Cholesky factor it comes from. Errors
+    are of those; factors, where there are enough patches, have a first factor that follows
+    them too, and lose no more.
     """
 
     def __init__(self, weight: Tensor, moments: Moments | None) -> None:
@@ -40,13 +43,18 @@ class _Basis(base.Basis):
         return base.working_copy(self.weight)
 
     @property
+    def _whitened(self) -> Tensor:
+        """[groups, S, C, kh, kw], whitened along C."""
+        tensor = self._tensor
+        if self._moments is None:
+            return tensor
+        root = self._moments.channel_root.to(tensor.dtype)
+        return torch.einsum("gscij,gcd->gsdij", tensor, root)
+
+    @property
     def _matrix(self) -> Tensor:
         """[groups, C·kh, S·kw], whitened along C."""
-        tensor = self._tensor
-        if self._moments is not None:
-            root = self._moments.channel_root.to(tensor.dtype)
-            tensor = torch.einsum("gscij,gcd->gsdij", tensor, root)
-        matrix: Tensor = tensor.permute(0, 2, 3, 1, 4).flatten(3).flatten(1, 2)
+        matrix: Tensor = self._whitened.permute(0, 2, 3, 1, 4).flatten(3).flatten(1, 2)
         return matrix
 
     @property
@@ -132,17 +140,18 @@ class _Basis(base.Basis):
             self._parts["errors"] = np.sqrt(lost)
         return self._parts["errors"][np.asarray(rank) - 1]
 
+    def fitted_error(self, ranks: Sequence[int]) -> float:
+        if follows(self._moments):
+            return self._refined(*ranks)[2]
+        return super().fitted_error(ranks)
+
     def factors(self, ranks: Sequence[int]) -> dict[str, Tensor]:
         (rank,) = ranks
-        outputs, wide = self._tensor.shape[1], self._tensor.shape[4]
         if self._fits_patches:
-            rows, root, predictions = self._regression()
-            width = rank * wide
-            last = torch.linalg.solve_triangular(
-                root[..., :width, :width], predictions[..., :width], upper=False, left=False
-            ).unflatten(-1, (rank, wide))
-            rows = rows[:, :rank]
+            refines = follows(self._moments)
+            rows, last = self._refined(rank)[:2] if refines else self._nested(rank)
         else:
+            outputs, wide = self._tensor.shape[1], self._tensor.shape[4]
             vectors = self._vectors[..., :rank]
             rows = self._rows(vectors)
             last = (vectors.mT @ self._matrix).unflatten(-1, (outputs, wide)).transpose(1, 2)
@@ -150,6 +159,36 @@ class _Basis(base.Basis):
             "first.weight": rows.flatten(0, 1)[..., None],
             "last.weight": last.flatten(0, 1)[..., None, :],
         }
+
+    def _nested(self, rank: int) -> tuple[Tensor, Tensor]:
+        """(first [groups, r, C, kh], last [groups, S, r, kw]) whose error `error` states."""
+        rows, root, predictions = self._regression()
+        wide = self._tensor.shape[4]
+        width = rank * wide
+        last = torch.linalg.solve_triangular(
+            root[..., :width, :width], predictions[..., :width], upper=False, left=False
+        )
+        return rows[:, :rank], last.unflatten(-1, (rank, wide))
+
+    def _refined(self, rank: int) -> tuple[Tensor, Tensor, float]:
+        """As `_nested`, with a first factor that follows the patches, and their error."""
+        moments, wide = self._moments, self._tensor.shape[4]
+        assert moments is not None
+        start = self._vectors[..., :rank].mT
+        (first,) = refined_groups([start], self._whitened, moments, self._features)
+        rows = self._rows(first.mT).double()
+        features = torch.stack([self._features([part]) for part in rows.flatten(2)])
+        weight, second = self._tensor.flatten(2), moments.damped.to(torch.float64)
+        last, error = last_factor(features.flatten(2), weight, lambda x: x @ second)
+        return rows, last.unflatten(-1, (rank, wide)), error
+
+    def _features(self, leading: Sequence[Tensor]) -> Tensor:
+        """What a first factor [r, C·kh] amounts to at each of kw places: [r·kw, C, kh·kw]."""
+        (rows,) = leading
+        channels, high, wide = self._tensor.shape[2:]
+        place = torch.eye(wide, dtype=rows.dtype, device=rows.device)
+        split = torch.einsum("rci,jk->rjcik", rows.unflatten(1, (channels, high)), place)
+        return split.flatten(3).flatten(0, 1)
 
     def projection(self) -> Projection:
         _, outputs, inputs, high, wide = self._tensor.shape
@@ -198,8 +237,9 @@ class _Basis(base.Basis):
 class SpatialSVD(base.Decomposition):
     """A vertical and a horizontal convolution with r channels between them.
 
-    The best rank-r separable approximation of the kernel; with moments, of the
-    layer's output given the vertical factor.
+    The best rank-r separable approximation of the kernel. With moments of enough patches
+    both factors follow the layer's output, and `Basis.error` is an upper bound of what they
+    lose; with those of fewer the horizontal one does.
     """
 
     name: ClassVar[str] = "spatial_svd"

@@ -14,12 +14,16 @@ from torch import Tensor, nn
 from rankopt._calibration.moments import Moments
 from rankopt._decompositions import base
 from rankopt._decompositions.projection import Projection
+from rankopt._decompositions.refining import follows, last_factor, refined_groups
 from rankopt._model.layers import Layer
 
 __all__ = ["Tucker2"]
 
 # Modes of a canonical weight [groups, S, C, k], in the order of the ranks.
 _MODES: Final = {"input": 2, "output": 1}
+
+# Inputs [groups, r1, C], core [groups, r2, r1, k], outputs [groups, S, r2].
+_Factors = tuple[Tensor, Tensor, Tensor]
 
 
 class _Basis(base.Basis):
@@ -180,7 +184,8 @@ class _PatchBasis(_Basis):
     r1 of them, the best map from the reduced patches to the output is a least
     squares problem, and its best rank-r2 version follows from the covariance of
     its predictions. In the Cholesky basis of the reduced patches' moments both
-    are nested in r1, so the error of every rank pair is exact.
+    are nested in r1, so the error of every rank pair is exact. Where there are enough
+    patches the input vectors of `factors` then follow them too, and these lose no more.
     """
 
     def _regression(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -245,7 +250,17 @@ class _PatchBasis(_Basis):
             dtype=self.weight.dtype,
         )
 
+    def fitted_error(self, ranks: Sequence[int]) -> float:
+        if self._refines(ranks):
+            return self._refined(ranks)[1]
+        return super().fitted_error(ranks)
+
     def factors(self, ranks: Sequence[int]) -> dict[str, Tensor]:
+        found = self._refined(ranks)[0] if self._refines(ranks) else self._nested(ranks)
+        return self._named(ranks, *found)
+
+    def _nested(self, ranks: Sequence[int]) -> _Factors:
+        """Factors whose error `error` states."""
         first, second = ranks
         rows, root, predictions = self._regression()
         assert self._moments is not None
@@ -255,7 +270,41 @@ class _PatchBasis(_Basis):
         lower = root[..., :width, :width]
         solved = torch.linalg.solve_triangular(lower, outputs.mT @ kept, upper=False, left=False)
         core = solved.unflatten(-1, (first, self._moments.pixels))
-        return self._named(ranks, rows[..., :first, :], core, outputs)
+        return rows[..., :first, :], core, outputs
+
+    def _refines(self, ranks: Sequence[int]) -> bool:
+        """Whether factors follow the patches; at full input rank the regression is the best."""
+        assert self.weight is not None
+        return follows(self._moments) and ranks[0] < self.weight.shape[2]
+
+    def _refined(self, ranks: Sequence[int]) -> tuple[_Factors, float]:
+        """As `_nested`, with leading factors that follow the patches, and their error.
+
+        At full output rank the core is the last factor.
+        """
+        assert self._moments is not None
+        inputs, core, outputs = self._nested(ranks)
+        dense, root = self._dense.double().flatten(3), self._moments.channel_root.double()
+        full = outputs.shape[-1] == outputs.shape[-2]
+        start = [inputs @ root] if full else [inputs @ root, core]
+        found = refined_groups(start, _project(dense, root, 2), self._moments, self._features)
+        raw = [torch.linalg.solve_triangular(root, found[0], upper=False, left=False), *found[1:]]
+        features = torch.stack([self._features(leading) for leading in zip(*raw, strict=True)])
+        second = self._moments.damped.double()
+        last, error = last_factor(features.flatten(2), dense.flatten(2), lambda x: x @ second)
+        if full:
+            eye = torch.eye(outputs.shape[-1], dtype=last.dtype, device=last.device)
+            return (raw[0], last.unflatten(-1, core.shape[2:]), eye.expand_as(outputs)), error
+        return (raw[0], raw[1], last), error
+
+    def _features(self, leading: Sequence[Tensor]) -> Tensor:
+        """What inputs [r1, C] and a core [r2, r1, k], if any, amount to: [r2 or r1·k, C, k]."""
+        inputs, *core = leading
+        if core:
+            return torch.einsum("pc,qpk->qck", inputs, core[0])
+        assert self._moments is not None
+        place = torch.eye(self._moments.pixels, dtype=inputs.dtype, device=inputs.device)
+        return torch.einsum("pc,jk->pjck", inputs, place).flatten(0, 1)
 
 
 def _apply_channels(rows: Tensor, matrix: Tensor, pixels: int) -> Tensor:
@@ -287,7 +336,7 @@ class Tucker2(base.Decomposition):
 
     `Basis.error`, and with it the error in a plan, is that of truncating the HOSVD:
     an upper bound of what the factors lose, a few percent above it. With moments of
-    whole patches it is what they lose.
+    whole patches the error is that of nested factors, from which those of the chain start.
 
     Args:
         hooi: Sweeps of higher-order orthogonal iteration after the sequentially

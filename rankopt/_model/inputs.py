@@ -217,6 +217,19 @@ def divergence(before: Any, after: Any) -> float:
         return float(divergence_loss(before, after))
 
 
+def divergences(before: Any, after: Any) -> Tensor:
+    """What each sample adds to `divergence`, which is their mean: [n] in float64 on the CPU."""
+    divergence(before, after)  # raises its errors
+    old, new = (torch.atleast_1d(compared(output)).split(1) for output in (before, after))
+    with torch.no_grad():
+        if scores_classes(before):
+            return torch.stack([kl(*pair).double().cpu() for pair in zip(old, new, strict=True)])
+        found = torch.stack([_squares(*pair).double().cpu() for pair in zip(old, new, strict=True)])
+    lost, energy = found.T
+    each: Tensor = lost / energy.mean().clamp_min(1e-300)
+    return each
+
+
 def divergence_loss(before: Any, after: Any, *, temperature: float = 1.0) -> Tensor:
     """`divergence` as a float64 scalar with a gradient to `after`.
 
@@ -263,12 +276,18 @@ def relative_error(old: Tensor, new: Tensor, *, exact: bool = True) -> Tensor:
 
     `exact` as of `kl`; a loss also has to stay finite where the old output is zero.
     """
+    squares = _squares(old, new, exact=exact)
+    return squares[0] / squares[1].clamp_min(1e-300 if exact else 1e-12)
+
+
+def _squares(old: Tensor, new: Tensor, *, exact: bool = True) -> Tensor:
+    """‖new - old‖² and ‖old‖² as in `relative_error`."""
     total = torch.zeros(2, device=old.device)
     for pair in _pieces(old.flatten(), new.flatten()) if exact else [_single(old, new)]:
         masked = pair[0].isinf()  # such as classes that are left out
         a, b = (piece.masked_fill(masked, 0) for piece in pair)
         total = total + torch.stack([(b - a).square().sum(), a.square().sum()])
-    return total[0] / total[1].clamp_min(1e-300 if exact else 1e-12)
+    return total
 
 
 def _pieces(old: Tensor, new: Tensor) -> Iterator[tuple[Tensor, ...]]:

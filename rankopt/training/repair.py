@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
@@ -19,6 +19,7 @@ from rankopt._model.inputs import (
     MAX_SAMPLES,
     affordable_samples,
     divergence,
+    divergences,
     hold,
     main_output,
     run,
@@ -66,7 +67,8 @@ class Recovery:
         after: The same afterwards.
         steps: Optimiser steps taken.
         seconds: Wall-clock time.
-        kept: Whether the repaired weights were kept; False if they were no better.
+        kept: Whether the repaired weights were kept; False if they were clearly worse: by more
+            than a standard error of the difference.
         stopped: Why the training ended: ``seconds`` or ``steps`` were used up, there was
             nothing to repair (``converged``), or the loss was ``not finite``.
     """
@@ -80,6 +82,8 @@ class Recovery:
 
     def __str__(self) -> str:
         verdict = "" if self.kept else "; no better, so the model is as it was"
+        if self.kept and self.after >= self.before:
+            verdict = ", too little apart to tell; the repaired weights are kept"
         return (
             f"recovered for {self.seconds:.0f} s ({self.steps} steps, until "
             f"{REASONS[self.stopped]}): divergence from the teacher on held-out inputs "
@@ -108,8 +112,8 @@ def recover(
 
     The loss is the divergence of the outputs plus the mean relative error² of the
     outputs of the decomposed layers; Adam with a cosine schedule over the time or the
-    steps given. A part of the inputs is held out, and the model is left as it was if
-    it does not come closer to its teacher there.
+    steps given. A part of the inputs is held out, and the model is left as it was if it is
+    clearly further from its teacher there: by more than a standard error of the difference.
 
     Args:
         model: From `rankopt.apply`; its trainable parameters and BatchNorm
@@ -172,7 +176,8 @@ def recover(
     with measure.preserve_rng():
         held = hold(model, calibration, max_samples=calibration_samples)
     repair = _Repair(model, teacher, held, batch_size, limit)
-    before = repair.distance()
+    apart = repair.distances()
+    before = _mean(apart)
     if before == 0:
         return Recovery(before, before, 0, limit.elapsed, False, "converged")
     settling = repair.settled_in_time()
@@ -184,25 +189,43 @@ def recover(
             seed=seed,
             progress=progress,
         )
-        after = before
+        kept, after = False, before
         if taken and stopped != "not finite":
-            after = repair.distance()
+            after = _mean(repair.distances())
             if math.isfinite(after):  # else the training diverged: no statistics help
                 repair.settle(settling)
-                after = repair.distance()
+                found = repair.distances()
+                kept, after = not clearly_worse(apart, found), _mean(found)
         elif stopped == "seconds":
             warn(
                 f"recover took no step: after {limit.elapsed:.1f} s with {repair.samples.count} "
                 f"inputs none fits into {limit.seconds:g} s beside what comes after it; the model "
                 "is as it was: give more seconds, fewer calibration_samples or a smaller batch_size"
             )
-        kept = after < before
         if not kept:
             repair.undo()
     except BaseException:  # Ctrl-C, no memory: never leave it half-trained
         repair.undo()
         raise
     return Recovery(before, after if kept else before, taken, limit.elapsed, kept, stopped)
+
+
+def _mean(found: Sequence[Tensor]) -> float:
+    """The mean over batches of their samples' mean."""
+    return sum(float(batch.mean()) for batch in found) / len(found)
+
+
+def clearly_worse(before: Sequence[Tensor], after: Sequence[Tensor]) -> bool:
+    """Whether divergences of the same samples rose by more than the standard error of the mean.
+
+    Few samples are held out, and a few of them hold most of the divergence. Training
+    rarely does harm, so that what cannot be told apart is better kept.
+    """
+    rise = torch.cat(list(after)) - torch.cat(list(before))
+    if not bool(rise.isfinite().all()):
+        return True
+    error = float(rise.std()) / math.sqrt(len(rise)) if len(rise) > 1 else 0.0
+    return float(rise.mean()) > error
 
 
 def check_settings(
@@ -262,16 +285,16 @@ class _Repair:
             self._tested = [(inputs, main_output(run(self.guide, inputs))) for inputs in tested]
         with torch.no_grad(), measure.evaluation(model):
             run(model, tested[0])  # a first run may take far longer than those that are timed
-        self._judging = 0.0  # seconds that `distance` takes
+        self._judging = 0.0  # seconds that `distances` takes
         self._saved = copy.deepcopy(model.state_dict())  # extra state may be anything
 
-    def distance(self) -> float:
-        """Mean divergence from the teacher on the held-out samples."""
+    def distances(self) -> list[Tensor]:
+        """Divergences from the teacher on the held-out samples, by batch."""
         started = self.limit.elapsed
         with torch.no_grad(), measure.evaluation(self.model):
-            found = [divergence(old, run(self.model, x)) for x, old in self._tested]
+            found = [divergences(old, run(self.model, x)) for x, old in self._tested]
         self._judging = self.limit.elapsed - started
-        return sum(found) / len(found)
+        return found
 
     def undo(self) -> None:
         """The model as it was."""
@@ -280,7 +303,7 @@ class _Repair:
     def settled_in_time(self) -> Tensor:
         """The samples to settle BatchNorm on in a part of the time left, which is reserved.
 
-        Time to judge the outcome before and after is reserved too, by what `distance` took.
+        Time to judge the outcome before and after is reserved too, by what `distances` took.
 
         Settling runs the teacher once and the model twice to collect statistics, and on a
         part of the samples the teacher once and the model three times to compare these.
