@@ -85,16 +85,15 @@ def main() -> None:
         made.add_row(layer.name, *cells)
     print(to_text(made))
 
-    fitted = [method for method in METHODS if not method.exact_error]
     made = table(
         "error with the channels' moments → the patches'",
-        "layer", "images", "positions per entry", *(method.name for method in fitted),
+        "layer", "images", "positions per entry", *names,
     )  # fmt: skip
     for layer in chosen:
         for count in COUNTS:
             known = every[count][layer.name]
             cells = []
-            for method in fitted:
+            for method in METHODS:
                 ranks = ranks_for(method, layer, SHARE)
                 errors = [
                     unseen_error(

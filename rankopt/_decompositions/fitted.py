@@ -17,6 +17,8 @@ from torch import Tensor
 from rankopt._calibration.moments import Moments
 from rankopt._decompositions import base
 from rankopt._decompositions.refining import (
+    EVALUATIONS,
+    QUICK_EVALUATIONS,
     Penalty,
     follows,
     last_factor,
@@ -188,7 +190,7 @@ class FittedBasis(base.Basis):
                     patches[group],
                     self._features,
                     self._penalty(tensor, ranks),
-                    thorough=thorough,
+                    evaluations=EVALUATIONS if thorough else QUICK_EVALUATIONS,
                 )
             first, *rest = factors
             groups.append([self._unwhitened(group, first), *rest])

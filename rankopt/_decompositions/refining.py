@@ -14,6 +14,8 @@ from torch import Tensor
 from rankopt._calibration.moments import Moments
 
 __all__ = [
+    "EVALUATIONS",
+    "QUICK_EVALUATIONS",
     "Penalty",
     "follows",
     "last_factor",
@@ -29,8 +31,11 @@ Penalty = Callable[[Sequence[Tensor]], tuple[Tensor, Tensor]]
 # With fewer positions for each feature of a patch, factors that follow the moments of patches
 # do worse on other images.
 POSITIONS_PER_FEATURE: Final = 3
+# Of the objective: for fitted factors, for a glance at their error, and for factors that have
+# a closed form to start from, where more than these would gain a few thousandths.
 EVALUATIONS: Final = 100
 QUICK_EVALUATIONS: Final = 10
+FEW_EVALUATIONS: Final = 30
 # Share of the energy below which what one more step gains does not pay.
 NEGLIGIBLE_GAIN: Final = 1e-6
 # Relative ridge that keeps the least squares problem solvable, raised as far as need be.
@@ -64,17 +69,23 @@ def refined_groups(
     moments: Moments,
     features: Callable[[Sequence[Tensor]], Tensor],
 ) -> list[Tensor]:
-    """`refined` for each group of a weight whitened along its input mode.
+    """`refined`, from factors in closed form, for each group of a whitened weight.
 
     Args:
         leading: Factors that take whitened channels, [groups, ...].
-        tensor: [groups, S, C, *kernel].
+        tensor: [groups, S, C, *kernel], whitened along C.
         moments: Of the layer's inputs, as they are.
         features: As in `refined`.
     """
     patches = whitened_patches(moments, tensor)
     groups = [
-        refined([factor[group] for factor in leading], part.flatten(1), patches[group], features)
+        refined(
+            [factor[group] for factor in leading],
+            part.flatten(1),
+            patches[group],
+            features,
+            evaluations=FEW_EVALUATIONS,
+        )
         for group, part in enumerate(tensor)
     ]
     return [torch.stack(factors) for factors in zip(*groups, strict=True)]
@@ -120,7 +131,7 @@ def refined(
     features: Callable[[Sequence[Tensor]], Tensor],
     penalty: Penalty | None = None,
     *,
-    thorough: bool = True,
+    evaluations: int = EVALUATIONS,
 ) -> list[Tensor]:
     """Leading factors whose chain, with the best last factor, loses less of the output.
 
@@ -138,7 +149,7 @@ def refined(
         moments: M [n, n], positive definite.
         features: F [r, C, pixels] of leading factors, differentiable.
         penalty: p and q, differentiable; nothing if None.
-        thorough: Whether the factors will be used; otherwise a few evaluations do.
+        evaluations: Of the objective and its gradient, at most.
 
     Returns:
         The factors, shaped as `leading`.
@@ -146,7 +157,6 @@ def refined(
     problem = _Problem(leading, weight, moments, features, penalty)
     if problem.energy <= 0:
         return list(leading)
-    evaluations = EVALUATIONS if thorough else QUICK_EVALUATIONS
     options = {"maxfun": evaluations, "maxiter": evaluations, "ftol": NEGLIGIBLE_GAIN, "gtol": 0.0}
     with torch.inference_mode(False), torch.enable_grad():
         minimize(problem, problem.start, jac=True, method="L-BFGS-B", options=options)
