@@ -176,6 +176,25 @@ def test_factors_lose_no_more_than_the_closed_form_says(method, data):
         assert found < 1e-5
 
 
+def test_superfluous_output_ranks_leave_no_large_columns():
+    weight = kernel()
+    weight[:, 4:] = 0.0  # pruned filters: the output mode has rank 4
+    factors = prepared(Tucker2(), weight, MANY).factors((6, 8))
+    lengths = factors["last.weight"].flatten(1).norm(dim=0)
+    assert lengths.max() < 1 + 1e-6
+
+
+def test_a_group_of_zeros_with_denormals_flushed():
+    weight = torch.cat([kernel(), 0 * kernel()])
+    second = torch.stack([patches(), patches(seed=3)])
+    torch.set_flush_denormal(True)
+    try:
+        factors = Tucker2().prepare(weight, Moments(second, 9, MANY)).factors((6, 8))
+    finally:
+        torch.set_flush_denormal(False)
+    assert all(factor.isfinite().all() for factor in factors.values())
+
+
 def test_at_full_input_rank_the_regression_is_the_best():
     nested, basis = (prepared(Tucker2(), kernel(), count) for count in (0, MANY))
     for name, factor in basis.factors((12, 8)).items():

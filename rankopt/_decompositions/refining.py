@@ -117,7 +117,7 @@ def last_factor(
 
 def least_squares(gram: Tensor, cross: Tensor) -> Tensor:
     """X [g, S, r] with X·gram = cross, for a positive semidefinite gram [g, r, r]."""
-    scale = gram.diagonal(dim1=-2, dim2=-1).mean(dim=-1).clamp_min(1e-300)
+    scale = gram.diagonal(dim1=-2, dim2=-1).mean(dim=-1).clamp_min(1e-290)
     eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
     root = torch.linalg.cholesky(0.5 * (gram + gram.mT) + _RIDGE * scale[:, None, None] * eye)
     found: Tensor = torch.cholesky_solve(cross.mT, root).mT

@@ -180,6 +180,8 @@ class _Basis(base.Basis):
         features = torch.stack([self._features([part]) for part in rows.flatten(2)])
         weight, second = self._tensor.flatten(2), moments.damped.to(torch.float64)
         last, error = last_factor(features.flatten(2), weight, lambda x: x @ second)
+        if error > (stated := float(self.error([rank]))):  # by rounding
+            return *self._nested(rank), stated
         return rows, last.unflatten(-1, (rank, wide)), error
 
     def _features(self, leading: Sequence[Tensor]) -> Tensor:

@@ -283,8 +283,9 @@ class _PatchBasis(_Basis):
         At full output rank the core is the last factor.
         """
         assert self._moments is not None
-        inputs, core, outputs = self._nested(ranks)
-        dense, root = self._dense.double().flatten(3), self._moments.channel_root.double()
+        nested, stated = self._nested(ranks), float(self.error(ranks))
+        inputs, core, outputs = nested
+        dense, root = self._dense.double(), self._moments.channel_root.double()
         full = outputs.shape[-1] == outputs.shape[-2]
         start = [inputs @ root] if full else [inputs @ root, core]
         found = refined_groups(start, _project(dense, root, 2), self._moments, self._features)
@@ -292,10 +293,15 @@ class _PatchBasis(_Basis):
         features = torch.stack([self._features(leading) for leading in zip(*raw, strict=True)])
         second = self._moments.damped.double()
         last, error = last_factor(features.flatten(2), dense.flatten(2), lambda x: x @ second)
+        if error > stated:  # by rounding
+            return nested, stated
         if full:
             eye = torch.eye(outputs.shape[-1], dtype=last.dtype, device=last.device)
             return (raw[0], last.unflatten(-1, core.shape[2:]), eye.expand_as(outputs)), error
-        return (raw[0], raw[1], last), error
+        # Columns of length one, as nested outputs have.
+        lengths = last.norm(dim=1)
+        lengths = lengths.where(lengths > 0, 1.0)
+        return (raw[0], raw[1] * lengths[..., None, None], last / lengths[:, None]), error
 
     def _features(self, leading: Sequence[Tensor]) -> Tensor:
         """What inputs [r1, C] and a core [r2, r1, k], if any, amount to: [r2 or r1·k, C, k]."""

@@ -29,6 +29,7 @@ __all__ = [
     "digest",
     "divergence",
     "divergence_loss",
+    "divergences",
     "hold",
     "kl",
     "main_output",
@@ -220,12 +221,16 @@ def divergence(before: Any, after: Any) -> float:
 def divergences(before: Any, after: Any) -> Tensor:
     """What each sample adds to `divergence`, which is their mean: [n] in float64 on the CPU."""
     divergence(before, after)  # raises its errors
-    old, new = (torch.atleast_1d(compared(output)).split(1) for output in (before, after))
+    old, new = (torch.atleast_1d(compared(output)) for output in (before, after))
     with torch.no_grad():
         if scores_classes(before):
-            return torch.stack([kl(*pair).double().cpu() for pair in zip(old, new, strict=True)])
-        found = torch.stack([_squares(*pair).double().cpu() for pair in zip(old, new, strict=True)])
-    lost, energy = found.T
+            dim = class_dim(old)
+            terms = [_kl_terms(pair, dim).flatten(1).sum(dim=1) for pair in _pieces(old, new)]
+            lost = torch.cat(terms).cpu().double()
+            return lost * (old.shape[dim] / old[0].numel())
+        pieces = map(_squared, _pieces(old, new))
+        squares = [piece.reshape(2, piece.shape[1], -1).sum(dim=2) for piece in pieces]
+    lost, energy = torch.cat(squares, dim=1).cpu().double()
     each: Tensor = lost / energy.mean().clamp_min(1e-300)
     return each
 
@@ -266,9 +271,15 @@ def kl(old: Tensor, new: Tensor, *, temperature: float = 1.0, exact: bool = True
         old, new = (logits.reshape(-1, logits.shape[-1]) for logits in (old, new))
     total = torch.zeros((), device=old.device)
     for pair in _pieces(old, new) if exact else [_single(old, new)]:
-        p, q = (piece.div(temperature).log_softmax(dim=dim) for piece in pair)
-        total = total + (p.exp() * (p - q).masked_fill(p == -math.inf, 0)).sum()
+        total = total + _kl_terms([piece.div(temperature) for piece in pair], dim).sum()
     return temperature**2 * total / (old.numel() // old.shape[dim])
+
+
+def _kl_terms(pair: Iterable[Tensor], dim: int) -> Tensor:
+    """What every class adds to the KL of two logits."""
+    p, q = (logits.log_softmax(dim=dim) for logits in pair)
+    terms: Tensor = p.exp() * (p - q).masked_fill(p == -math.inf, 0)
+    return terms
 
 
 def relative_error(old: Tensor, new: Tensor, *, exact: bool = True) -> Tensor:
@@ -276,18 +287,17 @@ def relative_error(old: Tensor, new: Tensor, *, exact: bool = True) -> Tensor:
 
     `exact` as of `kl`; a loss also has to stay finite where the old output is zero.
     """
-    squares = _squares(old, new, exact=exact)
-    return squares[0] / squares[1].clamp_min(1e-300 if exact else 1e-12)
-
-
-def _squares(old: Tensor, new: Tensor, *, exact: bool = True) -> Tensor:
-    """‖new - old‖² and ‖old‖² as in `relative_error`."""
     total = torch.zeros(2, device=old.device)
     for pair in _pieces(old.flatten(), new.flatten()) if exact else [_single(old, new)]:
-        masked = pair[0].isinf()  # such as classes that are left out
-        a, b = (piece.masked_fill(masked, 0) for piece in pair)
-        total = total + torch.stack([(b - a).square().sum(), a.square().sum()])
-    return total
+        total = total + _squared(pair).flatten(1).sum(dim=1)
+    return total[0] / total[1].clamp_min(1e-300 if exact else 1e-12)
+
+
+def _squared(pair: Sequence[Tensor]) -> Tensor:
+    """[2, ...]: squares of the difference of two outputs, and of the first."""
+    masked = pair[0].isinf()  # such as classes that are left out
+    old, new = (x.masked_fill(masked, 0) for x in pair)
+    return torch.stack([(new - old).square(), old.square()])
 
 
 def _pieces(old: Tensor, new: Tensor) -> Iterator[tuple[Tensor, ...]]:
@@ -307,7 +317,8 @@ def scores_classes(output: Any) -> bool:
     """Whether an output is taken for class scores: logits by name, or two-dimensional."""
     scores = compared(output)
     named = isinstance(output, Mapping) and "logits" in output
-    return (named or scores.dim() == 2) and scores.shape[class_dim(scores)] > 1
+    matrix = scores.dim() == 2 or (named and scores.dim() > 2)
+    return matrix and scores.shape[class_dim(scores)] > 1
 
 
 def class_dim(logits: Tensor) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
@@ -48,6 +48,8 @@ __all__ = ["Recovery", "check_settings", "recover"]
 
 # Share of the calibration inputs kept out of training, for an honest before and after.
 HELD_OUT: Final = 1 / 16
+# Share of the divergence by which it may rise at most, if that could be chance.
+MOST_RISE: Final = 0.25
 GRADIENT_NORM: Final = 1.0
 # Without BatchNorm, and with it.
 LEARNING_RATES: Final = (3e-4, 1e-3)
@@ -68,7 +70,7 @@ class Recovery:
         steps: Optimiser steps taken.
         seconds: Wall-clock time.
         kept: Whether the repaired weights were kept; False if they were clearly worse: by more
-            than a standard error of the difference.
+            than a standard error of the difference, or by more than a quarter.
         stopped: Why the training ended: ``seconds`` or ``steps`` were used up, there was
             nothing to repair (``converged``), or the loss was ``not finite``.
     """
@@ -81,8 +83,11 @@ class Recovery:
     stopped: Stopped
 
     def __str__(self) -> str:
-        verdict = "" if self.kept else "; no better, so the model is as it was"
-        if self.kept and self.after >= self.before:
+        if not self.kept:
+            verdict = ("; it came out worse, so" if self.steps else ";") + " the model is as it was"
+        elif self.after < self.before:
+            verdict = ""
+        else:
             verdict = ", too little apart to tell; the repaired weights are kept"
         return (
             f"recovered for {self.seconds:.0f} s ({self.steps} steps, until "
@@ -113,7 +118,8 @@ def recover(
     The loss is the divergence of the outputs plus the mean relative error² of the
     outputs of the decomposed layers; Adam with a cosine schedule over the time or the
     steps given. A part of the inputs is held out, and the model is left as it was if it is
-    clearly further from its teacher there: by more than a standard error of the difference.
+    clearly further from its teacher there: by more than a standard error of the difference, or
+    by more than a quarter.
 
     Args:
         model: From `rankopt.apply`; its trainable parameters and BatchNorm
@@ -177,7 +183,7 @@ def recover(
         held = hold(model, calibration, max_samples=calibration_samples)
     repair = _Repair(model, teacher, held, batch_size, limit)
     apart = repair.distances()
-    before = _mean(apart)
+    before = float(apart.mean())
     if before == 0:
         return Recovery(before, before, 0, limit.elapsed, False, "converged")
     settling = repair.settled_in_time()
@@ -191,11 +197,11 @@ def recover(
         )
         kept, after = False, before
         if taken and stopped != "not finite":
-            after = _mean(repair.distances())
+            after = float(repair.distances().mean())
             if math.isfinite(after):  # else the training diverged: no statistics help
                 repair.settle(settling)
                 found = repair.distances()
-                kept, after = not clearly_worse(apart, found), _mean(found)
+                kept, after = not clearly_worse(apart, found), float(found.mean())
         elif stopped == "seconds":
             warn(
                 f"recover took no step: after {limit.elapsed:.1f} s with {repair.samples.count} "
@@ -210,22 +216,20 @@ def recover(
     return Recovery(before, after if kept else before, taken, limit.elapsed, kept, stopped)
 
 
-def _mean(found: Sequence[Tensor]) -> float:
-    """The mean over batches of their samples' mean."""
-    return sum(float(batch.mean()) for batch in found) / len(found)
-
-
-def clearly_worse(before: Sequence[Tensor], after: Sequence[Tensor]) -> bool:
+def clearly_worse(before: Tensor, after: Tensor) -> bool:
     """Whether divergences of the same samples rose by more than the standard error of the mean.
 
     Few samples are held out, and a few of them hold most of the divergence. Training
-    rarely does harm, so that what cannot be told apart is better kept.
+    rarely does harm, so that what cannot be told apart is better kept; but a rise above
+    `MOST_RISE` is none of these, even where a single sample makes it.
     """
-    rise = torch.cat(list(after)) - torch.cat(list(before))
-    if not bool(rise.isfinite().all()):
+    if not bool(after.isfinite().all()):
         return True
+    if not bool(before.isfinite().all()):
+        return False
+    rise = after - before
     error = float(rise.std()) / math.sqrt(len(rise)) if len(rise) > 1 else 0.0
-    return float(rise.mean()) > error
+    return float(rise.mean()) > min(error, MOST_RISE * float(before.mean()))
 
 
 def check_settings(
@@ -288,13 +292,13 @@ class _Repair:
         self._judging = 0.0  # seconds that `distances` takes
         self._saved = copy.deepcopy(model.state_dict())  # extra state may be anything
 
-    def distances(self) -> list[Tensor]:
-        """Divergences from the teacher on the held-out samples, by batch."""
+    def distances(self) -> Tensor:
+        """Divergences from the teacher on the held-out samples."""
         started = self.limit.elapsed
         with torch.no_grad(), measure.evaluation(self.model):
             found = [divergences(old, run(self.model, x)) for x, old in self._tested]
         self._judging = self.limit.elapsed - started
-        return found
+        return torch.cat(found)
 
     def undo(self) -> None:
         """The model as it was."""
