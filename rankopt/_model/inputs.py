@@ -223,16 +223,15 @@ def divergences(before: Any, after: Any) -> Tensor:
     divergence(before, after)  # raises its errors
     old, new = (torch.atleast_1d(compared(output)) for output in (before, after))
     with torch.no_grad():
+        pieces = _pieces(old, new)
         if scores_classes(before):
             dim = class_dim(old)
-            terms = [_kl_terms(pair, dim).flatten(1).sum(dim=1) for pair in _pieces(old, new)]
-            lost = torch.cat(terms).cpu().double()
-            return lost * (old.shape[dim] / old[0].numel())
-        pieces = map(_squared, _pieces(old, new))
-        squares = [piece.reshape(2, piece.shape[1], -1).sum(dim=2) for piece in pieces]
+            terms = [_kl_terms(pair, dim).flatten(1).sum(dim=1) for pair in pieces]
+            per_sample: Tensor = torch.cat(terms).cpu().double()
+            return per_sample.mul(old.shape[dim] / old[0].numel())
+        squares = [x.reshape(2, x.shape[1], -1).sum(dim=2) for x in map(_squared, pieces)]
     lost, energy = torch.cat(squares, dim=1).cpu().double()
-    each: Tensor = lost / energy.mean().clamp_min(1e-300)
-    return each
+    return torch.div(lost, energy.mean().clamp_min(1e-300))
 
 
 def divergence_loss(before: Any, after: Any, *, temperature: float = 1.0) -> Tensor:
