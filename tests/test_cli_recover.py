@@ -10,6 +10,7 @@ import torch
 import rankopt
 from rankopt.cli import main
 from rankopt.errors import BudgetError, RankoptWarning
+from rankopt.training.repair import MOST_RISE
 
 MODELS = """
 import torch
@@ -49,7 +50,7 @@ def test_recover(spec, tmp_path, capsys):
     assert run("recover", spec, out, *data, "-o", out, "--json") == 0
     found = json.loads(capsys.readouterr().out)
     assert found["output"] == str(out)
-    assert found["after"] <= found["before"]
+    assert found["after"] <= (1 + MOST_RISE) * found["before"]
     with pytest.warns(RankoptWarning, match="other weights.*trained towards the wrong outputs"):
         assert run("recover", spec, small, *data, "-o", out, "--seed", 1) == 0
     assert run("recover", spec, small, *data, "-o", tmp_path / "out.pt") == 1

@@ -14,7 +14,7 @@ from rankopt.errors import CalibrationError, ModelError, RankoptWarning
 from rankopt.testing import planted_model
 from rankopt.training import limit, repair
 from rankopt.training.augmentation import shift_and_mirror
-from rankopt.training.repair import clearly_worse
+from rankopt.training.repair import MOST_RISE, clearly_worse
 
 
 @pytest.fixture
@@ -186,7 +186,7 @@ def test_batches_of_one_sample():
     plan = rankopt.search(dense, "params<=70%", calibration=data)
     small = rankopt.apply(dense, plan, calibration=data)
     done = rankopt.recover(small, teacher=dense, calibration=data, steps=5)
-    assert done.after <= done.before
+    assert done.after <= (1 + MOST_RISE) * done.before
 
 
 def test_a_failure_after_the_training_leaves_the_model_as_it_was(pair, monkeypatch):

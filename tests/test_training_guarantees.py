@@ -18,6 +18,7 @@ from rankopt.errors import CheckpointError, ModelError, RankoptWarning, Training
 from rankopt.training import Distillation, Distiller, Fixed, Schedule, Sequential
 from rankopt.training import batches as data
 from rankopt.training.recipe import Recipe
+from rankopt.training.repair import MOST_RISE
 from rankopt.training.samples import Samples
 
 pytest.importorskip("accelerate")
@@ -85,7 +86,8 @@ def test_what_samples_share_is_not_indexed():
     held = [(torch.randn(n, 12), mask) for n in (40, 40, 20)]
     small = small_of(model)
     done = rankopt.recover(small, teacher=model, calibration=held, steps=10, batch_size=16)
-    assert done.after <= done.before
+    assert done.steps == 10
+    assert done.after <= (1 + MOST_RISE) * done.before
 
 
 def test_experts_that_are_idle_or_get_other_samples():

@@ -48,7 +48,8 @@ def searched(folder=None, mode="measured", budget="macs<=40%", **settings):
 
 # A process that searches and is killed as it writes its `count`th checkpoint.
 KILLED = """
-import os, signal, sys
+import os, signal, sys, torch
+torch.set_num_threads(1)  # as in conftest: fits round differently with more
 sys.path.insert(0, {tests!r})
 from test_relaxed_records import searched
 from rankopt_strategies.relaxed import resuming
