@@ -96,7 +96,7 @@ def test_goes_on_after_kill_9_to_the_same_result(tmp_path, mode):
     assert _work(torch.load(kept, weights_only=True)) > _work(before) > 0
     lines = [json.loads(line) for line in Path(log).read_text(encoding="utf-8").splitlines()]
     assert [line["step"] for line in lines] == list(range(len(lines)))
-    assert lines[-1] == through.extensions["relaxed"]["steps"][-1]
+    assert alike(lines[-1], through.extensions["relaxed"]["steps"][-1])
 
 
 def _work(state):
