@@ -201,9 +201,7 @@ def test_at_full_input_rank_the_regression_is_the_best():
         assert torch.equal(factor, nested.factors((12, 8))[name])
 
 
-@pytest.mark.parametrize(
-    ("method", "ranks"), CASES + CLOSED, ids=lambda value: getattr(value, "name", "")
-)
+@each_way
 def test_the_scale_of_weights_and_inputs_does_not_matter(method, ranks):
     errors = [
         prepared_at(method, by, square).fitted_error(ranks)
@@ -212,9 +210,7 @@ def test_the_scale_of_weights_and_inputs_does_not_matter(method, ranks):
     assert errors == pytest.approx([errors[0]] * 4, rel=5e-3)
 
 
-@pytest.mark.parametrize(
-    ("method", "ranks"), CASES + CLOSED, ids=lambda value: getattr(value, "name", "")
-)
+@each_way
 def test_groups_are_refined_one_by_one(method, ranks):
     weights = [kernel(seed=seed) for seed in (1, 2)]
     parts = [patches(seed=seed)[None] for seed in (3, 4)]
@@ -228,9 +224,7 @@ def test_groups_are_refined_one_by_one(method, ranks):
         torch.testing.assert_close(factor, expected, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize(
-    ("method", "ranks"), CASES + CLOSED, ids=lambda value: getattr(value, "name", "")
-)
+@each_way
 def test_factors_are_fitted_in_inference_mode_too(method, ranks):
     with torch.inference_mode():
         error = prepared(method, kernel(), MANY).fitted_error(ranks)
@@ -238,9 +232,7 @@ def test_factors_are_fitted_in_inference_mode_too(method, ranks):
 
 
 @pytest.mark.parametrize("scale", [1.0, 1e-3])
-@pytest.mark.parametrize(
-    ("method", "ranks"), CASES + CLOSED, ids=lambda value: getattr(value, "name", "")
-)
+@each_way
 def test_channels_that_are_dead_need_no_large_factors(method, ranks, scale):
     still = patches() * scale**2
     still[9:27], still[:, 9:27] = 0.0, 0.0
