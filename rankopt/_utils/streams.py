@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -11,24 +12,34 @@ __all__ = ["stdout_to_stderr"]
 
 
 @contextmanager
-def stdout_to_stderr() -> Iterator[None]:
-    """Send what C code prints on file descriptor 1 to 2, so that ``--json`` stays JSON.
+def stdout_to_stderr(*, without: str) -> Iterator[None]:
+    """Send what C code prints on file descriptor 1 to 2 afterwards, so that ``--json`` stays JSON.
 
-    HiGHS prints debug lines that no option silences.
+    Args:
+        without: How lines begin that are dropped. HiGHS prints debug lines that no option silences.
     """
     if sys.stdout is None:  # closed: nothing to protect
         yield
         return
     sys.stdout.flush()
-    try:
-        kept = os.dup(1)
-        os.dup2(2, 1)
-    except OSError:  # one of them is closed: nothing to protect, or nowhere to send it
-        yield
-        return
-    try:
-        yield
-    finally:
-        sys.stdout.flush()
-        os.dup2(kept, 1)
-        os.close(kept)
+    with tempfile.TemporaryFile() as printed:
+        try:
+            kept = os.dup(1)
+            os.dup2(printed.fileno(), 1)
+        except OSError:  # closed: nothing to protect
+            yield
+            return
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+            os.dup2(kept, 1)
+            os.close(kept)
+            printed.seek(0)
+            _to_stderr(b"".join(x for x in printed if not x.startswith(without.encode())))
+
+
+def _to_stderr(text: bytes) -> None:
+    if text and sys.stderr is not None:
+        sys.stderr.write(text.decode(errors="replace"))
+        sys.stderr.flush()

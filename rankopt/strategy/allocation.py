@@ -234,7 +234,7 @@ def _integer_program(
     )
     flat = np.concatenate(damages)
     scale = float(flat.max()) or 1.0
-    with stdout_to_stderr():
+    with stdout_to_stderr(without="Highs"):
         result = milp(
             flat / scale,
             constraints=[
