@@ -33,6 +33,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import rankopt
 from benchmarks import cifar, unseen
 from benchmarks.unseen import ViT
+from rankopt._commands.specs import parse_front
 from rankopt._utils.files import atomic_path, write_text
 from rankopt._utils.tables import table, to_text
 from rankopt.training import FREEZING, Distillation, Schedule
@@ -284,8 +285,7 @@ class Bench:
         """The schedule of a name, with the fronts that were asked for."""
         schedule = FREEZING[name]()
         for front in self.arguments.front if name != "none" else ():
-            module, *phases = front.split(":")
-            schedule = schedule.front(module, *map(int, phases))
+            schedule = schedule.front(*parse_front(front))
         return schedule
 
     def table(self) -> None:

@@ -129,6 +129,41 @@ def test_compress(spec, tmp_path, capsys):
     assert run("compare", spec, out) == 0
 
 
+def test_compress_freezes_a_front(spec, tmp_path, capsys):
+    out, folder = tmp_path / "out.safetensors", tmp_path / "run"
+    arguments = (
+        "compress",
+        spec,
+        "--budget",
+        "params<=60%",
+        "--recover",
+        0,
+        "--epochs",
+        4,
+        "-o",
+        out,
+    )
+    train = ("--train", spec.replace(":build", ":train"), "--final-epochs", 2)
+    fronts = ("--front", "2:0:1", "--front", "2:3")
+    assert run(*arguments, *train, *fronts, "--folder", folder, "--json") == 0
+    (record,) = folder.rglob("record.jsonl")
+    events = [json.loads(line) for line in record.read_text().splitlines()]
+    frozen = [event["frozen"] for event in events if event["event"] == "epoch"]
+    assert frozen[0] > frozen[1] > frozen[2] == 0 < frozen[3] < frozen[0]
+    assert "Sequential(parity=0).front('2', 0, 1).front('2', 3)" in events[0]["freezing"]
+    for front, message in (
+        ("2:3:3", "front '2:3:3': expected MODULE:START"),
+        ("nine:0", "front('nine'): the model has no module of this name"),
+    ):
+        capsys.readouterr()
+        assert run(*arguments, *train, "--front", front) == 1
+        captured = capsys.readouterr()
+        assert message in captured.err
+        assert not captured.out
+    assert run(*arguments, "--front", "2:0") == 1
+    assert "--epochs, --front is of fine-tuning" in capsys.readouterr().err
+
+
 def test_compress_takes_the_options_of_a_search(spec, tmp_path, capsys):
     train = ("--train", spec.replace(":build", ":train"), "--epochs", 0, "--recover", 0)
     choices = ("--round-to", 4, "--fisher", "--asymmetric")

@@ -20,6 +20,7 @@ from rankopt.errors import (
     MissingDependency,
     ModelError,
 )
+from rankopt.training import Fixed
 from rankopt.training.distillation import Distillation
 
 pytest.importorskip("accelerate")
@@ -45,6 +46,8 @@ def data(count=32):
         ({"finetune": {"augment": "flip"}}, ValueError, "augment='flip'"),
         ({"train": iter(data())}, ModelError, "can be read only once"),
         ({"model": dense().requires_grad_(False)}, ModelError, "finetune has nothing to train"),
+        ({"finetune": {"freezing": Fixed().front("3", 0)}}, ModelError, "it has 0, 1, 2"),
+        ({"finetune": {"freezing": Fixed().front("1.first", 0)}}, ModelError, r"'1.first'.*it has"),
         ({"recover": {"seconds": -3}}, ValueError, "seconds=-3"),
         ({"recover": {"steps": 0}}, ValueError, "steps=0"),
         ({"recover": {"precision": "fp16"}}, ValueError, "precision='fp16'"),
@@ -57,6 +60,12 @@ def test_bad_requests_stop_it_before_the_search(monkeypatch, settings, error, me
     settings = {"model": dense(), "train": data(), **settings}
     with pytest.raises(error, match=message):
         rankopt.compress(settings.pop("model"), BUDGET, **settings)
+
+
+def test_a_front_may_end_with_a_factor():
+    tuning = {"freezing": Fixed().front("0.first", 0), "epochs": 1}
+    done = rankopt.compress(dense(), BUDGET, train=data(), recover=False, finetune=tuning)
+    assert [name for name, _ in done.model[0].named_children()] == ["first", "last"]
 
 
 def test_without_accelerate_there_is_no_search(monkeypatch):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +97,15 @@ def _add_compress(commands: Any, model: argparse.ArgumentParser) -> None:
         "ones around a core, throughout; sequential, one half in even epochs and the other in odd "
         "ones (default sequential)",
     )  # fmt: skip
+    training.add_argument(
+        "--front", action="append", metavar="MODULE:START[:END]",
+        help="train nothing up to and including this module in these epochs, counted from 0; END "
+        "is the first in which it trains again (repeatable; default: none)",
+    )  # fmt: skip
+    training.add_argument(
+        "--final-epochs", type=int, metavar="N",
+        help="epochs at the end of fine-tuning in which all factors train (default 1)",
+    )  # fmt: skip
     compress.set_defaults(run=_compress)
 
 
@@ -130,17 +140,23 @@ def _add_report(commands: Any, common: argparse.ArgumentParser) -> None:
 
 def _compress(arguments: argparse.Namespace) -> int:
     import rankopt
+    from rankopt._commands.specs import parse_front
+    from rankopt._pipeline.checks import TUNING
     from rankopt._utils.tables import show
 
     search = search_settings(arguments)
     tuning = {
         key: getattr(arguments, key)
-        for key in ("epochs", "learning_rate", "freezing")
+        for key in ("epochs", "learning_rate", "freezing", "front", "final_epochs")
         if getattr(arguments, key) is not None
     }
     if tuning and not arguments.train and arguments.epochs != 0:
         options = ", ".join(f"--{key.replace('_', '-')}" for key in tuning)
         raise RankoptError(f"{options} is of fine-tuning, which needs --train")
+    fronts = [parse_front(text) for text in tuning.pop("front", ())]
+    if fronts:
+        schedule = FREEZING[tuning.get("freezing", TUNING["freezing"])]()
+        tuning["freezing"] = reduce(lambda made, front: made.front(*front), fronts, schedule)
     model, inputs = model_and_inputs(arguments)
     done = rankopt.compress(
         model,

@@ -8,6 +8,7 @@ import math
 import sys
 from collections.abc import Callable, Mapping
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from textwrap import shorten
 from typing import Any, Final
@@ -19,7 +20,7 @@ from rankopt._model import surgery
 from rankopt.errors import ModelError, RankoptError
 from rankopt.vision import import_torchvision
 
-__all__ = ["default_input", "load_callable", "load_model", "parse_input"]
+__all__ = ["default_input", "load_callable", "load_model", "parse_front", "parse_input"]
 
 # Where training loops keep the state dict in a checkpoint.
 _STATES: Final = ("state_dict", "model", "model_state_dict")
@@ -200,6 +201,30 @@ def parse_input(text: str) -> Tensor:
     if dtype.is_floating_point:
         return torch.randn(shape, generator=generator).to(dtype)
     return torch.randint(0, TOKEN_IDS, shape, generator=generator).to(dtype)
+
+
+def parse_front(text: str) -> tuple[str, int, int | None]:
+    """A module and its phases of ``layer2:0:3``, as `Schedule.front` takes them.
+
+    Raises:
+        RankoptError: The text says something else.
+
+    Example:
+        >>> parse_front("layer2:4")
+        ('layer2', 4, None)
+    """
+    module, *parts = text.split(":")
+    try:
+        phases = [int(part) for part in parts]
+    except ValueError:
+        phases = []
+    rising = all(before < after for before, after in pairwise([-1, *phases]))
+    if not module or not rising or len(phases) not in (1, 2):
+        raise RankoptError(
+            f"front {text!r}: expected MODULE:START or MODULE:START:END, counted from 0, such as "
+            "layer2:0:3 for the first three epochs"
+        )
+    return module, phases[0], phases[1] if len(phases) == 2 else None
 
 
 def default_input(spec: str) -> Tensor | None:

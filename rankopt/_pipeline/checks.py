@@ -11,8 +11,10 @@ from torch import nn
 from rankopt._build.apply import apply
 from rankopt._search.search import search
 from rankopt.training.finetune import check_request, finetune
+from rankopt.training.front import check_fronts
 from rankopt.training.launcher import require_accelerate
 from rankopt.training.repair import check_settings, recover
+from rankopt.training.schedules import Schedule
 
 __all__ = ["TUNING", "check_stages"]
 
@@ -32,7 +34,8 @@ def check_stages(model: nn.Module, stages: Mapping[str, Any], train: Any) -> Non
     Raises:
         TypeError: Settings that a stage does not know, or is given anyway.
         ValueError: A setting out of range.
-        ModelError: `train` cannot be trained on, or nothing in the model trains.
+        ModelError: `train` cannot be trained on, nothing in the model trains, or it has no module
+            up to which a front is to be frozen.
         MissingDependency: Fine-tuning without accelerate.
     """
     for name, how in stages.items():
@@ -49,5 +52,8 @@ def check_stages(model: nn.Module, stages: Mapping[str, Any], train: Any) -> Non
     if train is not None and tuning is not False and not callable(tuning):
         settings = {"teacher": model, **TUNING, **(tuning or {})}
         # What a function in place of `apply` returns is not known yet.
-        check_request(None if callable(stages["apply"]) else model, train, **settings)
+        known = None if callable(stages["apply"]) else model
+        recipe = check_request(known, train, **settings)
+        if known is not None and isinstance(recipe.freezing, Schedule):
+            check_fronts(known, recipe.freezing.modules())
         require_accelerate()

@@ -6,13 +6,14 @@ Reference: layers frozen from the input on as training ends, arXiv 1706.04983.
 from __future__ import annotations
 
 import difflib
+from collections.abc import Iterable
 
 from torch import nn
 
 from rankopt._model import surgery
 from rankopt.errors import ModelError
 
-__all__ = ["front_modules"]
+__all__ = ["check_fronts", "front_modules"]
 
 
 def front_modules(model: nn.Module, last: str) -> dict[int, nn.Module]:
@@ -40,3 +41,20 @@ def front_modules(model: nn.Module, last: str) -> dict[int, nn.Module]:
             "one before it"
         )
     return {id(module): module for _, module in modules[:end] if id(module) not in later}
+
+
+def check_fronts(model: nn.Module, names: Iterable[str]) -> None:
+    """Raise what `front_modules` will of a model that is yet to be decomposed.
+
+    A factor, such as ``fc.first``, is taken for granted where its layer exists.
+
+    Raises:
+        ModelError: As by `front_modules`.
+    """
+    model = surgery.unwrap(model)
+    modules = dict(surgery.named_modules(model))
+    for name in sorted(names):
+        layer = modules.get(name.rpartition(".")[0])
+        decomposable = isinstance(getattr(layer, "weight", None), nn.Parameter)
+        if name in modules or not decomposable:
+            front_modules(model, name)
