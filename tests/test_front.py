@@ -12,6 +12,7 @@ from torch.profiler import ProfilerActivity, profile
 import rankopt
 from rankopt.errors import ModelError, RankoptWarning
 from rankopt.training import Fixed, Freezer, NoFreezing, Schedule, Sequential
+from rankopt.training.front import check_fronts
 
 
 class Net(nn.Module):
@@ -231,6 +232,15 @@ def test_a_search_while_frozen_sees_the_same_layers(small):
 def test_unknown_modules(small, module, message):
     with pytest.raises(ModelError, match=message):
         Freezer(small, Fixed().front(module, 2).every(3).until(9, Fixed()))
+
+
+def test_names_inside_layers_are_known_only_once_they_are_decomposed():
+    model = nn.Sequential(nn.MultiheadAttention(8, 2), nn.Sequential(nn.Linear(8, 8)), nn.ReLU())
+    check_fronts(model, {"0", "0.q.first", "0.out_proj", "1.0.first", "1"})
+    check_fronts(nn.Linear(8, 8), {"first"})
+    for wrong in ("3", "1.4", "1.4.first", "2", "first", ""):
+        with pytest.raises(ModelError, match="front"):
+            check_fronts(model, {wrong})
 
 
 def test_a_schedule_of_ones_own_need_not_announce_its_fronts(small):

@@ -46,7 +46,8 @@ def front_modules(model: nn.Module, last: str) -> dict[int, nn.Module]:
 def check_fronts(model: nn.Module, names: Iterable[str]) -> None:
     """Raise what `front_modules` will of a model that is yet to be decomposed.
 
-    A factor, such as ``fc.first``, is taken for granted where its layer exists.
+    Inside a layer, which may become a chain or an attention of several projections, any name is
+    taken for granted.
 
     Raises:
         ModelError: As by `front_modules`.
@@ -54,7 +55,10 @@ def check_fronts(model: nn.Module, names: Iterable[str]) -> None:
     model = surgery.unwrap(model)
     modules = dict(surgery.named_modules(model))
     for name in sorted(names):
-        layer = modules.get(name.rpartition(".")[0])
-        decomposable = isinstance(getattr(layer, "weight", None), nn.Parameter)
-        if name in modules or not decomposable:
+        known = name
+        while known not in modules:
+            known = known.rpartition(".")[0]
+        layer = modules[known]
+        is_layer = bool(layer._parameters) and (layer is not model or not layer._modules)
+        if known == name or not is_layer:
             front_modules(model, name)
