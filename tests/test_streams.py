@@ -24,3 +24,13 @@ def test_without_standard_output(monkeypatch):
     monkeypatch.setattr(sys, "stdout", None)  # as under `>&-`, and in daemons
     with stdout_to_stderr(without="Highs"):
         pass
+
+
+def test_without_a_folder_for_temporary_files(monkeypatch, capfd):
+    def refuse():
+        raise FileNotFoundError
+
+    monkeypatch.setattr("tempfile.TemporaryFile", refuse)
+    with stdout_to_stderr(without="Highs"):
+        os.write(1, b"said")
+    assert capfd.readouterr() == ("said", "")

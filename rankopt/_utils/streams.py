@@ -6,7 +6,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 __all__ = ["stdout_to_stderr"]
 
@@ -22,11 +22,13 @@ def stdout_to_stderr(*, without: str) -> Iterator[None]:
         yield
         return
     sys.stdout.flush()
-    with tempfile.TemporaryFile() as printed:
+    with ExitStack() as held:
         try:
+            printed = held.enter_context(tempfile.TemporaryFile())
             kept = os.dup(1)
+            held.callback(os.close, kept)
             os.dup2(printed.fileno(), 1)
-        except OSError:  # closed: nothing to protect
+        except OSError:  # closed: nothing to protect; or no folder to keep it in
             yield
             return
         try:
@@ -34,7 +36,6 @@ def stdout_to_stderr(*, without: str) -> Iterator[None]:
         finally:
             sys.stdout.flush()
             os.dup2(kept, 1)
-            os.close(kept)
             printed.seek(0)
             _to_stderr(b"".join(x for x in printed if not x.startswith(without.encode())))
 
