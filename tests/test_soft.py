@@ -106,6 +106,26 @@ def test_untrained_it_is_a_plan_for_the_model_itself():
     assert soft.discretise().decisions == plan.decisions
 
 
+def test_trained_its_plan_is_not_for_the_model_itself(tmp_path):
+    model = planted_model()
+    soft = rankopt.soften(model, "params<=60%")
+    with torch.no_grad():
+        soft.logits()[0].add_(torch.rand(len(soft.logits()[0])))
+    assert {d.factors.kind for d in soft.discretise().changes} == {"weights"}
+    with torch.no_grad():
+        soft.weights()[0].mul_(1.5)
+    plan = soft.discretise()
+    assert {d.factors.kind for d in plan.changes} == {"learned"}
+    with pytest.raises(PlanError, match=r"factors are learned.*build"):
+        rankopt.apply(model, plan)
+    soft.settle(plan)
+    small = soft.build(plan).eval()
+    torch.testing.assert_close(small(planted_inputs()), soft.eval()(planted_inputs()))
+    again = rankopt.soften(model, "params<=60%")
+    again.load_state_dict(soft.state_dict())
+    assert again.discretise().decisions == plan.decisions
+
+
 def test_every_kind_of_layer_trains():
     class Net(nn.Module):
         def __init__(self):

@@ -202,7 +202,8 @@ def _check_sources(plan: RankPlan, calibration: Any) -> None:
         if kind == "learned":
             raise PlanError(
                 f"layer {name}: its factors are learned, so they cannot be made from the weights; "
-                "they are in the file the model was saved to: rankopt.load(model, file)"
+                "a soft model carries out its own plan (build), and the file that a model was "
+                "saved to has its factors: rankopt.load(model, file)"
             )
         if kind != "weights" and calibration is None:
             raise PlanError(

@@ -217,7 +217,8 @@ class SoftModel(nn.Module):
 
         Costs are those of the built model and within the budget, a budget on latency by
         the whole model's measured time; the errors it states are those of the weights
-        `soften` was given.
+        `soften` was given. Once those were trained, the plan says that its factors are
+        learned, and only `build` carries it out.
 
         Raises:
             BudgetInfeasible: No plan was measured to be fast enough.
@@ -232,7 +233,9 @@ class SoftModel(nn.Module):
             else:
                 asked = opened.problem.with_budget(self.allowed)
                 plan = solve(asked, strategy, self.clock.measure, self.clock.dense_ms)
-            return opened.finish(plan, seconds=self.seconds)
+            plan = opened.finish(plan, seconds=self.seconds)
+        changed = measure.weights_digest(self.model) != measure.weights_digest(opened.view)
+        return _learned(plan, self.model) if changed else plan
 
     def rounded(self, problem: Problem) -> list[Option]:
         """The most probable options within a problem's budget, one per site.
@@ -342,9 +345,9 @@ def _settled_as_loaded(soft: SoftModel, _: Any = None) -> None:
     soft.scores.requires_grad_(soft._set is None)
 
 
-def _learned(plan: RankPlan, built: nn.Module) -> RankPlan:
-    """The plan of factors that training changed, told by their digest."""
-    factors = Factors("learned", measure.weights_digest(built))
+def _learned(plan: RankPlan, trained: nn.Module) -> RankPlan:
+    """The plan of factors that training changed, told by the digest of what holds them."""
+    factors = Factors("learned", measure.weights_digest(trained))
     return replace(
         plan, decisions=tuple(d if d.keeps else replace(d, factors=factors) for d in plan)
     )
