@@ -106,6 +106,9 @@ class Decision:
     factors: Factors = field(default_factory=Factors)
 
     def __post_init__(self) -> None:
+        # Plans written by hand have lists here, which no tuple equals.
+        object.__setattr__(self, "targets", tuple(self.targets))
+        object.__setattr__(self, "shapes", tuple(tuple(shape) for shape in self.shapes))
         where = f"decision for {', '.join(self.targets) or '(no target)'}"
         if not self.targets:
             raise PlanError("a decision without targets: name at least one layer")

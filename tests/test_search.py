@@ -1,5 +1,9 @@
 from __future__ import annotations
 
+import dataclasses
+from collections import OrderedDict
+from typing import ClassVar
+
 import pytest
 import torch
 from torch import nn
@@ -13,9 +17,10 @@ from rankopt.errors import (
     DeadlineExceeded,
     LayerError,
     ModelError,
+    RankoptError,
     RegistryError,
 )
-from rankopt.testing import planted_inputs, planted_model
+from rankopt.testing import ModelledClock, planted_inputs, planted_model
 
 
 def test_one_line():
@@ -29,6 +34,47 @@ def test_one_line():
     assert plan["stem"].reason == "keep: only 3 input and 16 output channels"
     assert plan.environment["torch"] == torch.__version__
     assert plan.seconds > 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Handmade(rankopt.Strategy):
+    """A plan without totals, made by hand."""
+
+    name: ClassVar[str] = "handmade"
+    rank: int = 1
+
+    def search(self, problem):
+        hidden = rankopt.Decision(["hidden"], [[48, 32]], "svd", {"ranks": [self.rank]})
+        return rankopt.RankPlan(model={}, decisions=(hidden,), strategy=self.describe(0))
+
+
+def test_plans_made_by_hand_are_held_to_the_budget_that_was_asked_for():
+    model = nn.Sequential(OrderedDict(hidden=nn.Linear(32, 48)))
+    plan = rankopt.search(model, "params<=20%", strategy=Handmade())
+    assert plan.budget == rankopt.Budget(params=0.2)
+    assert plan == rankopt.RankPlan.from_json(plan.to_json())
+    assert plan.decisions == rankopt.RankPlan.from_json(plan.to_json()).decisions
+    with pytest.raises(RankoptError, match="'handmade' .* breaks its budget .params at most 20%"):
+        rankopt.search(model, "params<=20%", strategy=Handmade(rank=8))
+    with pytest.raises(RankoptError, match=r"without totals of latency, .* problem.plan\(\)"):
+        rankopt.search(
+            model,
+            "latency<=90%",
+            strategy=Timed(),
+            example_inputs=torch.ones(2, 32),
+            profile=rankopt.ProfileTable(clock=ModelledClock()),
+        )
+
+
+class Timed(Handmade):
+    tags: ClassVar[rankopt.Tags] = rankopt.Tags(latency=True)
+
+
+@pytest.mark.parametrize("pattern", [nn.Linear, nn.Linear(2, 2)])
+def test_a_class_or_a_module_is_no_pattern(pattern):
+    for given in (pattern, [pattern]):
+        with pytest.raises(ModelError, match=r"ignore: got a .*give the module's name"):
+            rankopt.search(planted_model(), "params<=90%", ignore=given)
 
 
 def test_globs():

@@ -7,6 +7,8 @@ from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import TypeAlias
 
+from torch import nn
+
 from rankopt._model.layers import Layer
 from rankopt.errors import ModelError
 
@@ -55,9 +57,15 @@ def _matches(layer: Layer, pattern: Pattern) -> bool:
 
 def _as_patterns(patterns: Patterns, keyword: str) -> tuple[Pattern, ...]:
     if isinstance(patterns, str) or callable(patterns):
-        return (patterns,)
+        patterns = (patterns,)
     listed = tuple(patterns) if isinstance(patterns, Iterable) else (patterns,)
     for pattern in listed:
+        if isinstance(pattern, type | nn.Module):  # callable, but not a function of a layer
+            what = "a class" if isinstance(pattern, type) else "a module"
+            raise ModelError(
+                f"{keyword}: got {what}, {pattern!r}; give the module's name, a glob on names, or "
+                "a function such as lambda layer: layer.type == 'Linear'"
+            )
         if not isinstance(pattern, str) and not callable(pattern):
             raise ModelError(
                 f"{keyword}={pattern!r}: expected a glob on module names, a function of a layer, "

@@ -72,8 +72,13 @@ class Opened:
     seen: Probe | None
     inputs: Any
 
-    def finish(self, plan: RankPlan, *, seconds: float) -> RankPlan:
+    def finish(self, plan: RankPlan, *, seconds: float, asked: Budget | None = None) -> RankPlan:
         """Hold a strategy's plan to its budget on the built model; add model and machine.
+
+        Args:
+            plan: What the strategy returned.
+            seconds: That it took.
+            asked: The budget to hold it to; None for the one the plan names.
 
         Raises:
             RankoptError: The plan breaks its budget.
@@ -81,7 +86,9 @@ class Opened:
         """
         skeleton = surgery.clone(self.view, share=self.view.parameters())
         return replace(
-            verify(plan, skeleton, self.seen, self.inputs),
+            verify(
+                plan, skeleton, self.seen, self.inputs, asked=asked, original=self.problem.totals
+            ),
             model=self.problem.model,
             environment=environment(self.source, self.inputs),
             seconds=round(seconds, 3),

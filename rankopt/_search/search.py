@@ -185,7 +185,7 @@ def search(
         if asymmetric is True:
             plan = fitted_in_order(plan)
         problem.close()
-        return opened.finish(plan, seconds=time.perf_counter() - started)
+        return opened.finish(plan, seconds=time.perf_counter() - started, asked=allowed)
 
 
 def _searched(strategy: Strategy, problem: Problem) -> RankPlan:

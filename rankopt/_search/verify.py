@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, Final
 
@@ -16,6 +17,7 @@ from rankopt._model.probe import Call, Probe
 from rankopt._model.sharing import shortened
 from rankopt._timing.conditions import tf32
 from rankopt._version import __version__
+from rankopt.budget import RATIO_AXES, Budget
 from rankopt.errors import ModelError, RankoptError
 from rankopt.plan import RankPlan
 from rankopt.strategy import LATENCY
@@ -26,8 +28,25 @@ __all__ = ["environment", "verify"]
 SAMPLES: Final = 2
 
 
-def verify(plan: RankPlan, view: nn.Module, seen: Probe | None, inputs: Any) -> RankPlan:
-    """Build the result's skeleton inside `view`, run it, and hold it to the budget."""
+def verify(
+    plan: RankPlan,
+    view: nn.Module,
+    seen: Probe | None,
+    inputs: Any,
+    *,
+    asked: Budget | None = None,
+    original: Mapping[str, float] | None = None,
+) -> RankPlan:
+    """Build the result's skeleton inside `view`, run it, and hold it to the budget.
+
+    Args:
+        plan: What a strategy returned.
+        view: The model, of which the skeleton takes the kept layers.
+        seen: What a run on the inputs showed.
+        inputs: Example inputs.
+        asked: The user's budget; None for the one the plan names.
+        original: Axis to the model's figure, of axes that the plan says nothing of.
+    """
     built = fill_skeleton(view, plan)
     measured: dict[str, float] = {
         "params": measure.count_params(built),
@@ -45,17 +64,25 @@ def verify(plan: RankPlan, view: nn.Module, seen: Probe | None, inputs: Any) -> 
     timed = plan.totals.get(LATENCY, {}).get("measured")
     if timed is not None:
         measured[LATENCY] = timed
-    before = {axis: float(entry["before"] or 0) for axis, entry in plan.totals.items()}
-    if plan.budget is not None and not plan.budget.fits(measured, before):
+    before = dict(original or {})
+    before |= {axis: float(entry["before"] or 0) for axis, entry in plan.totals.items()}
+    budget = asked or plan.budget
+    bounded = {axis for axis in budget.axes if axis in RATIO_AXES} if budget else set()
+    if unknown := bounded - (measured.keys() & before.keys()):
+        raise RankoptError(
+            f"strategy {plan.strategy.get('name')!r} returned a plan without totals of "
+            f"{', '.join(sorted(unknown))}, which the budget bounds; make it with problem.plan()"
+        )
+    if budget is not None and not budget.fits(measured, before):
         raise RankoptError(
             f"strategy {plan.strategy.get('name')!r} returned a plan that breaks its budget "
-            f"({plan.budget.explain()}): measured {measured} of {before}; the model's MACs depend "
+            f"({budget.explain()}): measured {measured} of {before}; the model's MACs depend "
             "on its data, or this is a defect of the strategy or of rankopt"
         )
     totals = {
         axis: {**entry, "measured": measured.get(axis)} for axis, entry in plan.totals.items()
     }
-    return replace(plan, totals=totals)
+    return replace(plan, totals=totals, budget=plan.budget or asked)
 
 
 def _run(model: nn.Module, inputs: Any, how: str) -> None:

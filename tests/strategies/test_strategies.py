@@ -81,6 +81,16 @@ def test_the_contract_catches_offenders():
         check_strategy(Greedy())
 
     @dataclasses.dataclass(frozen=True)
+    class Loose(Energy):
+        name = "loose"
+
+        def search(self, problem):
+            return super().search(problem.with_budget(rankopt.Budget(params=0.9)))
+
+    with pytest.raises(RankoptError, match="breaks its budget .params at most 60%"):
+        check_strategy(Loose())
+
+    @dataclasses.dataclass(frozen=True)
     class Vandal(Energy):
         name = "vandal"
 
