@@ -4,8 +4,9 @@ import pytest
 import torch
 
 import rankopt
+import rankopt_strategies
 from rankopt._model import measure
-from rankopt.errors import BudgetInfeasible, EvaluationError, RankoptWarning
+from rankopt.errors import BudgetError, BudgetInfeasible, EvaluationError, RankoptWarning
 from rankopt.testing import ModelledClock, planted_inputs, planted_model
 
 DATA = [planted_inputs(32)]
@@ -48,6 +49,27 @@ def test_smallest_within_the_drop(strategy):
         assert rankopt.RankPlan.from_json(plan.to_json()) == plan
     macs = [plan.totals["macs"]["measured"] for plan in (loose, tight)]
     assert macs[0] < macs[1] if strategy == "knapsack" else macs[0] <= macs[1]
+
+
+def test_a_study_takes_the_direction_of_the_budget():
+    dense, x = planted_model(), planted_inputs(16)
+    wanted = dense(x).detach()
+    plan = rankopt.search(
+        dense,
+        "metric_drop<=0.1, minimize=params, direction=minimize",
+        example_inputs=x,
+        evaluate=lambda model: float((model(x) - wanted).square().mean()),
+        strategy=rankopt_strategies.OptunaSearch(n_trials=6),
+    )
+    assert plan.changes
+    with pytest.raises(BudgetError, match="to maximize, the study's to minimize"):
+        rankopt.search(
+            dense,
+            "metric_drop<=0.1, minimize=params",
+            example_inputs=x,
+            evaluate=lambda model: 1.0,
+            strategy=rankopt_strategies.OptunaSearch(n_trials=6, direction="minimize"),
+        )
 
 
 def test_direction_and_other_shares():

@@ -31,7 +31,8 @@ class OptunaSearch(Strategy):
         n_trials: Trials in all, the queued ones included.
         space: ``warp``, ``tilt``, ``stage`` or ``layer``; see `rankopt.study`.
         sampler: ``tpe``, ``local``, ``nsgaii``, ``nsgaiii``, ``gp``, ``random``, ….
-        direction: Whether the metric is better when higher or lower.
+        direction: Whether the metric is better when higher or lower; a budget on
+            ``metric_drop`` that says ``direction=minimize`` need not be told again.
         confidence: Of stopping a trial early where `evaluate` yields batches.
         storage: Path or URL to keep the study in; None for memory.
         study: The study's name in the storage.
@@ -70,13 +71,14 @@ class OptunaSearch(Strategy):
         problem.check_deadline()
         first = problem.budget.minimize or problem.budget.axes[0]
         objective = LATENCY if first == "latency_ms" else first
+        losses = problem.budget.metric_drop is not None and problem.budget.direction == "minimize"
         study = open_study(
             problem,
             storage=self.storage,
             where=self.storage or "memory",
             name=self.study,
             objective=objective,
-            direction=self.direction,
+            direction="minimize" if losses else self.direction,
             space=self.space,
             sampler=self.sampler,
             confidence=self.confidence,
