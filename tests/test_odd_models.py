@@ -12,7 +12,7 @@ from torch.nn.utils import prune
 import rankopt
 from rankopt._model import inputs
 from rankopt._search import opening
-from rankopt.errors import CalibrationError
+from rankopt.errors import CalibrationError, ModelError
 from rankopt.testing import planted_inputs, planted_model
 
 
@@ -135,3 +135,27 @@ def test_errors_do_not_depend_on_the_scale_of_the_weight(method, scale):
         folded = rankopt.fold(chain, model)[0].weight.detach().double()
         errors.append(float((folded - weight).norm() / weight.norm()))
     assert errors[1] == pytest.approx(errors[0], rel=1e-3)
+
+
+def test_an_expanded_buffer():
+    class Masked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = planted_model()
+            self.register_buffer("mask", torch.ones(1, 8).expand(4, 8))
+
+        def forward(self, x):
+            return self.inner(x) * self.mask.sum()
+
+    plan = rankopt.search(Masked(), "macs<=60%", example_inputs=planted_inputs())
+    assert plan.totals["macs"]["measured"] <= 0.6 * plan.totals["macs"]["before"]
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
+def test_a_scripted_part_is_kept():
+    model = nn.Sequential(torch.jit.script(nn.Linear(32, 32)), nn.Linear(32, 32))
+    plan = rankopt.search(model, "params<=80%")
+    assert "ScriptModule is not a layer" in plan["0"].reason
+    assert plan["1"].method == "svd"
+    with pytest.raises(ModelError, match="ScriptModule has no layer to decompose"):
+        rankopt.search(torch.jit.script(nn.Linear(32, 32)), "params<=80%")

@@ -216,7 +216,7 @@ def find_layers(model: nn.Module) -> list[Layer]:
     described = {layer.name: layer for layer, _ in layers}
 
     def users(module: nn.Module, key: str) -> list[tuple[str, str]]:
-        return owners.get(id(module._parameters.get(key)), [])
+        return owners.get(id(getattr(module, key, None)), [])
 
     tied = [(_resolve_ties(x, users(m, "weight"), described), m) for x, m in layers]
     return [replace(x, own_bias=_owns(x, users(m, "bias"))) for x, m in tied]

@@ -217,7 +217,8 @@ def probe(view: nn.Module, layers: Iterable[Layer], example_inputs: Any) -> Prob
                     result.trains = False
                 finally:  # later measurements need the running statistics the model has
                     for buffer, value in saved:
-                        buffer.copy_(value)
+                        if not torch.equal(buffer, value):  # nor can expanded ones be written
+                            buffer.copy_(value)
     finally:
         for module, cls in classes.items():
             module.__class__ = cls
