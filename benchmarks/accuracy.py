@@ -203,7 +203,7 @@ class Bench:
             training = self.tuned(
                 "dense",
                 model,
-                epochs=self.network.epochs,
+                epochs=self.arguments.dense_epochs or self.network.epochs,
                 learning_rate=self.network.learning_rate,
                 optimizer=self.network.optimizer,
                 weight_decay=5e-4 if self.network.optimizer == "sgd" else 0.02,
@@ -357,6 +357,7 @@ def main() -> None:
     parser.add_argument("--recipe", default="", help="a name that keeps recipes apart")
     parser.add_argument("--images", type=int, default=0, help="fewer training images, for a trial")
     parser.add_argument("--width", type=int, default=0, help="of vgg and vit; 0 for the default")
+    parser.add_argument("--dense-epochs", type=int, default=0, help="of dense; 0: the network's")
     parser.add_argument("--budget", default="")
     parser.add_argument("--methods", default="", help="decompositions, comma-separated")
     parser.add_argument("--factors", action="store_true", help="find out how to make factors")
