@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from rankopt._model import measure, surgery
 from rankopt._model.inputs import tensors_in
+from rankopt._model.kinds import attached
 from rankopt._utils.files import atomic_paths
 from rankopt.errors import ExportError, MissingDependency
 
@@ -152,6 +153,8 @@ def merge_norms(model: nn.Module, example_inputs: Any) -> nn.Module:
             continue
         conv, norm = modules[conv_name], modules[norm_name]
         if type(conv) not in _CONVS or type(norm) not in _NORMS or norm.running_mean is None:
+            continue
+        if attached(conv) or attached(norm):  # a hook sees, or changes, what is between them
             continue
         merged: nn.Module = nn.utils.fuse_conv_bn_eval(conv, norm)
         surgery.replace(result, {conv: merged, norm: nn.Identity()})

@@ -61,6 +61,14 @@ def test_norms_are_merged_where_that_is_right():
     assert isinstance(model.norm_a, nn.BatchNorm2d)
 
 
+@pytest.mark.parametrize("name", ["a", "norm_a"])
+def test_layers_with_hooks_are_not_merged(name):
+    model, x = settled(Residual()).eval(), torch.randn(5, 3, 6, 6)
+    model.get_submodule(name).register_forward_hook(lambda module, args, output: 2 * output)
+    assert isinstance(export.merge_norms(model, x).norm_a, nn.BatchNorm2d)
+    torch.testing.assert_close(export.to_program(model, x).module()(x), model(x))
+
+
 def test_merged_into_the_last_factor():
     model = settled(nn.Sequential(nn.Conv2d(16, 32, 3), nn.BatchNorm2d(32), nn.ReLU()))
     plan = rankopt.search(model, "params<=50%")

@@ -53,6 +53,17 @@ def test_a_finished_run_of_other_weights_says_so(tmp_path):
         rankopt.finetune(small, in_batches(x, y), epochs=1, folder=tmp_path)
 
 
+def test_a_run_that_stopped_early_of_other_weights_says_so(tmp_path):
+    _, small, x, y = problem(count=64)
+    settings = {"epochs": 6, "patience": 2, "folder": tmp_path}
+    values = iter([0.5, 0.4, 0.3, 0.2])
+    rankopt.finetune(small, in_batches(x, y), evaluate=lambda model: next(values), **settings)
+    with torch.no_grad():
+        next(small.parameters()).add_(1)
+    with pytest.warns(RankoptWarning, match="began with other weights"):
+        rankopt.finetune(small, in_batches(x, y), evaluate=lambda model: next(values), **settings)
+
+
 def test_samplers_with_a_generator_of_their_own_resume(tmp_path):
     def run(folder, **settings):
         _, small, x, y = problem(count=64)

@@ -113,6 +113,17 @@ def test_goes_on_where_it_was_interrupted(task, tmp_path, monkeypatch):
         rankopt.compress(dense, "params<=30%", **arguments)
 
 
+def test_a_loader_with_a_generator_of_its_own_goes_on(tmp_path):
+    x = torch.randn(64, 16)
+    data = torch.utils.data.TensorDataset(x, (x.sum(1) > 0).long())
+    order = torch.Generator().manual_seed(3)
+    train = torch.utils.data.DataLoader(data, batch_size=16, shuffle=True, generator=order)
+    dense = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 2))
+    arguments = {"train": train, "folder": tmp_path, **QUICK}
+    first, again = (rankopt.compress(dense, "params<=50%", **arguments) for _ in range(2))
+    assert torch.equal(first.model(x), again.model(x))
+
+
 def test_rounds_reach_the_budget_in_steps(task, tmp_path):
     dense, train, _ = task
     done = rankopt.compress(

@@ -216,7 +216,8 @@ def find_layers(model: nn.Module) -> list[Layer]:
     described = {layer.name: layer for layer, _ in layers}
 
     def users(module: nn.Module, key: str) -> list[tuple[str, str]]:
-        return owners.get(id(getattr(module, key, None)), [])
+        own = dict(module.named_parameters(recurse=False, remove_duplicate=False))
+        return owners.get(id(own.get(key)), [])
 
     tied = [(_resolve_ties(x, users(m, "weight"), described), m) for x, m in layers]
     return [replace(x, own_bias=_owns(x, users(m, "bias"))) for x, m in tied]

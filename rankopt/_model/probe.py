@@ -217,8 +217,7 @@ def probe(view: nn.Module, layers: Iterable[Layer], example_inputs: Any) -> Prob
                     result.trains = False
                 finally:  # later measurements need the running statistics the model has
                     for buffer, value in saved:
-                        if not torch.equal(buffer, value):  # nor can expanded ones be written
-                            buffer.copy_(value)
+                        _restore(buffer, value)
     finally:
         for module, cls in classes.items():
             module.__class__ = cls
@@ -226,6 +225,15 @@ def probe(view: nn.Module, layers: Iterable[Layer], example_inputs: Any) -> Prob
         called = [name for name in result.calls if name not in result.reads]
         result.reads |= irreplaceable(view, called, inputs)
     return result
+
+
+def _restore(buffer: Tensor, value: Tensor) -> None:
+    """Copy into a buffer; what an expanded one repeats is written once."""
+    if buffer.layout is torch.strided:
+        for dim, stride in enumerate(buffer.stride()):
+            if stride == 0 and buffer.shape[dim] > 1:
+                buffer, value = buffer.narrow(dim, 0, 1), value.narrow(dim, 0, 1)
+    buffer.copy_(value)
 
 
 def _positions(module: Any, entering: Any, leaving: Any) -> tuple[int, ...]:

@@ -6,7 +6,8 @@ import json
 import random
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
@@ -38,7 +39,7 @@ from rankopt.errors import (
 )
 from rankopt.plan import RankPlan
 from rankopt.registry import strategies
-from rankopt.training.batches import fingerprint
+from rankopt.training.batches import fingerprint, generators
 from rankopt.training.finetune import finetune as train_on
 from rankopt.training.repair import recover
 
@@ -103,7 +104,7 @@ class Run:
         """
         source = train if given is None else given
         if source is not None:
-            with measure.preserve_rng():
+            with measure.preserve_rng(), _seeded(generators(source), self.seed):
                 torch.manual_seed(self.seed)
                 random.seed(self.seed)
                 np.random.seed(self.seed % 2**32)
@@ -350,6 +351,19 @@ class Run:
         self.done[stage.name] = vars(stage)
         text = strict_json({"identity": self.identity, "stages": self.done}, indent=1)
         write_text(self.work / WORK, text + "\n")
+
+
+@contextmanager
+def _seeded(generators: Iterable[torch.Generator], seed: int) -> Iterator[None]:
+    """Generators of a loader's own begin at the seed, and go on afterwards where they were."""
+    states = [(generator, generator.get_state()) for generator in generators]
+    try:
+        for generator, _ in states:
+            generator.manual_seed(seed)
+        yield
+    finally:
+        for generator, state in states:
+            generator.set_state(state)
 
 
 def _begun(done: Iterable[str], order: list[str]) -> list[str]:

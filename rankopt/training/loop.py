@@ -153,7 +153,7 @@ class Loop:
                 self._resume()
                 if not self.history:
                     self._start()
-                finished = len(self.history) >= self.recipe.epochs
+                finished = len(self.history) >= self.recipe.epochs or self._impatient()
                 while len(self.history) < self.recipe.epochs and not self._impatient():
                     good = files.copied(self.plain.state_dict())
                     self._epoch(len(self.history))
