@@ -229,3 +229,61 @@ def test_no_term_is_left_out_silently(pair):
             use()
     with distiller, pytest.raises(ModelError, match="call teach"):
         distiller.loss(small(x), torch.zeros(()))
+
+
+class Residual(nn.Module):
+    """Writes into its layers' outputs, in training only into those of the second."""
+
+    def __init__(self, *, inplace):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = nn.Linear(16, 16), nn.Linear(16, 16)
+        self.inplace = inplace
+
+    def forward(self, x):
+        y = F.relu(self.first(x), inplace=self.inplace and not self.training)
+        z = self.second(y)
+        return z.add_(y) if self.inplace else z + y
+
+
+def test_outputs_are_compared_as_the_layers_gave_them():
+    found = {}
+    x = torch.randn(8, 16, generator=torch.Generator().manual_seed(0))
+    for inplace in (False, True):
+        teacher = Residual(inplace=inplace).eval()
+        small = rankopt.apply(teacher, rankopt.search(teacher, "params<=60%")).train()
+        terms = Distillation(labels=0, weights=0, outputs=1)
+        with Distiller(small, teacher, terms) as distiller:
+            for training in (True, True, False, False):
+                small.train(training)
+                distiller.teach(x)
+                loss, _ = distiller.loss(small(x))
+                found.setdefault(inplace, []).append(loss.item())
+            loss.backward()
+    assert found[True] == pytest.approx(found[False])
+
+
+def test_only_outputs_that_are_written_into_are_copied(monkeypatch):
+    clone, copied = torch.Tensor.clone, [0, 0]
+    teacher = Residual(inplace=True).eval()
+    small = rankopt.apply(teacher, rankopt.search(teacher, "params<=60%")).train()
+    x = torch.randn(8, 16)
+    with Distiller(small, teacher, Distillation(labels=0, weights=0, outputs=1)) as distiller:
+        for batch in range(2):
+
+            def counted(tensor, batch=batch):
+                copied[batch] += 1
+                return clone(tensor)
+
+            monkeypatch.setattr(torch.Tensor, "clone", counted)
+            distiller.teach(x)
+            output = small(x)
+            monkeypatch.undo()
+            distiller.loss(output)
+    # Of the two by two outputs, that of our first is not: the model is in train mode.
+    assert copied[1] == copied[0] - 1 >= 3
+
+
+def test_features_without_a_weight_are_refused():
+    with pytest.raises(ValueError, match="outputs=0 compares none; give outputs a weight"):
+        Distillation(outputs=0, logits=1, features=("head",))

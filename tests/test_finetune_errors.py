@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import sys
 
 import pytest
@@ -220,3 +221,36 @@ def test_steps_that_never_update_end_with_an_error(monkeypatch):
     monkeypatch.setattr(AcceleratedOptimizer, "step_was_skipped", skipped)
     with pytest.raises(TrainingError, match=r"step 31: .*overflowed 32 times .*precision='bf16'"):
         rankopt.finetune(small, in_batches(x, y), epochs=6)
+
+
+def test_optimisers_that_need_a_closure_are_refused():
+    _, small, x, y = problem()
+    with pytest.raises(ValueError, match="optimizer made a LBFGS, whose step needs a closure"):
+        rankopt.finetune(small, in_batches(x, y), epochs=1, optimizer=torch.optim.LBFGS)
+
+
+def test_sparse_gradients_are_refused():
+    model = nn.Sequential(nn.Embedding(50, 64, sparse=True), nn.Flatten(), nn.Linear(256, 10))
+    small = rankopt.apply(model, rankopt.search(model, "params<=90%"))
+    x, y = torch.randint(50, (32, 4)), torch.randint(10, (32,))
+    advice = r"layer 0: {} cannot train a Embedding with sparse=True.*requires_grad_\(False\)"
+    with pytest.raises(ModelError, match=advice.format("finetune")):
+        rankopt.finetune(small, [(x, y)], epochs=1)
+    with pytest.raises(ModelError, match=advice.format("recover")):
+        rankopt.recover(small, teacher=model, calibration=[x], steps=1)
+    small[0].requires_grad_(False)
+    rankopt.finetune(small, [(x, y)], epochs=1, progress=False)
+
+
+def test_a_tensor_as_learning_rate(tmp_path):
+    _, small, x, y = problem()
+    other = copy.deepcopy(small)
+    settings = {"epochs": 2, "progress": False, "augment": "none"}
+    rates = (torch.tensor(0.125), 0.125)
+    for model, rate in zip((small, other), rates, strict=True):
+        rankopt.finetune(
+            model, in_batches(x, y), folder=tmp_path / str(type(rate).__name__),
+            optimizer=lambda p, lr=rate: torch.optim.SGD(p, lr=lr), **settings,
+        )  # fmt: skip
+    for key, value in small.state_dict().items():
+        torch.testing.assert_close(value, other.state_dict()[key])

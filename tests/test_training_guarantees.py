@@ -322,7 +322,7 @@ def test_features_that_are_tuples_are_compared_and_others_refused():
         _, without = distiller.loss(small(x))
     assert with_it["outputs"] > without["outputs"]
     with pytest.raises(ModelError, match="features: there is no module 'attentoin'"):
-        Distiller(small, model, Distillation(outputs=0, logits=1, features=("attentoin",)))
+        Distiller(small, model, Distillation(features=("attentoin",)))
 
 
 def test_a_single_column_without_its_axis():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import random
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -12,7 +11,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -29,6 +27,7 @@ from rankopt._pipeline.checks import TUNING
 from rankopt._search.opening import uses_metric
 from rankopt._search.search import DEFAULT_STRATEGY, search
 from rankopt._utils.files import write_text
+from rankopt._utils.seeding import seed_all
 from rankopt._utils.strict_json import strict_json
 from rankopt.budget import Budget
 from rankopt.errors import (
@@ -105,9 +104,7 @@ class Run:
         source = train if given is None else given
         if source is not None:
             with measure.preserve_rng(), _seeded(generators(source), self.seed):
-                torch.manual_seed(self.seed)
-                random.seed(self.seed)
-                np.random.seed(self.seed % 2**32)
+                seed_all(self.seed)
                 self.calibration = hold(
                     self.model, source, max_samples=samples, labelled=labelled and given is None
                 )

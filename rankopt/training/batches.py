@@ -167,14 +167,15 @@ def prepared(train: Any, accelerator: Any, limit: int | None) -> tuple[Any, int]
 
     Args:
         train: As given by the user.
-        accelerator: Hugging Face's, which splits a DataLoader between processes.
+        accelerator: Hugging Face's, which splits a DataLoader between processes. It makes one
+            of its own class from the settings, so one that iterates in a way of its own stays.
         limit: Largest number of batches; needed where `train` has no length.
 
     Raises:
         ModelError: No length and no limit.
         TrainingError: Not a batch for each process.
     """
-    if isinstance(train, DataLoader):
+    if isinstance(train, DataLoader) and (_iterates_as_torch(train) or _splits(train)):
         loader = accelerator.prepare_data_loader(train, device_placement=False)
         processes = 1
     else:
@@ -193,6 +194,21 @@ def prepared(train: Any, accelerator: Any, limit: int | None) -> tuple[Any, int]
     return loader, found
 
 
+def _iterates_as_torch(loader: DataLoader[Any]) -> bool:
+    """Whether a loader's settings say all about its batches."""
+    kind = type(loader)
+    return all(
+        getattr(kind, name) is getattr(DataLoader, name) for name in ("__iter__", "_get_iterator")
+    )
+
+
+def _splits(loader: Any) -> bool:
+    """Whether a loader is accelerate's, which gives each process its own batches."""
+    from accelerate.data_loader import DataLoaderStateMixin
+
+    return isinstance(loader, DataLoader) and isinstance(loader, DataLoaderStateMixin)
+
+
 @contextmanager
 def kept_sampler(train: Any) -> Iterator[None]:
     """Leave a DataLoader the order it draws: `prepared` puts accelerate's sampler into it."""
@@ -207,7 +223,7 @@ def kept_sampler(train: Any) -> Iterator[None]:
 
 def share(loader: Any, accelerator: Any) -> Iterator[Any]:
     """The batches of this process: of a list, every n-th, equally many for each of n."""
-    if isinstance(loader, DataLoader):
+    if _splits(loader):
         yield from loader
         return
     iterator, processes = iter(loader), accelerator.num_processes

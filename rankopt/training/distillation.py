@@ -31,7 +31,7 @@ __all__ = [
     "Distillation",
     "Distiller",
     "PairedOutputs",
-    "check_precision",
+    "check_trainable",
     "decomposed",
     "private_teacher",
     "train_as_evaluated",
@@ -76,6 +76,10 @@ class Distillation:
             raise ValueError(f"temperature={self.temperature!r}: expected a number above 0")
         if isinstance(self.features, str):
             raise ValueError(f"features={self.features!r}: expected a tuple of module names")
+        if self.features and not self.outputs:
+            raise ValueError(
+                f"features={self.features!r}: outputs=0 compares none; give outputs a weight"
+            )
         if not (self.labels or self.weights or self.outputs or self.logits):
             raise ValueError("every term has weight 0, so there is no loss")
 
@@ -207,6 +211,8 @@ class Distiller:
 class PairedOutputs:
     """Outputs of the modules of the same names in a model and in its teacher.
 
+    They are compared as the modules gave them, though an operation in place may follow.
+
     Args:
         model: Any module.
         teacher: Its unpacked dense counterpart.
@@ -218,14 +224,14 @@ class PairedOutputs:
         ours = dict(surgery.named_modules(surgery.unwrap(model)))
         theirs = dict(surgery.named_modules(teacher))
         self.names = [name for name in names if name in ours and name in theirs]
-        self._seen: tuple[dict[str, Tensor], dict[str, Tensor]] = ({}, {})
+        self._seen = (_Outputs(), _Outputs())
         self._watched = [(ours, self._seen[0]), (theirs, self._seen[1])]
         self._hooks = ExitStack()
         self.watching = False  # whether outputs are being stored
 
     def __enter__(self) -> PairedOutputs:
         handles = (
-            modules[name].register_forward_hook(_store(seen, name))
+            modules[name].register_forward_hook(seen.hook(name))
             for modules, seen in self._watched
             for name in self.names
         )
@@ -236,8 +242,7 @@ class PairedOutputs:
     def __exit__(self, *_: object) -> None:
         self._hooks.close()
         self.watching = False
-        for seen in self._seen:
-            seen.clear()
+        self.forget()
 
     def forget(self) -> None:
         """Before a forward of both: layers may not run in each."""
@@ -250,13 +255,52 @@ class PairedOutputs:
         Where a model routes samples by their values, a layer may have had others in the
         teacher; such pairs are left out.
         """
-        ours, theirs = self._seen
+        ours, theirs = (seen.found() for seen in self._seen)
         both = [(n, theirs[n], ours[n]) for n in self.names if n in ours and n in theirs]
         return [pair for pair in both if not _rerouted(pair[1].shape, pair[2].shape)]
 
     def pairs(self) -> list[tuple[Tensor, Tensor]]:
         """As `named_pairs`, without the names."""
         return [(wanted, found) for _, wanted, found in self.named_pairs()]
+
+
+class _Outputs:
+    """What modules gave in the last forward pass.
+
+    A copy is kept of an output that is then written into, such as by `nn.ReLU(inplace=True)`:
+    in the first pass of every module and mode of all outputs, later of those alone.
+    """
+
+    def __init__(self) -> None:
+        self._kept: dict[str, Tensor] = {}
+        # The output itself with its version, of those copied to find out whether it changes.
+        self._tried: dict[tuple[str, bool], tuple[Tensor, int]] = {}
+        self._written: dict[tuple[str, bool], bool] = {}
+
+    def hook(self, name: str) -> Callable[..., None]:
+        """To be registered with a module; keeps its output under `name`."""
+
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            with suppress(CalibrationError):  # it may return no tensor of floats
+                found = compared(output)
+                mode = (name, module.training)
+                if mode not in self._written:
+                    self._tried[mode] = (found, found._version)
+                self._kept[name] = found.clone() if self._written.get(mode, True) else found
+
+        return hook
+
+    def found(self) -> dict[str, Tensor]:
+        """Name to output."""
+        for mode, (output, version) in self._tried.items():
+            self._written[mode] = output._version != version
+        self._tried.clear()
+        return self._kept
+
+    def clear(self) -> None:
+        """Forget the outputs."""
+        self._kept.clear()
+        self._tried.clear()
 
 
 def decomposed(model: nn.Module) -> list[str]:
@@ -271,17 +315,24 @@ def decomposed(model: nn.Module) -> list[str]:
     return [decision.targets[0] for decision in factorised(plan)] + merged
 
 
-def check_precision(model: nn.Module, who: str) -> None:
-    """Refuse to train parameters in half precision.
+def check_trainable(model: nn.Module, who: str) -> None:
+    """Refuse parameters that cannot be trained as they are.
 
     Raises:
-        ModelError: There are some.
+        ModelError: Some are in half precision, or get sparse gradients.
     """
     if any(p.requires_grad and p.dtype == torch.float16 for p in model.parameters()):
         raise ModelError(
             f"{who} cannot train float16 parameters, whose steps would underflow; convert the "
             "model with .float() or .bfloat16() first, and back with .half() afterwards"
         )
+    for name, module in surgery.named_modules(surgery.unwrap(model)):
+        trained = any(p.requires_grad for p in module.parameters(recurse=False))
+        if trained and getattr(module, "sparse", False) is True:
+            raise ModelError(
+                f"layer {name}: {who} cannot train a {type(module).__name__} with sparse=True, "
+                "whose gradients have no norm to clip; set sparse=False, or requires_grad_(False)"
+            )
 
 
 def private_teacher(teacher: nn.Module) -> nn.Module:
@@ -340,14 +391,6 @@ def _compared(model: nn.Module, teacher: nn.Module, settings: Distillation) -> l
     if not settings.outputs:
         return []
     return list(dict.fromkeys([*decomposed(model), *settings.features]))
-
-
-def _store(seen: dict[str, Tensor], name: str) -> Callable[..., None]:
-    def hook(module: nn.Module, args: Any, output: Any) -> None:
-        with suppress(CalibrationError):  # it may return no tensor of floats
-            seen[name] = compared(output)
-
-    return hook
 
 
 def _mean_squared(name: str, wanted: Tensor, found: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from rankopt._utils.arguments import check_integer
 from rankopt.errors import ModelError
 from rankopt.training.augmentation import augmentation
 from rankopt.training.batches import check_iterable, kept_sampler
-from rankopt.training.distillation import Distillation, check_precision
+from rankopt.training.distillation import Distillation, check_trainable
 from rankopt.training.freezing import release
 from rankopt.training.launcher import accelerated
 from rankopt.training.loop import Loop
@@ -252,5 +252,5 @@ def check_request(model: nn.Module | None, train: Any, **settings: Any) -> Recip
     if model is not None and not any(parameter.requires_grad for parameter in model.parameters()):
         raise ModelError("finetune has nothing to train: every parameter has requires_grad=False")
     if model is not None:
-        check_precision(model, "finetune")
+        check_trainable(model, "finetune")
     return recipe

@@ -73,7 +73,7 @@ class Loop:
         # Optimisers are made before anything is frozen, so that they know every factor.
         parameters = [p for p in self.plain.parameters() if p.requires_grad]
         self.optimizer = accelerator.prepare_optimizer(recipe.make_optimizer(parameters))
-        self.peaks = [group["lr"] for group in self.optimizer.param_groups]
+        self.peaks = [float(group["lr"]) for group in self.optimizer.param_groups]
         self.parameters = parameters
         names = [name for name, p in self.plain.named_parameters() if p.requires_grad]
         self.trainable = hashlib.sha256(repr(names).encode()).hexdigest()[:16]
@@ -227,7 +227,7 @@ class Loop:
                 "loss": loss / max(samples, 1),
                 "terms": {name: value.item() / taken for name, value in terms.items()},
                 "accuracy": 100 * right / labels if labels else None,
-                "learning_rate": self.optimizer.param_groups[0]["lr"],
+                "learning_rate": float(self.optimizer.param_groups[0]["lr"]),
                 "frozen": len(self.freezer.frozen) if self.freezer is not None else 0,
                 "samples_per_second": samples / seconds,
                 "seconds": seconds,
@@ -243,7 +243,10 @@ class Loop:
     def _set_rate(self) -> None:
         factor = self.recipe.rate(self.step, self.recipe.epochs * self.steps_per_epoch)
         for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
-            group["lr"] = peak * factor
+            if isinstance(group["lr"], Tensor):  # as a capturable optimiser wants it
+                group["lr"].fill_(peak * factor)
+            else:
+                group["lr"] = peak * factor
 
     def _step(
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -83,7 +84,7 @@ class Recipe:
         """The optimiser over `parameters`.
 
         Raises:
-            ValueError: The user's function made something else.
+            ValueError: The user's function made something else, or one that needs a closure.
         """
         if self.optimizer == "adamw":
             return torch.optim.AdamW(
@@ -101,6 +102,12 @@ class Recipe:
         made: Any = self.optimizer(parameters)
         if not isinstance(made, torch.optim.Optimizer):
             raise ValueError(f"optimizer made a {type(made).__name__}, not a torch.optim.Optimizer")
+        closure = inspect.signature(made.step).parameters.get("closure")
+        if closure is not None and closure.default is closure.empty:
+            raise ValueError(
+                f"optimizer made a {type(made).__name__}, whose step needs a closure, as it "
+                "evaluates the loss several times; give one that takes a step from the gradients"
+            )
         return made
 
     def make_average(self, model: nn.Module) -> Average | None:

@@ -34,7 +34,7 @@ from rankopt.errors import ModelError, warn
 from rankopt.training.augmentation import Augment, augmentation
 from rankopt.training.distillation import (
     PairedOutputs,
-    check_precision,
+    check_trainable,
     decomposed,
     private_teacher,
     train_as_evaluated,
@@ -277,7 +277,7 @@ class _Repair:
             raise ModelError(
                 "recover has nothing to train: every parameter has requires_grad=False"
             )
-        check_precision(model, "recover")
+        check_trainable(model, "recover")
         self.guide = private_teacher(teacher).to(surgery.device_of(model))
         self.samples = samples = Samples(held, shared_tensors(self.guide, held))
         self.train_index, test = samples.split(HELD_OUT)

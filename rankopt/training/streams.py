@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from itertools import chain, islice
 from typing import Any, Final
 
-import numpy as np
 import torch
 
+from rankopt._utils.seeding import seed_all
 from rankopt.training import batches as data
 
 __all__ = ["Streams"]
@@ -27,7 +26,7 @@ class Streams:
         accelerator: Hugging Face's.
     """
 
-    def __init__(self, seed: int, loader: Iterable[Any], accelerator: Any) -> None:
+    def __init__(self, seed: int, loader: Any, accelerator: Any) -> None:
         self._seed, self._loader, self._accelerator = seed, loader, accelerator
 
     def augmentation(self, epoch: int) -> torch.Generator:
@@ -38,17 +37,21 @@ class Streams:
         """An epoch's batches of this process; from the first on, it has its own random numbers.
 
         Samplers draw the order of an epoch at its first batch: from one seed in all
-        processes, as each takes its share of it.
+        processes, as each takes its share of it. Workers that would outlive an epoch start anew:
+        the random numbers they had come to, no checkpoint knows.
         """
+        for loader in (self._loader, getattr(self._loader, "base_dataloader", None)):  # accelerate's
+            if getattr(loader, "_iterator", None) is not None:
+                loader._iterator = None
         if hasattr(self._loader, "set_epoch"):
             self._loader.set_epoch(epoch)
         batches = data.share(self._loader, self._accelerator)
-        _seed_all(self._of(epoch, process=0))
+        seed_all(self._of(epoch, process=0))
         for own in data.generators(self._loader):
             own.manual_seed(self._of(epoch, process=0))
         if self._accelerator.num_processes > 1:
             first = list(islice(batches, 1))
-            _seed_all(self._of(epoch))
+            seed_all(self._of(epoch))
             batches = chain(first, batches)
         return batches
 
@@ -57,9 +60,3 @@ class Streams:
             process = int(self._accelerator.process_index)
         stream = (self._seed * STRIDE + epoch) * STRIDE + process
         return stream % 2**63  # torch takes no more
-
-
-def _seed_all(stream: int) -> None:
-    torch.manual_seed(stream)
-    random.seed(stream)
-    np.random.seed(stream % 2**32)
