@@ -8,7 +8,7 @@ from typing import Any, Final, TypeVar
 
 from rankopt.errors import PlanError
 
-__all__ = ["check_keys", "listed", "number", "pretty", "refuse_constant", "typed"]
+__all__ = ["check_keys", "check_plain", "listed", "number", "pretty", "refuse_constant", "typed"]
 
 LINE_WIDTH: Final = 110
 
@@ -44,6 +44,23 @@ def check_keys(values: Any, expected: set[str], where: str) -> None:
     if unknown:
         raise PlanError(
             f"{where}: unknown {', '.join(sorted(unknown))}; other data belongs under 'extensions'"
+        )
+
+
+def check_plain(value: Any, where: str) -> None:
+    """Raise `PlanError` where no JSON can hold a value, naming the entry within."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            typed(key, str, f"{where}: key")
+            check_plain(item, f"{where}[{key!r}]")
+    elif isinstance(value, (list, tuple)):
+        for index, item in enumerate(value):
+            check_plain(item, f"{where}[{index}]")
+    elif isinstance(value, float):
+        number(value, where)
+    elif value is not None and not isinstance(value, (str, bool, int)):
+        raise PlanError(
+            f"{where}: a {type(value).__name__} is no JSON; use text, numbers, lists and dicts"
         )
 
 

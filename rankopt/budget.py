@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
+from numbers import Real
 from typing import Any, Final
 
 from rankopt.errors import BudgetError
@@ -72,11 +73,12 @@ class Budget:
             value = getattr(self, axis)
             if value is None:
                 continue
-            if isinstance(value, bool) or not isinstance(value, (int, float)):
+            if isinstance(value, bool) or not isinstance(value, Real):
                 raise BudgetError(f"budget {axis}={value!r}: expected a number")
+            value = float(value)
             if not math.isfinite(value):
                 raise BudgetError(f"budget {axis}={value!r}: expected a finite number")
-            object.__setattr__(self, axis, float(value))
+            object.__setattr__(self, axis, value)
             if axis in RATIO_AXES and not 0 < value <= 1:
                 hint = f"for {value:g} percent write '{axis}<={value:g}%'"
                 if not 0 < value <= 100:
@@ -102,6 +104,10 @@ class Budget:
             )
         if self.direction not in ("maximize", "minimize"):
             raise BudgetError(f"direction={self.direction!r}: expected 'maximize' or 'minimize'")
+        if self.direction != "maximize" and self.metric_drop is None:
+            raise BudgetError(
+                f"direction={self.direction!r} is of a metric, which only metric_drop bounds"
+            )
 
     @classmethod
     def parse(cls, spec: object) -> Budget | None:
@@ -156,7 +162,7 @@ class Budget:
         if relation != "<=":
             raise BudgetError(f"budget {spec!r}: write '{name}<={text}' (only <= is a budget)")
         percent = text.endswith("%")
-        digits = text.rstrip("%").strip()
+        digits = text.removesuffix("%").strip()
         if not _NUMBER.match(digits):
             counted = name in RATIO_AXES and _COUNT.match(text)
             hint = f"; {_SHARES}: write '{name}<=50%' for half of it" if counted else ""

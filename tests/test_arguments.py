@@ -172,3 +172,52 @@ def test_layers_of_8_bit_floats_are_kept():
     assert "its weight is float8_e4m3fn, which cannot be decomposed" in plan["1"].reason
     small = rankopt.apply(net, plan)
     assert small[1].weight.dtype is torch.float8_e4m3fn
+
+
+@pytest.mark.parametrize(
+    ("settings", "match"),
+    [
+        ({"seed": "a"}, "seed='a': expected an integer of at least 0"),
+        ({"seed": 1.5}, "seed=1.5"),
+        ({"seed": -1}, "seed=-1"),
+        ({"progress": "x"}, "progress='x': expected True, False or None"),
+    ],
+)
+def test_settings_of_a_search(settings, match):
+    with pytest.raises(ValueError, match=match):
+        rankopt.search(NET, "params<=50%", **settings)
+
+
+def test_parameters_that_are_no_plain_tensors():
+    class Quantised(torch.Tensor):  # as torchao makes them
+        @staticmethod
+        def __new__(cls, held):
+            return torch.Tensor._make_wrapper_subclass(cls, held.shape, dtype=held.dtype)
+
+        def __init__(self, held):
+            self.held = held
+
+        def __tensor_flatten__(self):
+            return ["held"], None
+
+        @staticmethod
+        def __tensor_unflatten__(held, *_):
+            return Quantised(held["held"])
+
+        @classmethod
+        def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+            if func is torch.ops.aten.detach.default:
+                return cls(args[0].held)
+            raise NotImplementedError(func)
+
+    model = nn.Sequential(nn.Linear(8, 8))
+    model[0].weight = nn.Parameter(Quantised(torch.randn(8, 8)))
+    with pytest.raises(ModelError, match="parameter 0.weight is a Quantised, not a plain tensor"):
+        rankopt.search(model, "params<=50%")
+
+
+def test_a_child_named_as_compiled_models_name_theirs():
+    holder = nn.Sequential(nn.Linear(64, 64))
+    holder._orig_mod = nn.Linear(8, 8)
+    plan = rankopt.search(holder, "params<=60%")
+    assert plan["0"].method == "svd"

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -85,3 +86,17 @@ def test_nothing_bounded():
     with pytest.raises(BudgetError, match="bounds nothing"):
         Budget()
     assert Budget.parse(None) is None
+
+
+def test_numbers_of_numpy():
+    assert Budget(params=np.float32(0.5)) == Budget(params=0.5)
+
+
+def test_one_percent_sign():
+    with pytest.raises(BudgetError, match="'50%%' is not a number"):
+        Budget.parse("macs<=50%%")
+
+
+def test_a_direction_is_of_a_metric():
+    with pytest.raises(BudgetError, match="direction='minimize' is of a metric"):
+        Budget.parse("macs<=50%, direction=minimize")

@@ -422,3 +422,11 @@ def test_demo(tmp_path, capsys):
 def test_an_empty_range_of_ranks(spec, capsys):
     assert run("profile", spec, "--layer", "0", *INPUT, "--ranks", "10:5") == 1
     assert "no rank lies between" in capsys.readouterr().err
+
+
+def test_a_file_named_as_a_module_in_use(tmp_path):
+    before = sys.modules["json"]
+    path = tmp_path / "json.py"
+    path.write_text(MODELS)
+    assert len(list(specs.load_model(f"{path}:build"))) == 5
+    assert sys.modules["json"] is before

@@ -192,8 +192,9 @@ def _collected(
         second = sums.pop(layer.name).div_(counts[layer.name])
         if not bool(second.isfinite().all()):
             raise CalibrationError(
-                f"layer {layer.name}: its inputs on the calibration data are not finite; check "
-                "the data for NaN, and layers before it in half precision for overflow"
+                f"layer {layer.name}: its inputs on the calibration data are not finite, or their "
+                "squares are not; check the data for NaN and values too large, and layers before "
+                "it in half precision for overflow"
             )
         mean = None
         if layer.name in means:

@@ -66,11 +66,14 @@ def _import_file(path: Path) -> Any:
 @cache
 def _executed(path: Path, changed_ns: int) -> Any:
     """A file's module: one for all options that name the file, so that they share its state."""
-    spec = importlib.util.spec_from_file_location(path.stem, path)
+    name, loaded = path.stem, sys.modules.get(path.stem)
+    if loaded is not None and getattr(loaded, "__file__", None) != str(path):
+        name = f"_file_{path.stem}"  # such as json.py, beside the one in use
+    spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules[path.stem] = module
+    sys.modules[name] = module
     _search_in(path.parent)
     spec.loader.exec_module(module)
     return module

@@ -13,6 +13,7 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from rankopt._model import surgery
 from rankopt._model.kinds import CONVS, attached, attributes, known_class
@@ -224,10 +225,15 @@ def find_layers(model: nn.Module) -> list[Layer]:
 
 
 def check_materialised(model: nn.Module, *, meta: bool = False) -> None:
-    """Raise `ModelError` for lazy parameters and, unless `meta`, those on the meta device."""
+    """Raise `ModelError` for parameters without plain values; `meta` allows the meta device."""
     for name, parameter in model.named_parameters():
         if isinstance(parameter, nn.parameter.UninitializedParameter):
             raise ModelError(f"parameter {name} is not initialised; run the lazy model once first")
+        if is_traceable_wrapper_subclass(parameter):
+            raise ModelError(
+                f"parameter {name} is a {type(parameter).__name__}, not a plain tensor; compress "
+                "the model first, and quantise or shard the result"
+            )
         if parameter.is_meta and not meta:
             raise ModelError(
                 f"parameter {name} is on the meta device and has no values; "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Final
 
@@ -87,7 +88,7 @@ def unwrap(model: nn.Module) -> nn.Module:
     while True:
         if isinstance(found, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
             found = found.module
-        elif hasattr(found, "_orig_mod"):
+        elif _is_wrapped(found):
             found = found._orig_mod
         else:
             plain: nn.Module = found
@@ -97,7 +98,13 @@ def unwrap(model: nn.Module) -> nn.Module:
 def is_compiled(model: nn.Module) -> bool:
     """Whether a call of a model runs what torch.compile made of it, wrapped or in place."""
     in_place = getattr(model, "_compiled_call_impl", None)
-    return hasattr(model, "_orig_mod") or in_place is not None
+    return _is_wrapped(model) or in_place is not None
+
+
+def _is_wrapped(model: nn.Module) -> bool:
+    """Whether a module is what torch.compile returns; it alone imports the module asked for."""
+    compiler = sys.modules.get("torch._dynamo.eval_frame")
+    return compiler is not None and isinstance(model, compiler.OptimizedModule)
 
 
 def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

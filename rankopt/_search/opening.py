@@ -28,6 +28,7 @@ from rankopt._model.inputs import (
 from rankopt._model.metric import Evaluate, EvaluateBatch
 from rankopt._model.patterns import Patterns
 from rankopt._model.probe import Probe
+from rankopt._plan_json import check_plain
 from rankopt._search.describe import describe, problem_of, selected
 from rankopt._search.trial import TrialModel
 from rankopt._search.verify import environment, verify
@@ -82,8 +83,11 @@ class Opened:
 
         Raises:
             RankoptError: The plan breaks its budget.
+            PlanError: Its settings or extensions cannot be written down.
             ModelError: The compressed model fails.
         """
+        check_plain(dict(plan.strategy), "strategy")
+        check_plain(dict(plan.extensions), "extensions")
         skeleton = surgery.clone(self.view, share=self.view.parameters())
         return replace(
             verify(

@@ -101,7 +101,7 @@ def search(
             with the rounded ranks.
         profile: Where layer times are measured and kept, for budgets on latency and
             strategies that need it; None for inference times in the user's cache.
-        seed: For strategies that draw random numbers.
+        seed: For strategies that draw random numbers, at least 0.
         timeout: Seconds after which to give up with `DeadlineExceeded`.
         progress: Whether to show progress bars; None decides by the terminal.
 
@@ -122,8 +122,8 @@ def search(
         RegistryError: No strategy or decomposition of that name.
         DeadlineExceeded: `timeout` passed before there was a plan.
         PlanError: The strategy returned no plan.
-        ValueError: `round_to`, `rounding`, `timeout`, `calibration_samples`, `asymmetric` or
-            `fisher` out of range, or `profile` is no table.
+        ValueError: `round_to`, `rounding`, `timeout`, `calibration_samples`, `asymmetric`,
+            `fisher`, `seed` or `progress` out of range, or `profile` is no table.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU())

@@ -70,12 +70,12 @@ def verify(
     bounded = {axis for axis in budget.axes if axis in RATIO_AXES} if budget else set()
     if unknown := bounded - (measured.keys() & before.keys()):
         raise RankoptError(
-            f"strategy {plan.strategy.get('name')!r} returned a plan without totals of "
+            f"strategy {_name(plan)!r} returned a plan without totals of "
             f"{', '.join(sorted(unknown))}, which the budget bounds; make it with problem.plan()"
         )
     if budget is not None and not budget.fits(measured, before):
         raise RankoptError(
-            f"strategy {plan.strategy.get('name')!r} returned a plan that breaks its budget "
+            f"strategy {_name(plan)!r} returned a plan that breaks its budget "
             f"({budget.explain()}): measured {measured} of {before}; the model's MACs depend "
             "on its data, or this is a defect of the strategy or of rankopt"
         )
@@ -83,6 +83,10 @@ def verify(
         axis: {**entry, "measured": measured.get(axis)} for axis, entry in plan.totals.items()
     }
     return replace(plan, totals=totals, budget=plan.budget or asked)
+
+
+def _name(plan: RankPlan) -> str:
+    return str(plan.strategy.get("name", "by hand"))
 
 
 def _run(model: nn.Module, inputs: Any, how: str) -> None:

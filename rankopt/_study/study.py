@@ -146,7 +146,8 @@ class Study:
             RankoptWarning: Not one trial came to a result.
 
         Raises:
-            StudyError: It was opened to be read, or the storage fails.
+            StudyError: It was opened to be read, `n_trials` is no integer of at least 1, or the
+                storage fails.
             ValueError: `timeout` is no number of seconds.
             KeyboardInterrupt: Ctrl-C; the trial at hand is queued again.
         """
@@ -154,8 +155,8 @@ class Study:
             raise StudyError("this study was opened to be read; open it with rankopt.study(...)")
         if n_trials is None and timeout is None:
             raise StudyError("run(n_trials=…) or run(timeout=…): give at least one of them")
-        if n_trials is not None and (isinstance(n_trials, bool) or n_trials < 1):
-            raise StudyError(f"n_trials={n_trials!r}: expected at least 1")
+        if n_trials is not None and (type(n_trials) is not int or n_trials < 1):
+            raise StudyError(f"n_trials={n_trials!r}: expected an integer of at least 1")
         check_timeout(timeout)
         end = None if timeout is None else time.monotonic() + timeout
         label = f"study {self.optuna.study_name}"

@@ -40,6 +40,11 @@ class Tags:
     latency: bool = False
     needs: frozenset[str] = frozenset()
 
+    def __post_init__(self) -> None:
+        if isinstance(self.needs, str):
+            raise ValueError(f"needs={self.needs!r}: expected a set of names, {{{self.needs!r}}}")
+        object.__setattr__(self, "needs", frozenset(self.needs))
+
 
 class Strategy(ABC):
     """One way to choose ranks: a frozen dataclass of settings and `search`.

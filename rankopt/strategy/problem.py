@@ -265,7 +265,15 @@ class Problem:
 
         Raises:
             LayerError: Infeasible ranks.
+            ValueError: `method` is no decomposition, or `ranks` no sequence of integers.
         """
+        if not isinstance(method, Decomposition):
+            raise ValueError(f"method={method!r}: expected a decomposition, one of site.methods")
+        if not isinstance(ranks, Iterable) or any(int(rank) != rank for rank in ranks):
+            raise ValueError(
+                f"layer {site.name}: ranks={ranks!r}: expected an integer for each axis of "
+                f"{method.name}"
+            )
         axes = method.rank_axes(site.layer)
         wanted = tuple(int(rank) for rank in ranks)
         chosen = tuple(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from rankopt._utils.arguments import check_integer
+
 __all__ = ["Settings"]
 
 
@@ -18,3 +20,8 @@ class Settings:
     round_to: int = 1
     rounding: str = "down"
     progress: bool | None = None
+
+    def __post_init__(self) -> None:
+        check_integer("seed", self.seed, 0)
+        if self.progress not in (None, True, False):
+            raise ValueError(f"progress={self.progress!r}: expected True, False or None")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -21,6 +22,10 @@ class Check:
             self.run()
         except AssertionError as error:
             raise AssertionError(f"{self.subject}: {self.name}: {error}") from error
+        except Exception as error:
+            if sys.version_info >= (3, 11):
+                error.add_note(f"raised in the check {self.subject}: {self.name}")
+            raise
 
     def __str__(self) -> str:
         return f"{self.subject}-{self.name}"

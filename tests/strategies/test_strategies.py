@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ import rankopt
 from rankopt._model.layers import canonical_weight, find_layers
 from rankopt._timing.profile_table import ProfileTable
 from rankopt.errors import ModelError, PlanError, RankoptError
+from rankopt.strategy import Strategy, Tags
 from rankopt.testing import (
     ModelledClock,
     check_strategy,
@@ -327,3 +329,63 @@ def true_error(model, decision):
     folded = rankopt.fold(rankopt.apply(model, plan), model)
     weight = model[0].weight.detach()
     return float((folded[0].weight.detach() - weight).norm() / weight.norm())
+
+
+@dataclasses.dataclass(frozen=True)
+class Odd(Strategy):
+    """Keeps all but the first layer, whose option `choose` makes."""
+
+    choose: object = None
+    found: object = None
+    name = "odd"
+
+    def describe(self, seed):
+        return {"name": self.name, "settings": {"found": self.found}, "seed": seed}
+
+    def search(self, problem):
+        options = [problem.keep(site, "") for site in problem.sites]
+        if self.choose is not None:
+            options[0] = self.choose(problem, problem.sites[0])
+        return problem.plan(self, options)
+
+
+@pytest.mark.parametrize(
+    ("found", "match"),
+    [
+        ({"a": [1, torch.zeros(2)]}, r"strategy\['settings'\]\['found'\]\['a'\]\[1\]: a Tensor is"),
+        ({3: 1}, r"\['found'\]: key: expected a str, got 3"),
+        (float("nan"), r"\['found'\]: expected a finite number, got nan"),
+    ],
+)
+def test_settings_that_no_file_holds(found, match):
+    with pytest.raises(PlanError, match=match):
+        rankopt.search(planted_model(), None, strategy=Odd(found=found))
+
+
+@pytest.mark.parametrize(
+    ("choose", "match"),
+    [
+        (lambda p, s: p.option(s, "svd", [3]), "method='svd': expected a decomposition"),
+        (lambda p, s: p.option(s, s.methods[0], 8), "ranks=8: expected an integer for each axis"),
+        (lambda p, s: p.option(s, s.methods[0], [1.5, 2]), r"ranks=\[1.5, 2\]: expected"),
+    ],
+)
+def test_options_that_are_none(choose, match):
+    with pytest.raises(ValueError, match=match):
+        rankopt.search(planted_model(), None, strategy=Odd(choose=choose))
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="exceptions have no notes")
+def test_a_check_that_fails_is_named_whatever_it_raises():
+    def fail(problem, site):
+        raise KeyError("lost")
+
+    with pytest.raises(KeyError) as raised:
+        check_strategy(Odd(choose=fail))
+    assert raised.value.__notes__ == ["raised in the check odd: meets_budgets"]
+
+
+def test_needs_are_a_set_of_names():
+    assert Tags(needs=["calibration"]).needs == frozenset({"calibration"})
+    with pytest.raises(ValueError, match="needs='calibration': expected a set of names"):
+        Tags(needs="calibration")

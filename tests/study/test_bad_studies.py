@@ -390,3 +390,10 @@ def test_a_study_that_cannot_be_written_is_read(begun, tmp_path, monkeypatch):
         open_study(path).run(n_trials=1)
     assert path.read_bytes() == before
     assert [file.name for file in tmp_path.iterdir()] == [path.name]
+
+
+@pytest.mark.parametrize("count", [1.5, 0, True, "2"])
+def test_numbers_of_trials(count):
+    study = open_study()
+    with pytest.raises(StudyError, match=f"n_trials={count!r}: expected an integer of at least 1"):
+        study.run(n_trials=count)
