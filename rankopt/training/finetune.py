@@ -106,7 +106,8 @@ def finetune(
 
     Args:
         model: From `rankopt.apply` or `rankopt.load`; any other model without freezing.
-        train: A DataLoader or a list of (inputs, labels), or of mappings with ``labels``.
+        train: A DataLoader or a list of (inputs, labels), or of mappings with ``labels``. Workers
+            start anew every epoch, ``persistent_workers`` too, so that a run resumes alike.
         teacher: The dense model; adds `distillation` to the loss. Not changed.
         distillation: Terms and weights; None with a teacher takes `Distillation()`.
             ``Distillation(labels=0, logits=1)`` trains without labels.

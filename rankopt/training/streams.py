@@ -40,15 +40,15 @@ class Streams:
         processes, as each takes its share of it. Workers that would outlive an epoch start anew:
         the random numbers they had come to, no checkpoint knows.
         """
-        for loader in (self._loader, getattr(self._loader, "base_dataloader", None)):  # accelerate's
-            if getattr(loader, "_iterator", None) is not None:
-                loader._iterator = None
+        own = getattr(self._loader, "base_dataloader", self._loader)  # inside accelerate's
+        if getattr(own, "_iterator", None) is not None:
+            own._iterator = None
         if hasattr(self._loader, "set_epoch"):
             self._loader.set_epoch(epoch)
         batches = data.share(self._loader, self._accelerator)
         seed_all(self._of(epoch, process=0))
-        for own in data.generators(self._loader):
-            own.manual_seed(self._of(epoch, process=0))
+        for generator in data.generators(self._loader):
+            generator.manual_seed(self._of(epoch, process=0))
         if self._accelerator.num_processes > 1:
             first = list(islice(batches, 1))
             seed_all(self._of(epoch))
