@@ -284,7 +284,7 @@ class _Outputs:
             with suppress(CalibrationError):  # it may return no tensor of floats
                 found = compared(output)
                 mode = (name, module.training)
-                if mode not in self._written:
+                if mode not in self._written and not found.is_inference():  # those have no version
                     self._tried[mode] = (found, found._version)
                 self._kept[name] = found.clone() if self._written.get(mode, True) else found
 
