@@ -349,3 +349,19 @@ def test_a_cache_among_the_outputs_is_named():
 
     with pytest.raises(ExportError, match="give the inputs with use_cache=False"):
         export.to_program(Decoder(4, 2), torch.zeros(1, 4))
+
+
+def test_attention_with_key_and_value_biases_takes_any_batch():
+    class Attending(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention = nn.MultiheadAttention(32, 4, add_bias_kv=True, batch_first=True)
+
+        def forward(self, x):
+            return self.attention(x, x, x)[0]
+
+    model, x = Attending().eval(), torch.randn(4, 6, 32)
+    small = rankopt.apply(model, rankopt.search(model, "params<=70%", example_inputs=x))
+    program = export.to_program(small, x)
+    more = torch.randn(7, 6, 32)
+    torch.testing.assert_close(program.module()(more), small(more))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import UserDict, namedtuple
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ import rankopt
 from rankopt._model import inputs, measure
 from rankopt._model.inputs import divergence, divergence_loss
 from rankopt.errors import CalibrationError
+from rankopt.training.batches import task_loss
 
 
 class Normalising(nn.Module):
@@ -181,3 +183,31 @@ def test_digests_tell_sparse_tensors_apart():
         assert measure.tensor_digest(one) != measure.tensor_digest(other)
         assert inputs.digest([one]) != inputs.digest([other])
         assert inputs.digest([one]) == inputs.digest([one.clone()])
+
+
+Named = namedtuple("Named", "hidden logits")
+
+
+@dataclass
+class Output:
+    hidden: torch.Tensor
+    logits: torch.Tensor
+
+
+@pytest.mark.parametrize("kind", [lambda h, y: {"hidden": h, "logits": y}, Named, Output])
+def test_outputs_with_logits_by_name(kind):
+    hidden, logits = torch.randn(8, 64), torch.randn(8, 10)
+    output = kind(hidden, logits)
+    assert inputs.compared(output) is logits
+    assert inputs.main_output(output)["logits"] is logits
+    labels = torch.zeros(8, dtype=torch.long)
+    assert task_loss(output, labels) == nn.functional.cross_entropy(logits, labels)
+    sequences = kind(hidden, torch.randn(8, 5, 10))
+    assert inputs.scores_classes(sequences)
+
+
+def test_tuples_and_missing_logits():
+    hidden, logits = torch.randn(8, 64), torch.randn(8, 10)
+    assert inputs.compared((hidden, logits)) is hidden
+    assert inputs.compared(Output(hidden, None)) is hidden
+    assert inputs.entry(Output, "hidden") is None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from dataclasses import is_dataclass
 from functools import partial
 from typing import Any, Final
 
@@ -30,6 +31,7 @@ __all__ = [
     "divergence",
     "divergence_loss",
     "divergences",
+    "entry",
     "hold",
     "kl",
     "main_output",
@@ -315,9 +317,17 @@ def _single(*tensors: Tensor) -> tuple[Tensor, ...]:
 def scores_classes(output: Any) -> bool:
     """Whether an output is taken for class scores: logits by name, or two-dimensional."""
     scores = compared(output)
-    named = isinstance(output, Mapping) and "logits" in output
+    named = entry(output, "logits") is not None
     matrix = scores.dim() == 2 or (named and scores.dim() > 2)
     return matrix and scores.shape[class_dim(scores)] > 1
+
+
+def entry(output: Any, name: str) -> Any:
+    """What a mapping, a dataclass or a named tuple calls `name`; None if nothing."""
+    if isinstance(output, Mapping):
+        return output.get(name)
+    named = is_dataclass(output) or (isinstance(output, tuple) and hasattr(output, "_fields"))
+    return getattr(output, name, None) if named else None
 
 
 def class_dim(logits: Tensor) -> int:
@@ -327,16 +337,14 @@ def class_dim(logits: Tensor) -> int:
 
 def main_output(output: Any) -> Any:
     """The logits of an output, else its first floating-point tensor; {"logits": …} if named."""
-    if isinstance(output, Mapping) and "logits" in output:
-        return {"logits": output["logits"]}
-    return compared(output)
+    logits = entry(output, "logits")
+    return compared(output) if logits is None else {"logits": logits}
 
 
 def compared(output: Any) -> Tensor:
     """The tensor of an output that is compared: its logits, else the first of floats."""
-    if isinstance(output, Mapping) and "logits" in output:
-        output = output["logits"]
-    for tensor in tensors_in(output):
+    logits = entry(output, "logits")
+    for tensor in tensors_in(output if logits is None else logits):
         if tensor.is_floating_point():
             return tensor
     raise CalibrationError("the model's output holds no floating-point tensor to compare")

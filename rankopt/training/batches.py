@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from rankopt._model import measure
 from rankopt._model.arguments import Arguments, misfit
-from rankopt._model.inputs import batches, compared, tensors_in
+from rankopt._model.inputs import batches, compared, entry, tensors_in
 from rankopt.errors import CalibrationError, ModelError, TrainingError
 
 __all__ = [
@@ -142,9 +142,9 @@ def check_labels(labels: Tensor, output: Any, step: int) -> None:
 
 def task_loss(output: Any, labels: Any) -> Tensor:
     """The model's own loss where its output holds one, else cross-entropy."""
-    if isinstance(output, Mapping) and output.get("loss") is not None:
-        own: Tensor = output["loss"]
-        return own
+    own = entry(output, "loss")
+    if own is not None:
+        return own  # type: ignore[no-any-return]
     return F.cross_entropy(compared(output), labels.to(torch.int64), ignore_index=IGNORED)
 
 

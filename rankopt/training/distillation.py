@@ -268,7 +268,8 @@ class _Outputs:
     """What modules gave in the last forward pass.
 
     A copy is kept of an output that is then written into, such as by `nn.ReLU(inplace=True)`:
-    in the first pass of every module and mode of all outputs, later of those alone.
+    in the first pass of every module and mode of all outputs, later of those alone. Compiled
+    models copy them all.
     """
 
     def __init__(self) -> None:
@@ -284,7 +285,9 @@ class _Outputs:
             with suppress(CalibrationError):  # it may return no tensor of floats
                 found = compared(output)
                 mode = (name, module.training)
-                if mode not in self._written and not found.is_inference():  # those have no version
+                # Inference tensors have no version; the compiler would guard every tensor kept.
+                versioned = not (torch.compiler.is_compiling() or found.is_inference())
+                if versioned and mode not in self._written:
                     self._tried[mode] = (found, found._version)
                 self._kept[name] = found.clone() if self._written.get(mode, True) else found
 

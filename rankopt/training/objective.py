@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from rankopt._model import measure
-from rankopt._model.inputs import tensors_in
+from rankopt._model.inputs import entry, tensors_in
 from rankopt._model.spelled import spelled
 from rankopt.errors import CalibrationError, TrainingError
 from rankopt.training import batches as data
@@ -101,7 +101,7 @@ class Objective:
     def _task(self, output: Any, labels: Any, device: torch.device, step: int) -> Any:
         if self._loss is not None:
             return self._loss(output, measure.to_device(labels, device))
-        if not (isinstance(output, dict) and output.get("loss") is not None):
+        if entry(output, "loss") is None:
             data.check_labels(labels, output, step)
         return data.task_loss(output, measure.to_device(labels, device))
 
