@@ -269,13 +269,14 @@ class Problem:
         """
         if not isinstance(method, Decomposition):
             raise ValueError(f"method={method!r}: expected a decomposition, one of site.methods")
-        if not isinstance(ranks, Iterable) or any(int(rank) != rank for rank in ranks):
+        given = tuple(ranks) if isinstance(ranks, Iterable) else ()
+        if not isinstance(ranks, Iterable) or any(int(rank) != rank for rank in given):
             raise ValueError(
                 f"layer {site.name}: ranks={ranks!r}: expected an integer for each axis of "
                 f"{method.name}"
             )
         axes = method.rank_axes(site.layer)
-        wanted = tuple(int(rank) for rank in ranks)
+        wanted = tuple(int(rank) for rank in given)
         chosen = tuple(
             self.rounded(rank, axis) if 1 <= rank <= axis.maximum else rank
             for rank, axis in zip(wanted, axes, strict=False)

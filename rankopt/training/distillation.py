@@ -275,8 +275,8 @@ class _Outputs:
     def __init__(self) -> None:
         self._kept: dict[str, Tensor] = {}
         # The output itself with its version, of those copied to find out whether it changes.
-        self._tried: dict[tuple[str, bool], tuple[Tensor, int]] = {}
-        self._written: dict[tuple[str, bool], bool] = {}
+        self._tried: dict[tuple[str, bool, bool], tuple[Tensor, int]] = {}
+        self._written: dict[tuple[str, bool, bool], bool] = {}
 
     def hook(self, name: str) -> Callable[..., None]:
         """To be registered with a module; keeps its output under `name`."""
@@ -284,7 +284,7 @@ class _Outputs:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
             with suppress(CalibrationError):  # it may return no tensor of floats
                 found = compared(output)
-                mode = (name, module.training)
+                mode = (name, module.training, torch.is_grad_enabled())
                 # Inference tensors have no version; the compiler would guard every tensor kept.
                 versioned = not (torch.compiler.is_compiling() or found.is_inference())
                 if versioned and mode not in self._written:
