@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from dataclasses import replace
 
 import pytest
@@ -22,7 +23,7 @@ from rankopt.training import (
     Sequential,
     SequentialFreezing,
 )
-from rankopt.training.freezing import factors
+from rankopt.training.freezing import _convolve_then_add, factors, release
 
 PAIR, TRIPLE = frozenset({"first", "last"}), frozenset({"first", "core", "last"})
 
@@ -313,3 +314,19 @@ def test_recover_trains_what_an_interrupted_freezer_left(small):
     assert not all(p.requires_grad for p in small.parameters())
     rankopt.recover(small, teacher=Mixed(), calibration=[torch.randn(64, 3, 8, 8)], steps=1)
     assert all(p.requires_grad for p in small.parameters())
+
+
+def test_a_frozen_model_can_be_pickled():
+    model = planted_model()
+    plan = rankopt.search(model, "params<=50%", methods=["tucker2", "svd"])
+    small = rankopt.apply(model, plan)
+    SequentialFreezing(small).step(0)
+    apart = [name for name, m in small.named_modules() if "forward" in m.__dict__]
+    assert apart
+    again = pickle.loads(pickle.dumps(small))
+    x = planted_inputs()
+    torch.testing.assert_close(again(x), small(x))
+    SequentialFreezing(again).step(0)
+    assert again.get_submodule(apart[0]).forward.__func__ is _convolve_then_add
+    release(again)
+    assert not any("forward" in m.__dict__ for m in again.modules())

@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 from finetuning import equal, problem, snapshot
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, RandomSampler, TensorDataset
 
 import rankopt
 
@@ -82,3 +82,30 @@ def test_workers_that_persist_go_on_alike(tmp_path):
         rankopt.finetune(halted, loader(), **settings)
     rankopt.finetune(halted, loader(), **settings)
     assert equal(snapshot(whole), snapshot(halted))
+
+
+class Hard(RandomSampler):
+    """Four samples, whatever else there is; it counts the epochs."""
+
+    def __init__(self, source):
+        super().__init__(source)
+        self.epochs = []
+
+    def set_epoch(self, epoch):
+        self.epochs.append(epoch)
+
+    def __iter__(self):
+        return iter([1, 2, 3, 4] * (len(self) // 4))
+
+
+def test_a_random_sampler_of_a_class_of_its_own():
+    _, small, x, y = problem(96)
+    other = copy.deepcopy(small)
+    data = TensorDataset(x, y)
+    settings = {"epochs": 2, "augment": "none", "progress": False, "learning_rate": 1e-3}
+    sampler = Hard(data)
+    rankopt.finetune(small, DataLoader(data, batch_size=32, sampler=sampler), **settings)
+    few = [(x[1:5].repeat(8, 1, 1, 1), y[1:5].repeat(8))] * 3
+    rankopt.finetune(other, few, **settings)
+    assert equal(snapshot(small), snapshot(other))
+    assert sampler.epochs == [0, 1]

@@ -77,9 +77,9 @@ def together(folder, accumulate=1):
     rankopt.finetune(
         Boxed(), train, epochs=1, loss=lambda out, y: nn.functional.cross_entropy(out.logits, y)
     )
-    seen = _seen_in_an_epoch(normed)
     states = {
-        "seen": seen,
+        "seen": _seen_in_an_epoch(normed),
+        "seen of its own": _seen_in_an_epoch(normed, Hundreds),
         "state": small.state_dict(),
         "normed": normed.state_dict(),
         "averaged": averaged.state_dict(),
@@ -97,11 +97,19 @@ def note_threads(folder):
     Path(folder, f"threads-{os.environ['RANK']}").write_text("".join(names))
 
 
-def _seen_in_an_epoch(model):
+class Hundreds(torch.utils.data.DataLoader):
+    """Yields samples that its data set does not hold."""
+
+    def __iter__(self):
+        for x, y in super().__iter__():
+            yield x + 100, y
+
+
+def _seen_in_an_epoch(model, kind=torch.utils.data.DataLoader):
     """Which of 64 samples a process trains on; their sampler knows of no other process."""
     x = torch.arange(64.0)[:, None].expand(64, 24)
     sampler = torch.utils.data.WeightedRandomSampler([1.0] * 64, 64, replacement=False)
-    loader = torch.utils.data.DataLoader(
+    loader = kind(
         torch.utils.data.TensorDataset(x, torch.zeros(64, dtype=torch.long)), 8, sampler=sampler
     )
     seen = []
@@ -135,5 +143,7 @@ def test_two_processes_do_what_one_does(tmp_path):
         for key, value in one[kind].items():
             assert torch.allclose(first[kind][key], value, atol=1e-5), key
     assert first["loss"] == pytest.approx(one["loss"], rel=1e-4)
-    assert len(first["seen"]) == len(second["seen"]) == 32
-    assert sorted(first["seen"] + second["seen"]) == sorted(one["seen"]) == list(range(64))
+    for kind, begin in (("seen", 0), ("seen of its own", 100)):
+        assert len(first[kind]) == len(second[kind]) == 32
+        both = sorted(first[kind] + second[kind])
+        assert both == sorted(one[kind]) == list(range(begin, begin + 64))

@@ -11,7 +11,7 @@ from typing import Any, Final
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, RandomSampler, TensorDataset
 
 from rankopt._model import measure
 from rankopt._model.arguments import Arguments, misfit
@@ -26,6 +26,7 @@ __all__ = [
     "generators",
     "groups",
     "kept_sampler",
+    "parts",
     "prepared",
     "right",
     "samples",
@@ -166,20 +167,19 @@ def prepared(train: Any, accelerator: Any, limit: int | None) -> tuple[Any, int]
     """A loader for this process, and how many batches it has in an epoch.
 
     Args:
-        train: As given by the user.
-        accelerator: Hugging Face's, which splits a DataLoader between processes. It makes one
-            of its own class from the settings, so one that iterates in a way of its own stays.
+        train: As given by the user. One process reads it as it is; of several, each takes
+            its turns, unless accelerate can split it, see `_splittable`.
+        accelerator: Hugging Face's.
         limit: Largest number of batches; needed where `train` has no length.
 
     Raises:
         ModelError: No length and no limit.
         TrainingError: Not a batch for each process.
     """
-    if isinstance(train, DataLoader) and (_iterates_as_torch(train) or _splits(train)):
+    loader, processes = train, accelerator.num_processes
+    if processes > 1 and _splittable(train):
         loader = accelerator.prepare_data_loader(train, device_placement=False)
         processes = 1
-    else:
-        loader, processes = train, accelerator.num_processes
     try:
         count: int | None = len(loader) // processes
     except TypeError:
@@ -194,11 +194,21 @@ def prepared(train: Any, accelerator: Any, limit: int | None) -> tuple[Any, int]
     return loader, found
 
 
-def _iterates_as_torch(loader: DataLoader[Any]) -> bool:
-    """Whether a loader's settings say all about its batches."""
-    kind = type(loader)
-    return all(
-        getattr(kind, name) is getattr(DataLoader, name) for name in ("__iter__", "_get_iterator")
+def _splittable(loader: Any) -> bool:
+    """Whether accelerate can split a loader between processes without losing a part of it.
+
+    It makes a DataLoader of its own class from the settings, with a sampler of its own in
+    place of any RandomSampler.
+    """
+    if not isinstance(loader, DataLoader) or _splits(loader):
+        return isinstance(loader, DataLoader)
+    samplers = (loader.sampler, getattr(loader.batch_sampler, "sampler", None))
+    return (
+        type(loader).__iter__ is DataLoader.__iter__
+        and type(loader)._get_iterator is DataLoader._get_iterator
+        and all(
+            type(one) is RandomSampler or not isinstance(one, RandomSampler) for one in samplers
+        )
     )
 
 
@@ -223,7 +233,7 @@ def kept_sampler(train: Any) -> Iterator[None]:
 
 def share(loader: Any, accelerator: Any) -> Iterator[Any]:
     """The batches of this process: of a list, every n-th, equally many for each of n."""
-    if _splits(loader):
+    if accelerator.num_processes == 1 or _splits(loader):
         yield from loader
         return
     iterator, processes = iter(loader), accelerator.num_processes
@@ -231,12 +241,17 @@ def share(loader: Any, accelerator: Any) -> Iterator[Any]:
         yield turn[accelerator.process_index]
 
 
-def generators(train: Any) -> list[torch.Generator]:
-    """The generators of its own that a loader draws its order from; those to seed each epoch."""
+def parts(train: Any) -> list[Any]:
+    """A loader and what it draws its order from."""
     batch_sampler = getattr(train, "batch_sampler", None)
     inner = getattr(batch_sampler, "sampler", None)
-    holders = (train, getattr(train, "sampler", None), batch_sampler, inner)
-    found = [getattr(holder, "generator", None) for holder in holders]
+    found = (train, getattr(train, "sampler", None), batch_sampler, inner)
+    return list({id(part): part for part in found}.values())
+
+
+def generators(train: Any) -> list[torch.Generator]:
+    """The generators of its own that a loader draws its order from; those to seed each epoch."""
+    found = [getattr(part, "generator", None) for part in parts(train)]
     return list({id(one): one for one in found if isinstance(one, torch.Generator)}.values())
 
 

@@ -322,7 +322,8 @@ def _set_bias_apart(module: nn.Module, *, apart: bool) -> None:
     oneDNN computes weight and bias gradients in one kernel, so a trainable bias
     would bring back the weight gradient that freezing is to skip.
     """
-    if getattr(module.__dict__.get("forward"), "__func__", None) is _convolve_then_add:
+    placed = getattr(module.__dict__.get("forward"), "__func__", None)
+    if placed in (_convolve_then_add, type(module).forward):  # the class's own: read from a file
         del module.__dict__["forward"]
     if (
         apart
@@ -340,6 +341,10 @@ def _convolve_then_add(module: Any, x: Tensor) -> Tensor:
     out: Tensor = module._conv_forward(x, module.weight, None)
     bias: Tensor = module.bias.view(-1, *(1,) * (module.weight.dim() - 2))
     return out + bias.to(out.dtype)
+
+
+# Bound functions are pickled by name: a model read from a file has the class's own forward.
+_convolve_then_add.__name__ = "forward"
 
 
 class FixedFreezing(Freezer):

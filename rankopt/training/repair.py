@@ -33,7 +33,6 @@ from rankopt._utils.progress import progress_bar
 from rankopt.errors import ModelError, warn
 from rankopt.training.augmentation import Augment, augmentation
 from rankopt.training.distillation import (
-    PairedOutputs,
     check_trainable,
     decomposed,
     private_teacher,
@@ -41,6 +40,7 @@ from rankopt.training.distillation import (
 )
 from rankopt.training.freezing import release
 from rankopt.training.limit import REASONS, Limit, Stopped
+from rankopt.training.paired_outputs import PairedOutputs
 from rankopt.training.repair_loss import repair_loss
 from rankopt.training.samples import Samples
 

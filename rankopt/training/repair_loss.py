@@ -9,7 +9,7 @@ from torch import Tensor
 
 from rankopt._model.inputs import compared, relative_error, run, tensors_in
 from rankopt.errors import CalibrationError, ModelError
-from rankopt.training.distillation import PairedOutputs
+from rankopt.training.paired_outputs import PairedOutputs
 
 __all__ = ["repair_loss"]
 

@@ -43,8 +43,9 @@ class Streams:
         own = getattr(self._loader, "base_dataloader", self._loader)  # inside accelerate's
         if getattr(own, "_iterator", None) is not None:
             own._iterator = None
-        if hasattr(self._loader, "set_epoch"):
-            self._loader.set_epoch(epoch)
+        for part in (*data.parts(self._loader), getattr(self._loader, "dataset", None)):
+            if hasattr(part, "set_epoch"):
+                part.set_epoch(epoch)
         batches = data.share(self._loader, self._accelerator)
         seed_all(self._of(epoch, process=0))
         for generator in data.generators(self._loader):
