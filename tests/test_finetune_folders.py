@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import random
+
+import numpy as np
 import pytest
 import torch
 from finetuning import equal, in_batches, problem, snapshot
 from torch.utils.data import DataLoader, TensorDataset, WeightedRandomSampler
 
 import rankopt
-from rankopt.errors import CheckpointError, RankoptWarning, TrainingError
+from rankopt.errors import CheckpointError, RankoptError, RankoptWarning, TrainingError
+from rankopt.training import state
 
 pytest.importorskip("accelerate")
 
@@ -122,3 +126,140 @@ def test_data_sets_are_told_apart_without_drawing_from_them(tmp_path):
         train = DataLoader(Fresh(x, y), batch_size=16)
         rankopt.finetune(small, train, epochs=1, folder=tmp_path)
     assert train.dataset.drawn == 0
+
+
+class Source(torch.utils.data.Dataset):
+    """Samples with noise of a generator of its own, through a transform that holds it."""
+
+    def __init__(self, x, y, kind):
+        self.x, self.y = x, y
+        self.transforms = [Noise(kind)]
+
+    def __len__(self):
+        return len(self.y)
+
+    def __getitem__(self, index):
+        return self.x[index] + self.transforms[0](), self.y[index]
+
+
+class Noise:
+    def __init__(self, kind):
+        self.draw = {
+            "torch": lambda own: 0.1 * torch.randn(1, generator=own),
+            "numpy": lambda own: float(own.normal(0, 0.1)),
+            "older numpy": lambda own: float(own.normal(0, 0.1)),
+            "python": lambda own: own.gauss(0, 0.1),
+        }[kind]
+        self.own = {
+            "torch": torch.Generator().manual_seed(5),
+            "numpy": np.random.default_rng(5),
+            "older numpy": np.random.RandomState(5),
+            "python": random.Random(5),
+        }[kind]
+
+    def __call__(self):
+        return self.draw(self.own)
+
+
+class Permuted:
+    """A batch sampler with a generator of NumPy's."""
+
+    def __init__(self):
+        self.rng = np.random.default_rng(0)
+
+    def __len__(self):
+        return 4
+
+    def __iter__(self):
+        yield from self.rng.permutation(64).reshape(4, 16).tolist()
+
+
+@pytest.mark.parametrize("kind", ["torch", "numpy", "older numpy", "python"])
+def test_data_sets_and_samplers_with_generators_of_their_own_resume(kind, tmp_path):
+    def run(folder, **settings):
+        _, small, x, y = problem(count=64)
+        inner = torch.utils.data.Subset(Source(x, y, kind), range(64))
+        train = DataLoader(inner, batch_sampler=Permuted())
+        rankopt.finetune(small, train, epochs=3, folder=folder, **settings)
+        return snapshot(small)
+
+    whole = run(tmp_path / "whole", evaluate=interrupted_at(99))
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "cut", evaluate=interrupted_at(2))
+    assert equal(whole, run(tmp_path / "cut", evaluate=interrupted_at(99)))
+
+
+class Counting(torch.nn.Module):
+    """Keeps a running mean that no state dict has."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Linear(4, 2)
+        self.register_buffer("mean", torch.zeros(4), persistent=False)
+
+    def forward(self, x):
+        if self.training:
+            self.mean.lerp_(x.mean(dim=0), 0.1)
+        return self.layer(x - self.mean)
+
+
+def test_buffers_that_no_state_has_resume_and_are_the_best_ones(tmp_path):
+    x = torch.randn(64, 4, generator=torch.Generator().manual_seed(0)) + 3
+    train = in_batches(x, (x[:, 0] > 3).long())
+
+    def run(folder, **settings):
+        torch.manual_seed(0)
+        model = Counting()
+        rankopt.finetune(model, train, epochs=3, folder=folder, **settings)
+        return model
+
+    def drifted(calls):
+        def evaluate(model):
+            if next(calls, None) is None:
+                raise KeyboardInterrupt
+            return float(model.mean.sum())
+
+        return evaluate
+
+    whole = run(tmp_path / "whole", evaluate=drifted(iter(range(99))))
+    assert whole.mean.min() > 0
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "cut", evaluate=drifted(iter(range(3))))
+    resumed = run(tmp_path / "cut", evaluate=drifted(iter(range(99))))
+    assert torch.equal(resumed.mean, whole.mean)
+    assert torch.equal(resumed.layer.weight, whole.layer.weight)
+    kept = run(tmp_path / "first", evaluate=interrupted_at(99))  # no metric is above the first
+    assert kept.mean.abs().max() == 0
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_the_first_step(tmp_path):
+    _, small, x, y = problem(count=64)
+    (tmp_path / "training.pt").mkdir()
+    augment = pytest.fail  # called with the first batch
+    with pytest.raises(RankoptError, match="it is a folder"):
+        rankopt.finetune(small, in_batches(x, y), epochs=1, folder=tmp_path, augment=augment)
+
+
+def test_a_full_disk_names_the_file_and_keeps_the_last_checkpoint(tmp_path, monkeypatch):
+    _, small, x, y = problem(count=64)
+    rankopt.finetune(small, in_batches(x, y), epochs=1, folder=tmp_path / "fine")
+    kept = (tmp_path / "fine/training.pt").read_bytes()
+
+    def full(value, path):
+        raise RuntimeError("[enforce fail at inline_container.cc:672] unexpected pos")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(RankoptError, match=r"cannot write .*training.pt.*is the disk full"):
+        state.save_state(tmp_path / "fine", {}, {})
+    assert (tmp_path / "fine/training.pt").read_bytes() == kept
+
+
+def test_streams_without_a_length_train_with_a_folder(tmp_path):
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            yield from zip(x, y, strict=True)
+
+    _, small, x, y = problem(count=64)
+    train = DataLoader(torch.utils.data.ChainDataset([Stream()]), batch_size=16)
+    done = rankopt.finetune(small, train, epochs=1, batches_per_epoch=4, folder=tmp_path)
+    assert len(done.history) == 1

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Final
@@ -172,6 +172,7 @@ def settle_in_one_pass(
     model: nn.Module,
     pairs: Iterable[tuple[Any, Mapping[str, list[CallSums]]]],
     teacher: nn.Module | None = None,
+    without: Collection[str] = (),
 ) -> int:
     """`recalibrate` on batches that come with what the teacher's norms take in on them.
 
@@ -179,9 +180,10 @@ def settle_in_one_pass(
         model: Its BatchNorm layers are changed.
         pairs: Inputs on the model's device, and the teacher's `input_sums` of them.
         teacher: Its norms and their statistics are read; it does not run.
+        without: Names of norms to leave as they are.
     """
     plain = surgery.unwrap(model)
-    norms = _norms_of(plain)
+    norms = {name: norm for name, norm in _norms_of(plain).items() if name not in without}
     reference: Mapping[str, Any] = {}
     if teacher is not None:
         reference = _norms_of(surgery.unwrap(teacher))

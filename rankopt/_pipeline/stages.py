@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
@@ -27,7 +26,7 @@ from rankopt._pipeline.checks import TUNING
 from rankopt._search.opening import uses_metric
 from rankopt._search.search import DEFAULT_STRATEGY, search
 from rankopt._utils.files import write_text
-from rankopt._utils.seeding import seed_all
+from rankopt._utils.seeding import kept_states, seed_all, seed_source
 from rankopt._utils.strict_json import strict_json
 from rankopt.budget import Budget
 from rankopt.errors import (
@@ -38,7 +37,7 @@ from rankopt.errors import (
 )
 from rankopt.plan import RankPlan
 from rankopt.registry import strategies
-from rankopt.training.batches import fingerprint, generators
+from rankopt.training.batches import fingerprint, random_sources
 from rankopt.training.finetune import finetune as train_on
 from rankopt.training.repair import recover
 
@@ -103,8 +102,11 @@ class Run:
         """
         source = train if given is None else given
         if source is not None:
-            with measure.preserve_rng(), _seeded(generators(source), self.seed):
+            own = [one for found in random_sources(source) for one in found]
+            with measure.preserve_rng(), kept_states(own):
                 seed_all(self.seed)
+                for generator in own:
+                    seed_source(generator, self.seed)
                 self.calibration = hold(
                     self.model, source, max_samples=samples, labelled=labelled and given is None
                 )
@@ -348,19 +350,6 @@ class Run:
         self.done[stage.name] = vars(stage)
         text = strict_json({"identity": self.identity, "stages": self.done}, indent=1)
         write_text(self.work / WORK, text + "\n")
-
-
-@contextmanager
-def _seeded(generators: Iterable[torch.Generator], seed: int) -> Iterator[None]:
-    """Generators of a loader's own begin at the seed, and go on afterwards where they were."""
-    states = [(generator, generator.get_state()) for generator in generators]
-    try:
-        for generator, _ in states:
-            generator.manual_seed(seed)
-        yield
-    finally:
-        for generator, state in states:
-            generator.set_state(state)
 
 
 def _begun(done: Iterable[str], order: list[str]) -> list[str]:

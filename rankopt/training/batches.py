@@ -11,11 +11,12 @@ from typing import Any, Final
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, RandomSampler, TensorDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler, TensorDataset
 
 from rankopt._model import measure
 from rankopt._model.arguments import Arguments, misfit
 from rankopt._model.inputs import batches, compared, entry, tensors_in
+from rankopt._utils import seeding
 from rankopt.errors import CalibrationError, ModelError, TrainingError
 
 __all__ = [
@@ -23,11 +24,11 @@ __all__ = [
     "call",
     "check_labels",
     "fingerprint",
-    "generators",
     "groups",
     "kept_sampler",
     "parts",
     "prepared",
+    "random_sources",
     "right",
     "samples",
     "share",
@@ -157,6 +158,8 @@ def right(output: Any, labels: Any) -> tuple[Tensor, Tensor] | None:
         return None
     if not isinstance(labels, Tensor) or labels.is_floating_point() or logits.dim() < 2:
         return None
+    if logits.shape[1] < 2:  # one value per sample, such as the logit of a yes
+        return None
     if tuple(labels.shape) != (logits.shape[0], *logits.shape[2:]):
         return None
     counted = labels != IGNORED
@@ -180,10 +183,8 @@ def prepared(train: Any, accelerator: Any, limit: int | None) -> tuple[Any, int]
     if processes > 1 and _splittable(train):
         loader = accelerator.prepare_data_loader(train, device_placement=False)
         processes = 1
-    try:
-        count: int | None = len(loader) // processes
-    except TypeError:
-        count = None
+    length = _length(loader)
+    count = None if length is None else length // processes
     if count is None and limit is None:
         raise ModelError(
             "train has no length, so the learning rate cannot be scheduled; pass batches_per_epoch="
@@ -249,10 +250,18 @@ def parts(train: Any) -> list[Any]:
     return list({id(part): part for part in found}.values())
 
 
-def generators(train: Any) -> list[torch.Generator]:
-    """The generators of its own that a loader draws its order from; those to seed each epoch."""
-    found = [getattr(part, "generator", None) for part in parts(train)]
-    return list({id(one): one for one in found if isinstance(one, torch.Generator)}.values())
+def random_sources(train: Any) -> tuple[list[Any], list[Any]]:
+    """Generators of its own that a loader draws its order from, and its samples.
+
+    Those of the order have to be alike in all processes, as each takes its share of it.
+    """
+    data = getattr(train, "dataset", None)
+    ordered = [data] if isinstance(data, IterableDataset) else []
+    without = () if ordered else (Dataset,)
+    order = seeding.random_sources([*parts(train), *ordered], without=without)
+    known = {id(source) for source in order}
+    every = seeding.random_sources([*parts(train), data])
+    return order, [source for source in every if id(source) not in known]
 
 
 def fingerprint(train: Any) -> str:
@@ -262,13 +271,21 @@ def fingerprint(train: Any) -> str:
     sample drawn from any other may be another one each time, or open a file that workers share.
     """
     source = getattr(train, "dataset", train)
-    count = len(source) if hasattr(source, "__len__") else None
+    count = _length(source)
     held = source.tensors if isinstance(source, TensorDataset) else source
     first = held if held is not source else held[0] if isinstance(held, list) and held else None
     digest = hashlib.sha256(f"{type(source).__name__} {count}".encode())
     for tensor in tensors_in(first):
         digest.update(measure.tensor_digest(tensor.detach()[:FIRST] if tensor.dim() else tensor))
     return digest.hexdigest()[:16]
+
+
+def _length(source: Any) -> int | None:
+    """None where it has none, or cannot tell, as a ChainDataset of streams."""
+    try:
+        return len(source)
+    except (TypeError, NotImplementedError):
+        return None
 
 
 def groups(loader: Iterable[Any], size: int, limit: int) -> Iterator[list[Any]]:

@@ -139,8 +139,9 @@ def finetune(
             among the inputs) or ``none``.
         batches_per_epoch: Where `train` has no length; where it has, an upper bound.
         folder: For a checkpoint and a record (``record.jsonl``) after every epoch. A run in a
-            folder with a checkpoint goes on from it, and ends as if never interrupted; only
-            random sources that a data set keeps, and non-persistent buffers, begin anew.
+            folder with a checkpoint goes on from it, and ends as if never interrupted.
+            Generators that `train`, its samplers or data set hold in attributes begin anew every
+            epoch; what a closure holds, and other state of a data set, is not known.
         seed: Orders the batches of a DataLoader, seeds dropout and augmentation.
         progress: Whether to show a progress bar; None decides by the terminal.
 

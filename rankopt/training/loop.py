@@ -18,6 +18,7 @@ from rankopt._model import measure, surgery
 from rankopt._model.metric import Evaluate, metric_of
 from rankopt._model.spelled import spelled
 from rankopt._utils.arguments import check_integer
+from rankopt._utils.files import check_writable
 from rankopt._utils.progress import progress_bar
 from rankopt.errors import TrainingError, warn
 from rankopt.training import batches as data
@@ -64,6 +65,8 @@ class Loop:
         self.evaluate = evaluate
         self.progress = progress if accelerator.is_main_process else False
         self.folder: Path | None = None if folder is None else files.make_folder(folder)
+        if self.folder is not None and accelerator.is_main_process:
+            check_writable(self.folder / files.CHECKPOINT)
         self.plain.to(accelerator.device)
         if batches_per_epoch is not None:
             check_integer("batches_per_epoch", batches_per_epoch, 1)
@@ -149,13 +152,13 @@ class Loop:
         given, finished = self.began_with, False
         try:
             with stack:
-                good = files.copied(self.plain.state_dict())
+                good = files.copied(self.plain)
                 self._resume()
                 if not self.history:
                     self._start()
                 finished = len(self.history) >= self.recipe.epochs or self._impatient()
                 while len(self.history) < self.recipe.epochs and not self._impatient():
-                    good = files.copied(self.plain.state_dict())
+                    good = files.copied(self.plain)
                     self._epoch(len(self.history))
                     self._finish_epoch()
                 good = self._final()
@@ -163,7 +166,7 @@ class Loop:
             try:
                 # Complete, or what the last complete epoch left: never half an epoch.
                 if good is not None:
-                    self.plain.load_state_dict(good)
+                    files.put_back(self.plain, good)
             finally:
                 if self.freezer is not None:
                     self.freezer.release()
@@ -181,7 +184,7 @@ class Loop:
         """The metric to beat: a run never ends with worse weights than it was given."""
         self.before = self._evaluated(self.plain)
         if self.before is not None:
-            self.best = files.copied(self.plain.state_dict())
+            self.best = files.copied(self.plain)
 
     def _epoch(self, epoch: int) -> None:
         self.plain.train()
@@ -212,7 +215,7 @@ class Loop:
                 "as batches_per_epoch="
             )
         if self.average is not None:
-            self.average.settle()
+            self.average.settle(self.plain)
         if processes > 1:  # each has seen other batches; statistics are those of the first
             averaged = [] if self.average is None else self.average.buffers()
             for buffer in chain(self.plain.buffers(), averaged):
@@ -304,9 +307,10 @@ class Loop:
         entry = self.history[-1]
         metric = entry["metric"] = self._evaluated(self._current)
         best = self.best_metric
-        if metric is None or best is None or math.isnan(best) or metric > best:
+        # NaN is worse than any number, and no better than NaN.
+        if metric is None or best is None or metric > best or math.isnan(best) > math.isnan(metric):
             self.best_epoch = entry["epoch"]
-            self.best = None if metric is None else files.copied(self._current.state_dict())
+            self.best = None if metric is None else files.copied(self._current)
         if self.folder is None or not self.accelerator.is_main_process:
             return
         scaler = getattr(self.accelerator, "scaler", None)
@@ -320,7 +324,7 @@ class Loop:
                 "began_with": self.began_with,
                 "best_epoch": self.best_epoch,
                 "best": self.best,
-                "model": self.plain.state_dict(),
+                "model": files.copied(self.plain),
                 "average": None if self.average is None else self.average.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
                 "scaler": None if scaler is None else scaler.state_dict(),
@@ -353,7 +357,7 @@ class Loop:
 
     def _final(self) -> dict[str, Any]:
         """The weights to end with."""
-        return self.best if self.best is not None else files.copied(self._current.state_dict())
+        return self.best if self.best is not None else files.copied(self._current)
 
     def _resume(self) -> None:
         if self.folder is None:
@@ -362,7 +366,7 @@ class Loop:
         if saved is None:
             return
         self.began_with = saved["began_with"]
-        self.plain.load_state_dict(saved["model"])
+        files.put_back(self.plain, saved["model"])
         self.optimizer.load_state_dict(saved["optimizer"])
         if self.average is not None:
             self.average.load_state_dict(saved["average"])

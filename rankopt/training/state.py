@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -29,6 +29,7 @@ __all__ = [
     "copied",
     "fingerprint",
     "load_state",
+    "put_back",
     "save_state",
     "write_record",
 ]
@@ -48,18 +49,41 @@ def fingerprint(model: nn.Module) -> dict[str, str | None]:
     return {"plan": decisions, "model": measure.structure_digest(model)}
 
 
-def copied(state: Mapping[str, Any]) -> dict[str, Any]:
-    """A state that later steps leave as it is, with the versions of its modules.
+def copied(model: nn.Module) -> dict[str, Any]:
+    """All that a model holds, as later steps leave it: its state, and buffers that no state has.
 
-    Some modules cannot load a state without these, such as torchvision's MNASNet.
+    With the versions of its modules: some cannot load a state without, such as torchvision's
+    MNASNet.
     """
+    state = model.state_dict()
     kept = OrderedDict(
         (key, value.detach().clone() if isinstance(value, Tensor) else value)
         for key, value in state.items()
     )
     if hasattr(state, "_metadata"):
         kept._metadata = state._metadata  # type: ignore[attr-defined]
+    for name, owner, key in _unsaved(model):
+        kept[name] = owner._buffers[key].detach().clone()
     return kept
+
+
+def put_back(model: nn.Module, kept: Mapping[str, Any]) -> None:
+    """Give a model what `copied` kept of it."""
+    state = OrderedDict(kept)
+    state._metadata = getattr(kept, "_metadata", None)  # type: ignore[attr-defined]
+    for name, owner, key in list(_unsaved(model)):
+        buffer = state.pop(name, None)  # None: of an older checkpoint
+        if buffer is not None:
+            owner._buffers[key] = buffer.detach().to(owner._buffers[key].device, copy=True)
+    model.load_state_dict(state)
+
+
+def _unsaved(model: nn.Module) -> Iterator[tuple[str, Any, str]]:
+    """Buffers with ``persistent=False``: (name, module, name in it)."""
+    for prefix, owner in model.named_modules():
+        for key in sorted(owner._non_persistent_buffers_set):
+            if owner._buffers.get(key) is not None:
+                yield f"{prefix}.{key}" if prefix else key, owner, key
 
 
 def save_state(
@@ -67,7 +91,12 @@ def save_state(
 ) -> None:
     """Write the checkpoint atomically; tensors and plain values only."""
     with atomic_path(folder / name) as temporary:
-        torch.save(_plain({"schema": SCHEMA, "identity": dict(identity), **state}), temporary)
+        try:
+            torch.save(_plain({"schema": SCHEMA, "identity": dict(identity), **state}), temporary)
+        except RuntimeError as error:  # of torch's writer, as on a full disk
+            raise RankoptError(
+                f"cannot write {folder / name}: {error}; is the disk full?"
+            ) from error
 
 
 def _plain(value: Any) -> Any:

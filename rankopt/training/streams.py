@@ -8,7 +8,7 @@ from typing import Any, Final
 
 import torch
 
-from rankopt._utils.seeding import seed_all
+from rankopt._utils.seeding import seed_all, seed_source
 from rankopt.training import batches as data
 
 __all__ = ["Streams"]
@@ -48,8 +48,11 @@ class Streams:
                 part.set_epoch(epoch)
         batches = data.share(self._loader, self._accelerator)
         seed_all(self._of(epoch, process=0))
-        for generator in data.generators(self._loader):
-            generator.manual_seed(self._of(epoch, process=0))
+        order, drawn = data.random_sources(self._loader)
+        for number, source in enumerate(order):
+            seed_source(source, self._of(epoch, process=0) + number)
+        for number, source in enumerate(drawn, start=len(order)):
+            seed_source(source, self._of(epoch) + number)
         if self._accelerator.num_processes > 1:
             first = list(islice(batches, 1))
             seed_all(self._of(epoch))
@@ -60,4 +63,4 @@ class Streams:
         if process is None:
             process = int(self._accelerator.process_index)
         stream = (self._seed * STRIDE + epoch) * STRIDE + process
-        return stream % 2**63  # torch takes no more
+        return stream % 2**62  # torch takes 63 bits, and sources count on from here
