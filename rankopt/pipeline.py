@@ -13,6 +13,7 @@ from torch import nn
 
 from rankopt import checkpoint as files
 from rankopt._build.compare import Comparison
+from rankopt._model.measure import uncached_autocast
 from rankopt._model.metric import Evaluate
 from rankopt._pipeline.checks import check_stages
 from rankopt._pipeline.stages import RESULT, Run, Stage
@@ -188,6 +189,7 @@ def compress(
     check_stages(model, stages, train)
     budgets = _budgets(Budget.parse(budget), rounds)
     with ExitStack() as stack:
+        stack.enter_context(uncached_autocast())
         kept = None if folder is None else make_folder(folder)
         work = Path(kept or stack.enter_context(tempfile.TemporaryDirectory()))
         path = files.check_target(work / "compressed.safetensors" if output is None else output)

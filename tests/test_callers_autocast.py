@@ -73,3 +73,25 @@ def test_a_search_with_calibration_gives_the_plan_it_gives_without(method, setti
         assert all(p.dtype == torch.float32 for p in small.parameters())
         errors.append(distance(model, small, data[0]))
     assert errors[1] == pytest.approx(errors[0], rel=0.05)
+
+
+def test_compress_sees_the_weights_it_has_just_trained():
+    model = convolutions().append(nn.Flatten()).append(nn.LazyLinear(4))
+    x = torch.randn(64, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    model(x)
+    labels = x.mean(dim=(1, 2, 3)).gt(0).long()
+    train = list(zip(x.split(16), labels.split(16), strict=True))
+    arguments = {"recover": False, "finetune": {"epochs": 3, "learning_rate": 1e-2}}
+
+    def evaluate(model):
+        return -float(nn.functional.cross_entropy(model(x).float(), labels))
+
+    with autocast():
+        done = rankopt.compress(
+            model, "macs<=50%", train=train, example_inputs=x[:4], evaluate=evaluate, **arguments
+        )
+        assert torch.is_autocast_cache_enabled()
+    with autocast(), torch.no_grad():
+        ended = evaluate(done.model)
+    metrics = {stage.name: stage.metric for stage in done.stages}
+    assert metrics["finetune"] == metrics["verify"] == pytest.approx(ended, rel=1e-6)

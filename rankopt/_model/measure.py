@@ -277,6 +277,21 @@ def no_autocast() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def uncached_autocast() -> Iterator[None]:
+    """Run the model as the caller's autocast, if any, does, but keep no weights between uses.
+
+    Weights change between two looks at a model's outputs; see `no_autocast`.
+    """
+    cached = torch.is_autocast_cache_enabled()
+    torch.clear_autocast_cache()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(cached)
+
+
 def tensor_digest(tensor: Tensor) -> bytes:
     """SHA-256 of a tensor's dtype, shape and values, whatever its strides or device."""
     digest = hashlib.sha256(f"{tensor.dtype}{tuple(tensor.shape)}".encode())

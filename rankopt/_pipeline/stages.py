@@ -175,6 +175,8 @@ class Run:
             if number < len(budgets):
                 check_foldable(plan, self.model)
             small = self._applied(tag, source, plan, self.how["apply"])
+            if number == len(budgets):  # before it is trained for hours
+                self._check_counts(plan.budget if budget is None else budget, small)
             if (how := self.how["recover"]) is not False:
                 small = self._changed(tag, "recover", small, self._recoverer(how))
             if (how := self.how["finetune"]) is not False:
@@ -205,6 +207,20 @@ class Run:
         seconds = time.perf_counter() - started
         self.stages.append(Stage("verify", seconds, int(comparison.params.after), metric, note))
         return comparison
+
+    def _check_counts(self, budget: Budget | None, small: nn.Module) -> None:
+        """Hold what was applied to the budget; recovering and fine-tuning change no counts.
+
+        Raises:
+            RankoptError: The plan, of a function in place of `search` say, breaks it.
+        """
+        original = surgery.unwrap(self.model)
+        for axis, count in (("params", measure.count_params), ("memory", measure.count_memory)):
+            if budget is not None and axis in budget.axes:
+                _check_axis(budget, axis, Figure(float(count(original)), float(count(small))))
+        if budget is not None and "macs" in budget.axes and self.inputs is not None:
+            before, after = (measure.count_macs(each, self.inputs) for each in (original, small))
+            _check_axis(budget, "macs", Figure(float(before), float(after)))
 
     def _gives_the_same(self, small: nn.Module, reloaded: nn.Module) -> bool:
         """Whether outputs were found identical; False where they hold no tensor to compare."""
@@ -364,13 +380,16 @@ def _check_budget(budget: Budget | None, found: Comparison) -> None:
     """Hold the counted figures of the file to the budget; latency was held by the search."""
     for axis in ("params", "macs", "memory"):
         figure = getattr(found, axis)
-        if budget is None or axis not in budget.axes or figure is None:
-            continue
-        if figure.after > budget.ratio(axis) * figure.before:
-            raise RankoptError(
-                f"the result's {axis} is {100 * figure.ratio:.2f}% of the original's, above the "
-                f"budget ({budget.explain()}); no output was written"
-            )
+        if budget is not None and axis in budget.axes and figure is not None:
+            _check_axis(budget, axis, figure)
+
+
+def _check_axis(budget: Budget, axis: str, figure: Figure) -> None:
+    if figure.after > budget.ratio(axis) * figure.before:
+        raise RankoptError(
+            f"the result's {axis} is {100 * figure.ratio:.2f}% of the original's, above the "
+            f"budget ({budget.explain()}); no output was written"
+        )
 
 
 def _planned(plan: RankPlan) -> str:
