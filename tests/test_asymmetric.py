@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import rankopt
+import rankopt_strategies
 from rankopt._calibration import collect as calibration
 from rankopt.errors import ModelError, PlanError
 from rankopt.testing import planted_model
@@ -148,3 +149,30 @@ def test_the_plan_file_says_so_and_gives_the_same_model(tmp_path):
 def test_needs_calibration():
     with pytest.raises(ModelError, match="asymmetric=True needs calibration="):
         rankopt.search(mlp(), "params<=50%", asymmetric=True)
+
+
+@pytest.mark.parametrize("seed", [1, 3])
+@pytest.mark.parametrize("strategy", ["knapsack", "optuna"])
+def test_a_bound_on_the_metric_is_held_by_the_factors_of_the_plan(strategy, seed):
+    torch.manual_seed(seed)
+    layers = [nn.Linear(16, 48), nn.Linear(48, 48), nn.Linear(48, 48), nn.Linear(48, 8)]
+    model = nn.Sequential(*(part for layer in layers for part in (layer, nn.ReLU()))).eval()
+    with torch.no_grad():
+        for layer in layers:
+            layer.weight.mul_(2)
+    x, data = torch.randn(512, 16), [torch.randn(48, 16)]
+    classes = model(x).argmax(dim=1)
+
+    def agreement(other):
+        return float((other(x).argmax(dim=1) == classes).float().mean())
+
+    chosen = rankopt_strategies.OptunaSearch(n_trials=10) if strategy == "optuna" else strategy
+    plan = rankopt.search(
+        model, "metric_drop<=0.3, minimize=macs", strategy=chosen, example_inputs=x[:8],
+        evaluate=agreement, calibration=data, asymmetric=True,
+    )  # fmt: skip
+    assert plan.changes
+    reached = agreement(rankopt.apply(model, plan, calibration=data))
+    assert reached >= 0.7
+    recorded = plan.extensions.get("metric_drop", plan.extensions.get("study"))
+    assert recorded["metric"] == pytest.approx(reached)

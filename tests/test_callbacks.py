@@ -57,6 +57,33 @@ def test_hugging_face(small, tmp_path, steps, expected):
     assert all(p.requires_grad for p in small.parameters())
 
 
+class Stream(torch.utils.data.IterableDataset):
+    def __iter__(self):
+        generator = torch.Generator().manual_seed(0)
+        yield from ({"x": torch.randn(32, generator=generator), "labels": 1} for _ in range(8))
+
+
+@pytest.mark.slow
+def test_hugging_face_with_a_stream_after_an_interruption(small, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+    arguments = transformers.TrainingArguments(
+        str(tmp_path), max_steps=6, per_device_train_batch_size=4, report_to=[],
+        use_cpu=True, disable_tqdm=True, save_strategy="no", logging_strategy="no",
+    )  # fmt: skip
+    freezer = SequentialFreezing(small)
+    freezer.step(0)  # as an interrupted run leaves it
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trainer = transformers.Trainer(
+            small, arguments, train_dataset=Stream(), callbacks=[hugging_face_callback(freezer)]
+        )
+        trainer.train()
+    assert small.frozen == [EVEN, EVEN, ODD, ODD, EVEN, EVEN]
+    known = {id(p) for group in trainer.optimizer.param_groups for p in group["params"]}
+    assert {id(p) for p in small.parameters()} <= known
+
+
 @pytest.mark.slow
 def test_lightning(small, tmp_path):
     with warnings.catch_warnings():

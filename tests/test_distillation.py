@@ -287,3 +287,16 @@ def test_only_outputs_that_are_written_into_are_copied(monkeypatch):
 def test_features_without_a_weight_are_refused():
     with pytest.raises(ValueError, match="outputs=0 compares none; give outputs a weight"):
         Distillation(outputs=0, logits=1, features=("head",))
+
+
+def test_a_model_that_was_compiled_before_it_was_watched_says_so(pair):
+    teacher, small, x = pair
+    compiled = torch.compile(small, backend="eager")
+    compiled(x)
+    with Distiller(compiled, teacher, Distillation(labels=0, outputs=1)) as distiller:
+        distiller.teach(x)
+        with pytest.raises(ModelError, match="compiled before they were watched"):
+            distiller.loss(compiled(x))
+        torch.compiler.reset()
+        distiller.teach(x)
+        assert distiller.loss(compiled(x))[1]["outputs"] > 0

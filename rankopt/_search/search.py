@@ -155,7 +155,7 @@ def search(
                 seed=seed,
                 deadline=None if timeout is None else time.monotonic() + timeout,
                 fisher=fisher is True,
-                asymmetric=asymmetric is not False,
+                asymmetric=asymmetric,
                 round_to=round_to,
                 rounding=rounding,
                 progress=progress,
@@ -173,8 +173,10 @@ def search(
             limits = one.budget
             timed = limits is not None and (limits.latency or limits.latency_ms)
             if clock is not None and timed and not chosen.promises.latency:
-                return solve(one, chosen, clock.measure, clock.dense_ms)
-            return _searched(chosen, one)
+                plan = solve(one, chosen, clock.measure, clock.dense_ms)
+            else:
+                plan = _searched(chosen, one)
+            return fitted_in_order(plan) if asymmetric is True else plan
 
         if SEARCH in (asymmetric, fisher):
             plan = nearest(problem, find, asymmetric=asymmetric, fisher=fisher)
@@ -182,8 +184,6 @@ def search(
             plan = within_drop(chosen, problem, find)
         else:
             plan = find(problem)
-        if asymmetric is True:
-            plan = fitted_in_order(plan)
         problem.close()
         return opened.finish(plan, seconds=time.perf_counter() - started, asked=allowed)
 

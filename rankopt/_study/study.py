@@ -245,6 +245,7 @@ class Study:
     def _run_one(self) -> None:
         """Ask for a trial, run it, tell the storage."""
         import optuna
+        import torch
 
         assert self._runner is not None
         claimed: list[int] = []
@@ -261,7 +262,8 @@ class Study:
                 raise
 
         try:
-            self.optuna.optimize(objective, n_trials=1, catch=RECORDED)
+            with torch.enable_grad():  # which samplers such as Gaussian processes need
+                self.optuna.optimize(objective, n_trials=1, catch=RECORDED)
         except BaseException as error:
             given_away = isinstance(error, optuna.exceptions.UpdateFinishedTrialError) or (
                 isinstance(error, ValueError) and error not in raised

@@ -60,7 +60,8 @@ class Problem:
             without calibration.
         fisher: Whether bases and options are made with those.
         asymmetric: Whether the factors of the plan will be made in order, see
-            `rankopt.plan.Factors`; bases and errors are those of dense inputs nevertheless.
+            `rankopt.plan.Factors`, or ``search`` where both are tried; bases and errors are those
+            of dense inputs nevertheless.
         calibration: Digest of the calibration inputs, for the plan.
         times: Measures layers, dense and decomposed; None without example inputs or
             where neither budget nor strategy asks for time.
@@ -94,7 +95,7 @@ class Problem:
     moments: Mapping[str, Moments] = field(default_factory=dict)
     weigh: Callable[[], Mapping[str, Moments]] | None = None
     fisher: bool = False
-    asymmetric: bool = False
+    asymmetric: bool | str = False
     calibration: str | None = None
     times: SiteTimes | None = None
     measure: Callable[[Sequence[Option]], Measured] | None = None

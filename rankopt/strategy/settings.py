@@ -16,7 +16,7 @@ class Settings:
     seed: int = 0
     deadline: float | None = None
     fisher: bool = False
-    asymmetric: bool = False
+    asymmetric: bool | str = False
     round_to: int = 1
     rounding: str = "down"
     progress: bool | None = None

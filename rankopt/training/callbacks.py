@@ -32,12 +32,19 @@ def hugging_face_callback(freezer: Freezer, *, steps: int | None = None) -> Any:
         raise MissingDependency("this callback needs transformers") from error
 
     class Freezing(TrainerCallback):
+        epoch = 0
+
+        def on_init_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            freezer.release()  # what an interrupted run left frozen, the optimiser would not know
+
         def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             _check_alone(args.world_size)
+            self.epoch = int((state.epoch or 0) + 1e-6)  # may go on within an epoch
 
         def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            if steps is None:
-                freezer.step(int((state.epoch or 0) + 1e-6))  # may go on within an epoch
+            if steps is None:  # without a length of the data, state.epoch counts in another way
+                freezer.step(self.epoch)
+            self.epoch += 1
 
         def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             if steps is not None:

@@ -7,6 +7,7 @@ per-element means in place of its sums; logits at a temperature follow 1503.0253
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -124,6 +125,7 @@ class Distiller:
         names = _compared(self.model, self.teacher, self.settings)
         self._layers = PairedOutputs(self.model, self.teacher, names)
         self._wanted: Any = None
+        self._reported = False
         compares = self.settings.weights or self.settings.outputs
         if compares and decomposed(self.model) and not (self._chains or self._layers.names):
             raise ModelError(
@@ -161,7 +163,8 @@ class Distiller:
 
         Raises:
             ModelError: Teacher and model differ in the shape of an output, or there are none
-                of the teacher's: outside of ``with``, or before `teach`.
+                of the teacher's: outside of ``with``, or before `teach`; or the model ran code
+                that was compiled before ``with``.
         """
         settings = self.settings
         parts: dict[str, Tensor] = {}
@@ -191,12 +194,25 @@ class Distiller:
                 )
             if errors:
                 parts["outputs"] = torch.stack(errors).sum()
+            elif not self._reported:
+                self._check_reported()
+            self._reported = True
         if settings.logits:
             parts["logits"] = _divergence(self._wanted, output, settings.temperature)
         if not parts:
             raise ModelError("the plan decomposed no layer, so there is nothing to distil")
         total = torch.stack([getattr(settings, name) * part for name, part in parts.items()]).sum()
         return total, {name: part.detach() for name, part in parts.items()}
+
+    def _check_reported(self) -> None:
+        """Raise if a compiled model runs code made before its layers were watched."""
+        compiled = "torch._dynamo" in sys.modules
+        if compiled and self._layers.names and not self._layers.ran():
+            raise ModelError(
+                f"none of the compared layers, {self._layers.names[0]} the first, reported an "
+                "output: the model was compiled before they were watched; call "
+                "torch.compiler.reset() after `with Distiller(...) as distiller:` begins"
+            )
 
     def _check_watching(self) -> None:
         if self._layers.names and not self._layers.watching:

@@ -68,6 +68,10 @@ class PairedOutputs:
         both = [(n, theirs[n], ours[n]) for n in self.names if n in ours and n in theirs]
         return [pair for pair in both if not _rerouted(pair[1].shape, pair[2].shape)]
 
+    def ran(self) -> bool:
+        """Whether any of the model's layers reported an output since `forget`."""
+        return bool(self._seen[0].found())
+
     def pairs(self) -> list[tuple[Tensor, Tensor]]:
         """As `named_pairs`, without the names."""
         return [(wanted, found) for _, wanted, found in self.named_pairs()]

@@ -76,13 +76,15 @@ class OptunaSearch(Strategy):
             problem,
             storage=self.storage,
             where=self.storage or "memory",
-            name=self.study,
+            name=_of_variant(self.study, problem),
             objective=objective,
             direction="minimize" if losses else self.direction,
             space=self.space,
+            asymmetric=problem.asymmetric is True,
             sampler=self.sampler,
             confidence=self.confidence,
             seed=problem.seed,
+            extra={"methods": _methods(problem)},
         )
         # A trial under way when the time runs out is given up; what finished counts.
         with contextlib.suppress(DeadlineExceeded), warnings.catch_warnings():
@@ -94,3 +96,13 @@ class OptunaSearch(Strategy):
         if not study.points:
             problem.check_deadline()
         return replace(study.best(problem.budget), strategy=self.describe(problem.seed))
+
+
+def _of_variant(name: str, problem: Problem) -> str:
+    """One study for each way of making factors: a search may try several with one storage."""
+    return f"{name}, fisher" if problem.fisher else name
+
+
+def _methods(problem: Problem) -> list[str]:
+    """Names of what the study may choose from: one that is resumed has no others."""
+    return sorted({method.name for site in problem.sites for method in site.methods})

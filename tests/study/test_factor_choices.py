@@ -2,13 +2,16 @@ from __future__ import annotations
 
 import pytest
 import torch
+from study_common import closeness
 from torch import nn
 from weighing import Blind
 
 import rankopt
+import rankopt_strategies
 from rankopt._model.inputs import divergence
 from rankopt._search.opening import open_problem
 from rankopt.errors import ModelError, StudyError
+from rankopt.testing import planted_inputs, planted_model
 
 
 def study_of(model, data, storage, **settings):
@@ -115,3 +118,32 @@ def test_plans_known_beforehand_are_queued_with_every_choice_taken():
     for share in ("70%", "50%"):
         assert kinds[f"parameter_ratio at {share}, fisher, asymmetric"] == {"asymmetric+fisher"}
         assert kinds[f"parameter_ratio at {share}"] == {"whitened"}
+
+
+def search_with(storage, **settings):
+    strategy = rankopt_strategies.OptunaSearch(n_trials=6, storage=storage)
+    data = [planted_inputs(32)]
+    more = {"example_inputs": planted_inputs(), "evaluate": closeness, "calibration": data}
+    return rankopt.search(planted_model(), "macs<=60%", strategy=strategy, **more, **settings)
+
+
+def test_a_search_for_factors_keeps_a_study_of_each_kind(tmp_path):
+    storage = f"sqlite:///{tmp_path / 'kept.db'}"
+    plan = search_with(storage, fisher="search")
+    assert plan.decisions == search_with(None, fisher="search").decisions
+    assert plan.decisions == search_with(storage, fisher="search").decisions  # resumed
+
+
+def test_a_search_goes_on_with_the_same_methods_only(tmp_path):
+    storage = f"sqlite:///{tmp_path / 'kept.db'}"
+    search_with(storage)
+    search_with(storage)
+    with pytest.raises(StudyError, match="has methods .*, the request cp, svd"):
+        search_with(storage, methods=("svd", "cp"))
+
+
+@pytest.mark.parametrize("space", ["warp", "tilt"])
+def test_gaussian_processes_in_a_search(space):
+    strategy = rankopt_strategies.OptunaSearch(n_trials=14, sampler="gp", space=space)
+    more = {"example_inputs": planted_inputs(), "evaluate": closeness}
+    assert rankopt.search(planted_model(), "macs<=60%", strategy=strategy, **more).changes
