@@ -188,11 +188,11 @@ def load(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     surgery.check_model(model, swapped=path)
     metadata, tensors = _read(Path(path))
     plan = _plan_in(metadata, path)
-    result = build_empty(model, plan)
     for alias, name in json.loads(metadata.get(_ALIASES, "{}")).items():
         if name not in tensors:
             raise CheckpointError(f"{path}: {alias} is an alias of {name}, which is missing")
         tensors[alias] = tensors[name]
+    result = _skeleton(model, plan, tensors)
     layouts = json.loads(metadata.get(_LAYOUTS, "{}"))
     device = surgery.device_of(model)
     if device.type == "meta":  # a skeleton: the values come from the file
@@ -278,6 +278,20 @@ def _opened(path: Path) -> Iterator[Any]:
         raise CheckpointError(
             f"{path} is not a complete safetensors file ({error}); it may be truncated"
         ) from error
+
+
+def _skeleton(model: nn.Module, plan: RankPlan, tensors: Iterable[str]) -> nn.Module:
+    """What the plan makes of the model; all attention unpacked if only then the names fit."""
+    result = build_empty(model, plan)
+    names = set(tensors)
+    if names <= _names(result):
+        return result
+    whole = build_empty(model, plan, whole=True)
+    return whole if names <= _names(whole) else result
+
+
+def _names(model: nn.Module) -> set[str]:
+    return {surgery.normalised(raw) for raw in model.state_dict()}
 
 
 def _plan_in(metadata: Mapping[str, str], path: str | os.PathLike[str]) -> RankPlan:

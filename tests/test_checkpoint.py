@@ -9,7 +9,7 @@ from torch import nn
 
 import rankopt
 from rankopt import checkpoint, export
-from rankopt.errors import CheckpointError, PlanError, RankoptError
+from rankopt.errors import CheckpointError, ModelError, PlanError, RankoptError
 from rankopt.testing import planted_inputs, planted_model
 
 
@@ -330,3 +330,31 @@ def test_layouts_of_1x1_kernels_come_back(tmp_path, layout):
     rankopt.save(small, tmp_path / "s.safetensors")
     again = rankopt.load(build(), tmp_path / "s.safetensors")
     assert [p.stride() for p in again.parameters()] == [p.stride() for p in small.parameters()]
+
+
+class Tied(nn.Module):
+    def __init__(self, tied=True):
+        super().__init__()
+        self.embedding, self.body = nn.Embedding(50, 32), nn.Linear(32, 32)
+        self.head = nn.Linear(32, 50, bias=False)
+        if tied:
+            self.head.weight = self.embedding.weight
+
+    def forward(self, x):
+        return self.head(self.body(self.embedding(x)).relu())
+
+
+def test_what_was_untied_is_not_lost(tmp_path):
+    model, x = Tied().eval(), torch.arange(12).view(3, 4)
+    small = rankopt.apply(model, rankopt.search(model, "params<=80%", example_inputs=x))
+    rankopt.save(small, tmp_path / "tied.safetensors")
+    again = rankopt.load(model, tmp_path / "tied.safetensors")
+    assert again.head.weight is again.embedding.weight
+    small.head.weight = nn.Parameter(torch.randn_like(small.head.weight))
+    rankopt.save(small, tmp_path / "untied.safetensors")
+    with pytest.raises(CheckpointError, match=r"other values for head.weight than for embedding"):
+        rankopt.load(model, tmp_path / "untied.safetensors")
+    with pytest.raises(ModelError, match=r"head.weight has other values than embedding.weight"):
+        rankopt.fold(small, model)
+    again = rankopt.load(Tied(tied=False), tmp_path / "untied.safetensors")
+    assert torch.equal(again(x), small(x))

@@ -355,3 +355,18 @@ def test_another_default_dtype():
 def test_a_budget_on_the_metric_is_refused():
     with pytest.raises(BudgetError, match="use rankopt.search"):
         rankopt.soften(nn.Sequential(nn.Linear(32, 32)), "metric_drop<=0.1, minimize=params")
+
+
+def test_attention_left_dense_survives_a_file(tmp_path):
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(16, 2, 64, dropout=0.0, batch_first=True)
+    model, x = nn.TransformerEncoder(layer, 2).eval(), torch.randn(2, 3, 16)
+    soft = rankopt.soften(model, "params<=90%", example_inputs=x)
+    plan = soft.discretise()
+    touched = {name for decision in plan.changes for name in decision.targets}
+    assert touched
+    assert not all(any(f"{i}.self_attn" in name for name in touched) for i in range(2))
+    small = soft.build(plan).eval()
+    rankopt.save(small, tmp_path / "soft.safetensors")
+    again = rankopt.load(model, tmp_path / "soft.safetensors")
+    assert torch.equal(again(x), small(x))

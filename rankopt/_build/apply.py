@@ -219,7 +219,9 @@ def _split(plan: RankPlan) -> set[str]:
     return {parent for parent, _, leaf in parts if leaf in ("q_proj", "k_proj", "v_proj")}
 
 
-def unpack_for(model: nn.Module, plan: RankPlan) -> nn.Module:
+def unpack_for(model: nn.Module, plan: RankPlan, *, whole: bool = False) -> nn.Module:
+    if whole:
+        return unpack(model, split=_split(plan))
     targets = [name for decision in plan.changes for name in decision.targets]
     return unpack(model, only=targets, split=_split(plan)) if targets else model
 

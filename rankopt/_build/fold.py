@@ -120,9 +120,18 @@ def _copy_kept(small: nn.Module, result: nn.Module, targets: list[str]) -> None:
     ]
     for name in sorted(states[0].keys() ^ states[1].keys()):
         raise _unfoldable(name)
+    first: dict[Tensor, str] = {}
     for name, value in states[0].items():
-        if not surgery.is_extra_state(name):
-            states[1][name].copy_(value)
+        if surgery.is_extra_state(name):
+            continue
+        slot = states[1][name]
+        tied = first.setdefault(slot, name)
+        if (held := states[0][tied]) is not value and not torch.equal(held, value):
+            raise ModelError(
+                f"{name} has other values than {tied}, and both are one tensor in the original "
+                "architecture; give one in which they are two"
+            )
+        slot.copy_(value)
     for name, module in surgery.named_modules(result):
         if (held := f"{name}._extra_state".removeprefix(".")) in states[0]:
             module.set_extra_state(states[0][held])

@@ -57,10 +57,16 @@ def build_random(model: nn.Module, plan: RankPlan) -> nn.Module:
     return _emptied(view, plan, _made_by(noise))
 
 
-def build_empty(model: nn.Module, plan: RankPlan) -> nn.Module:
-    """The structure `apply` would build, every parameter on the meta device."""
+def build_empty(model: nn.Module, plan: RankPlan, *, whole: bool = False) -> nn.Module:
+    """The structure `apply` would build, every parameter on the meta device.
+
+    Args:
+        model: The original one.
+        plan: For it.
+        whole: Whether attention that the plan leaves dense is unpacked too, as by `soften`.
+    """
     source = surgery.unwrap(model)
-    view = unpack_for(emptied(source), plan)
+    view = unpack_for(emptied(source), plan, whole=whole)
     check_structure(source, plan)
     result = _emptied(view, plan, lambda step, chain, weight: Filling({}))
     remember_plan(result, plan)

@@ -141,6 +141,7 @@ def filled(
             f"({len(missing)} missing and {len(unexpected)} unexpected tensors)"
         )
     values: dict[Tensor, Tensor] = {}
+    first: dict[Tensor, str] = {}
     for name, raw in names.items():
         slot, value = slots[raw], tensors[name]
         if surgery.is_extra_state(name):
@@ -148,6 +149,12 @@ def filled(
         if slot.shape != value.shape:
             raise CheckpointError(
                 f"{path}: {name} is {list(value.shape)}, the model expects {list(slot.shape)}"
+            )
+        other = tensors[first.setdefault(slot, name)]
+        if other is not value and not torch.equal(other, value):
+            raise CheckpointError(
+                f"{path} holds other values for {name} than for {first[slot]}, which are one "
+                f"tensor in this {type(model).__name__}; give a model in which they are two"
             )
         value, layout = value.to(device), _LAYOUT_NAMES.get(layouts.get(name, ""))
         if layout is not None:
