@@ -266,7 +266,15 @@ def _pairs(program: torch.export.ExportedProgram) -> Iterator[tuple[str, str]]:
             weight in read and weight.name in names for weight in weights
         ):
             conv, norm = (surgery.normalised(names[w.name]).rpartition(".")[0] for w in weights)
-            yield conv, norm
+            training = bool(node.args[5])
+            if _called(source) == conv and _called(node) == norm and not training:
+                yield conv, norm
+
+
+def _called(node: torch.fx.Node) -> str | None:
+    """The module whose own call a node is of; a function of its tensors is another module's."""
+    stack = list(node.meta.get("nn_module_stack", {}).values())
+    return surgery.normalised(stack[-1][0]) if stack else None
 
 
 def _runtime(check: bool | None) -> Any:

@@ -261,3 +261,16 @@ def test_models_that_cannot_be_copied():
     model.generator = (x for x in ())
     with pytest.raises(ModelError, match="Sequential cannot be .* generator is a generator"):
         rankopt.search(model, "params<=60%")
+
+
+def test_layers_of_one_decision_share_their_weight():
+    def two(tied):
+        model = nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 32))
+        if tied:
+            model[2].weight = model[0].weight
+        return model.eval()
+
+    plan = rankopt.search(two(tied=True), "params<=60%")
+    assert plan.changes[0].targets == ("0", "2")
+    with pytest.raises(PlanError, match="layers 0 and 2: the plan gives them one set of factors"):
+        rankopt.apply(two(tied=False), plan)

@@ -365,3 +365,36 @@ def test_attention_with_key_and_value_biases_takes_any_batch():
     program = export.to_program(small, x)
     more = torch.randn(7, 6, 32)
     torch.testing.assert_close(program.module()(more), small(more))
+
+
+class ByHand(nn.Module):
+    """Runs its convolution without the bias it has, or its norm as a function."""
+
+    def __init__(self, what):
+        super().__init__()
+        self.conv, self.norm, self.what = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), what
+
+    def forward(self, x):
+        if self.what == "conv":
+            return self.norm(nn.functional.conv2d(x, self.conv.weight))
+        norm = self.norm
+        mean, variance = norm.running_mean, norm.running_var
+        return nn.functional.batch_norm(self.conv(x), mean, variance, norm.weight, norm.bias)
+
+
+@pytest.mark.parametrize("what", ["conv", "norm"])
+def test_tensors_used_by_hand_are_not_merged(what):
+    model, x = settled(ByHand(what)), torch.randn(5, 3, 6, 6)
+    merged = export.merge_norms(model, x)
+    assert torch.equal(merged(x), model(x))
+    torch.testing.assert_close(export.to_program(model, x).module()(x), model(x))
+
+
+def test_norms_that_stay_in_training_are_not_merged():
+    class Training(nn.BatchNorm2d):
+        def train(self, mode=True):
+            return super().train(True)
+
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), Training(4)).eval()
+    merged = export.merge_norms(model, torch.randn(5, 3, 6, 6))
+    assert isinstance(merged[1], nn.BatchNorm2d)

@@ -330,3 +330,11 @@ def test_a_frozen_model_can_be_pickled():
     assert again.get_submodule(apart[0]).forward.__func__ is _convolve_then_add
     release(again)
     assert not any("forward" in m.__dict__ for m in again.modules())
+
+
+def test_a_wrapped_chain_is_not_silently_left_to_train():
+    model = nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 8))
+    small = rankopt.apply(model, rankopt.search(model, "params<=60%", only=["0"]))
+    small[0] = nn.Sequential(small[0])  # as torch's checkpoint_wrapper does
+    with pytest.raises(ModelError, match="layer 0 of the plan has no factors in this Sequential"):
+        SequentialFreezing(small)

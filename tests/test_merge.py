@@ -214,3 +214,42 @@ def test_dropping_shared_activations(tmp_path):
         rankopt.merge(model, between="drop")
     with pytest.raises(ValueError, match="between='fold'"):
         rankopt.merge(model, between="fold")
+
+
+class Reader(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(32, 16, 1), nn.BatchNorm2d(16)
+        self.conv2, self.bn2 = nn.Conv2d(16, 16, 3, padding=1), nn.BatchNorm2d(16)
+        self.conv3 = nn.Conv2d(16, 32, 1)
+
+    def forward(self, x):
+        y = self.bn2(self.conv2(self.bn1(self.conv1(x)).relu())).relu()
+        return self.conv3(y) * (1 + self.scale())
+
+    def scale(self):
+        return 0
+
+
+class ReadsAWeight(Reader):
+    def scale(self):
+        return self.conv2.weight.abs().sum()
+
+
+class ReadsANorm(Reader):
+    def scale(self):
+        return self.bn2.weight.abs().sum()
+
+
+@pytest.mark.parametrize("kind", [ReadsAWeight, ReadsANorm])
+@pytest.mark.parametrize("inputs", ["none", "example_inputs", "calibration"])
+def test_blocks_whose_own_forward_reads_them_stay(kind, inputs):
+    x = torch.randn(8, 32, 6, 6)
+    given = {
+        "none": {},
+        "example_inputs": {"example_inputs": x},
+        "calibration": {"calibration": [x]},
+    }
+    assert rankopt.merge(Reader().eval(), **given[inputs]).conv2.out_channels < 16
+    with pytest.raises(ModelError, match="its weight is read"):
+        rankopt.merge(kind().eval(), **given[inputs])

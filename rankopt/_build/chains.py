@@ -121,6 +121,13 @@ def steps_of(view: nn.Module, plan: RankPlan) -> list[Step]:
                     f"layer {name}: expected a weight {list(shape)}, found {list(layer.shape)}"
                 )
             found.append(layer)
+        for layer in found[1:]:
+            if layer is not found[0] and layer.name not in found[0].tied_to:
+                raise PlanError(
+                    f"layers {found[0].name} and {layer.name}: the plan gives them one set of "
+                    "factors, as for a weight they share, but they have two; make a plan for this "
+                    "model"
+                )
         method = _method(decision, found)
         steps.append(Step(decision, method, tuple(found), tuple(modules[x.name] for x in found)))
     return steps

@@ -30,7 +30,7 @@ from rankopt.registry import decompositions
 from rankopt.strategy import Problem, Site
 from rankopt.strategy.settings import Settings
 
-__all__ = ["describe", "problem_of", "selected"]
+__all__ = ["describe", "problem_of", "refused", "selected"]
 
 # Samples of calibration inputs that show how layers are used; BatchNorm in training needs two.
 SHOWN: Final = 2
@@ -52,10 +52,10 @@ def describe(
         with suppress(ModelError):  # some insist on their batch; reading them reports the others
             view, layers, seen = _probed(source, shown)
             reads = static_reads(view) | _unreached(view, layers, seen, held) | seen.reads
-            return view, _refused(layers, reads), None
+            return view, refused(layers, reads), None
     view = unpacked_clone(source, runs=runs)
     layers = refused_unseen(view, find_layers(view))
-    return view, _refused(layers, static_reads(view)), None
+    return view, refused(layers, static_reads(view)), None
 
 
 def _probed(source: nn.Module, inputs: Any) -> tuple[nn.Module, list[Layer], Probe]:
@@ -93,7 +93,7 @@ def _unreached(
     return dict.fromkeys(waiting, "calibration inputs never reach it")
 
 
-def _refused(layers: Iterable[Layer], reads: Mapping[str, str]) -> list[Layer]:
+def refused(layers: Iterable[Layer], reads: Mapping[str, str]) -> list[Layer]:
     """The layers, those that are read from outside under any of their names refused."""
     found = []
     for layer in layers:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Final, Literal
 
@@ -17,7 +17,8 @@ from rankopt._model import measure, surgery
 from rankopt._model.inputs import MAX_SAMPLES, hold
 from rankopt._model.layers import Layer, check_materialised, find_layers
 from rankopt._model.patterns import Patterns, select
-from rankopt._model.probe import Probe, probe
+from rankopt._model.probe import Probe, probe, static_reads
+from rankopt._search.describe import refused
 from rankopt._search.merge_widths import Choice, Widths
 from rankopt._search.verify import environment, verify
 from rankopt.budget import Budget, check_inputs
@@ -156,8 +157,11 @@ def merge_plan(
         if example_inputs is not None:
             seen = probe(view, layers, example_inputs)
             layers = seen.annotate(layers)
+        reads = static_reads(view)
+        if seen is None:
+            layers = refused(layers, reads)
         layers = select(layers, only, ignore)
-        blocks = _bottlenecks(view, layers, seen)
+        blocks = _bottlenecks(view, layers, seen, reads)
         _check_found(view, blocks)
         free = [block for block in blocks if block.refusal is None]
         work = Widths(view, free, seen, round_to, between, progress)
@@ -208,13 +212,16 @@ def _checked(
     return allowed
 
 
-def _bottlenecks(view: nn.Module, layers: Sequence[Layer], seen: Probe | None) -> list[Bottleneck]:
-    """The bottlenecks of `view`, with what is known of their layers."""
+def _bottlenecks(
+    view: nn.Module, layers: Sequence[Layer], seen: Probe | None, reads: Mapping[str, str]
+) -> list[Bottleneck]:
+    """The bottlenecks of `view`, with what is known of their layers, and what reads their norms."""
     known = {name: layer for layer in layers for name in layer.names}
     found = []
     for bottleneck in find_bottlenecks(view):
         first, middle, last = (known[name] for name in bottleneck.targets)
         reasons = [f"{x.name}: {x.refusal}" for x in (first, middle, last) if x.refusal]
+        reasons += [f"{norm}: {reads[norm]}" for norm in bottleneck.norms if norm and norm in reads]
         calls = [] if seen is None else [len(seen.calls.get(n, ())) for n in bottleneck.targets]
         if len(set(calls)) > 1:
             times = ", ".join(map(str, calls))

@@ -77,7 +77,7 @@ def factors(model: nn.Module) -> tuple[Factor, ...]:
             torch.compile, DataParallel or DDP.
 
     Raises:
-        ModelError: The model carries no plan.
+        ModelError: The model carries no plan, or lacks factors of it.
     """
     plan = plan_of(model)
     if plan is None:
@@ -96,6 +96,12 @@ def factors(model: nn.Module) -> tuple[Factor, ...]:
                 for name, child in children.items()
                 if name in roles and isinstance(getattr(child, "weight", None), nn.Parameter)
             ]
+            if not parts:
+                raise ModelError(
+                    f"layer {target} of the plan has no factors in this "
+                    f"{type(surgery.unwrap(model)).__name__}: it was replaced, or wrapped such as "
+                    "by checkpoint_wrapper; make the Freezer before wrapping it"
+                )
             present = frozenset(role for _, role, _ in parts)
             found += [
                 Factor(f"{target}.{name}".lstrip("."), target, role, present, child)
