@@ -71,7 +71,7 @@ def save(
         RankoptError: The folder cannot be written.
     """
     surgery.check_model(model, swapped=path)
-    target = check_target(path)
+    target = Path(os.path.realpath(check_target(path)))  # shards lie beside where a link leads
     built_by = plan_of(model)
     plan = built_by if plan is None else plan
     if plan is None:
@@ -232,6 +232,9 @@ def _read(path: Path, *, weights: bool = True) -> tuple[dict[str, str], dict[str
     if path.is_dir():
         raise CheckpointError(f"{path} is a folder; name a file that rankopt.save wrote")
     index = _index_of(path)
+    if path.is_symlink() and not path.exists() and not index.exists():
+        path = Path(os.path.realpath(path))
+        index = _index_of(path)
     if not path.exists() and index.exists():
         try:
             content = json.loads(index.read_text(encoding="utf-8"))

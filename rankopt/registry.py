@@ -115,7 +115,7 @@ class Registry(Generic[T]):
             )
         try:
             cls = source.load()
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise RegistryError(
                 f"{self.kind} {name!r} of {self.origin(name)} failed to import: "
                 f"{type(error).__name__}: {error}"

@@ -358,3 +358,18 @@ def test_what_was_untied_is_not_lost(tmp_path):
         rankopt.fold(small, model)
     again = rankopt.load(Tied(tied=False), tmp_path / "untied.safetensors")
     assert torch.equal(again(x), small(x))
+
+
+def test_shards_lie_where_a_link_leads(small, tmp_path):
+    (tmp_path / "store").mkdir()
+    target, link = tmp_path / "store/model.safetensors", tmp_path / "model.safetensors"
+    rankopt.save(small, target)
+    link.symlink_to(target)
+    with torch.no_grad():
+        next(small.parameters()).add_(1)
+    rankopt.save(small, link, max_shard_bytes=2000)
+    assert [path.name for path in tmp_path.iterdir() if not path.is_dir()] == [link.name]
+    assert link.is_symlink()
+    x = planted_inputs()
+    for path in (link, target):
+        assert torch.equal(rankopt.load(planted_model(), path)(x), small(x))

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import sqlite3
+import warnings
 
 import numpy as np
 import pytest
@@ -274,3 +275,16 @@ def test_settings_are_validated():
     ):
         with pytest.raises(ValueError, match=match):
             ProfileTable(":memory:", **bad)
+
+
+def test_times_of_other_kernels_are_told_apart():
+    base = ProfileTable(":memory:").conditions(CPU, CALL)
+    warnings.simplefilter("ignore")  # torch's, on Intel's GPUs; pytest restores the filters
+    with torch.backends.mkldnn.flags(enabled=False):
+        assert ProfileTable(":memory:").conditions(CPU, CALL) != base
+    torch.set_float32_matmul_precision("medium")
+    try:
+        assert ProfileTable(":memory:").conditions(CPU, CALL) != base
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert ProfileTable(":memory:").conditions(CPU, CALL) == base

@@ -90,3 +90,11 @@ def test_no_public_name_hides_a_module():
     }
     for name in set(rankopt.__all__) & modules:
         assert inspect.ismodule(getattr(rankopt, name)), name
+
+
+def test_a_plug_in_that_leaves_python_breaks_no_others(tmp_path, monkeypatch):
+    (tmp_path / "leaving_plug_in.py").write_text("raise SystemExit(3)")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    made = registry(("leaving", "leaving_plug_in:X"))
+    with pytest.raises(RegistryError, match="failed to import: SystemExit: 3"):
+        made.get("leaving")

@@ -332,3 +332,10 @@ def test_the_deadline_holds_while_inputs_are_read():
     with pytest.raises(DeadlineExceeded):
         rankopt.search(model, "params<=60%", calibration=inputs, timeout=0.0)
     assert len(calls) < len(inputs)
+
+
+def test_the_reason_that_keeps_most_parameters_is_named():
+    small = [nn.Linear(2, 2) for _ in range(3)]  # where no rank saves anything
+    ends = [nn.Linear(2, 64), nn.Linear(64, 64), nn.Linear(64, 64)]
+    with pytest.raises(BudgetInfeasible, match="mostly for this reason: ignored by the user"):
+        rankopt.search(nn.Sequential(*small, *ends), "params<=1%", ignore=["5"])

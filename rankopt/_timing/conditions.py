@@ -39,7 +39,7 @@ def conditions(
     elif call is None and torch.is_autocast_enabled(device.type):
         settings["autocast"] = str(torch.get_autocast_dtype(device.type))
     if device.type == "cpu":
-        settings |= _allocator()
+        settings |= _allocator() | _kernels()
     if device.type == "cuda":
         if torch.backends.cudnn.deterministic:
             settings["deterministic"] = True
@@ -82,6 +82,16 @@ def _device_name(device: torch.device) -> str:
     if device.type != "cpu":
         return f"{device.type} {platform.machine()}"
     return f"cpu {_cpu_model()}, {torch.backends.cpu.get_cpu_capability()}"
+
+
+def _kernels() -> dict[str, Any]:
+    """What chooses other kernels than usual on a CPU."""
+    found: dict[str, Any] = {}
+    if not torch.backends.mkldnn.enabled:
+        found["mkldnn"] = False
+    if (precision := torch.get_float32_matmul_precision()) != "highest":
+        found["matmul"] = precision
+    return found
 
 
 def _cuda_driver() -> str:

@@ -138,8 +138,14 @@ class Problem:
 
     @cached_property
     def axes(self) -> tuple[str, ...]:
-        """The axes of `load`: those of the budget, or params without one."""
-        return ("params",) if self.budget is None else self.budget.axes
+        """The axes of `load`: those of the budget, or params without one.
+
+        A bound on the metric is not one that options use up: what is minimised under it is.
+        """
+        if self.budget is None:
+            return ("params",)
+        counted = tuple(axis for axis in self.budget.axes if axis != "metric_drop")
+        return counted or (self.budget.minimize or "params",)
 
     def load(self, cost: Mapping[str, Any]) -> Any:
         """Share of the budget that `cost` uses, the mean over its axes."""
@@ -151,7 +157,8 @@ class Problem:
         return "time" if self.axes == (LATENCY,) else "cost"
 
     def _limit(self, axis: str) -> float:
-        ratio = 1.0 if self.budget is None else self.budget.ratio(axis)
+        budget = self.budget
+        ratio = budget.ratio(axis) if budget is not None and axis in budget.axes else 1.0
         return ratio * self.totals[axis]
 
     def known(self, site: Site, fisher: bool | None = None) -> Moments | None:

@@ -159,9 +159,14 @@ def infeasible(
     """
     reached = ", ".join(f"{axis} {100 * share:.2f}%" for axis, share in shares.items())
     free = sum(not option.keeps for option in smallest)
-    reasons = [option.reason for option in smallest if option.keeps and option.reason]
-    reasons += [layer.refusal for layer in layers if layer.refusal]
-    common = Counter(reasons).most_common(1)
+    reasons: Counter[str] = Counter()  # by the parameters that stay for each
+    for option in smallest:
+        if option.keeps and option.reason:
+            reasons[option.reason] += int(option.cost["params"])
+    for layer in layers:
+        if layer.refusal:
+            reasons[layer.refusal] += layer.params
+    common = reasons.most_common(1)
     why = f", mostly for this reason: {common[0][0]}" if common else ""
     return BudgetInfeasible(
         f"{budget.explain()}: cannot be met; the smallest reachable is {reached}, with "
