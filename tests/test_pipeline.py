@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import json
 import re
 
@@ -264,3 +265,22 @@ def test_outputs_are_identical_where_they_were_compared(boxed, note):
 
     done = rankopt.compress(Net(), "params<=60%", example_inputs=torch.randn(4, 32))
     assert done.stages[-1].note.endswith(note)
+
+
+def test_counting_leaves_the_model_as_it_is_and_sees_attention():
+    class Attending(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.attention = nn.BatchNorm1d(4), nn.MultiheadAttention(32, 4)
+            self.body, self.head = nn.Linear(32, 128), nn.Linear(128, 8)
+
+        def forward(self, x):
+            x = self.norm(x)
+            return self.head(self.body(self.attention(x, x, x)[0]).relu())
+
+    torch.manual_seed(0)
+    model, x = Attending().train(), torch.randn(16, 4, 32)
+    kept = copy.deepcopy(model.state_dict())
+    done = rankopt.compress(model, "macs<=90%", example_inputs=x)
+    assert done.comparison.macs.ratio <= 0.9
+    assert all(torch.equal(value, kept[key]) for key, value in model.state_dict().items())

@@ -26,7 +26,7 @@ from rankopt._timing.conditions import conditions
 from rankopt._timing.latency import Interval, Mode, runner, time_interleaved
 from rankopt.errors import CalibrationError, ModelError
 
-__all__ = ["Comparison", "Figure", "compare"]
+__all__ = ["Comparison", "Figure", "compare", "macs_of"]
 
 
 @dataclass(frozen=True)
@@ -167,7 +167,7 @@ def compare(
                     _check_eager(original, compressed)
                 timed = [surgery.clone(model).train() for model in models]
             try:
-                figures["macs"] = Figure(*(_macs(model, inputs) for model in models))
+                figures["macs"] = Figure(*(macs_of(model, inputs) for model in models))
                 figures |= _apart(models[0], models[1], inputs)
                 runners = {
                     name: runner(model, inputs, mode=mode, cuda_graph=cuda_graph, compile=compile)
@@ -225,6 +225,7 @@ def _apart(original: nn.Module, compressed: nn.Module, inputs: Any) -> dict[str,
         return {}
 
 
-def _macs(model: nn.Module, inputs: Any) -> int:
+def macs_of(model: nn.Module, inputs: Any) -> int:
+    """MACs in eval mode, of a copy whose attention is unpacked, so that all of them are seen."""
     view = unpacked_clone(model).eval()
     return measure.count_macs(view, inputs)

@@ -151,7 +151,8 @@ def filled(
                 f"{path}: {name} is {list(value.shape)}, the model expects {list(slot.shape)}"
             )
         other = tensors[first.setdefault(slot, name)]
-        if other is not value and not torch.equal(other, value):
+        same = other is value or (other.dtype == value.dtype and torch.equal(other, value))
+        if not same:
             raise CheckpointError(
                 f"{path} holds other values for {name} than for {first[slot]}, which are one "
                 f"tensor in this {type(model).__name__}; give a model in which they are two"

@@ -15,7 +15,7 @@ from torch import nn
 
 from rankopt import checkpoint as files
 from rankopt._build.apply import apply
-from rankopt._build.compare import Comparison, Figure, compare
+from rankopt._build.compare import Comparison, Figure, compare, macs_of
 from rankopt._build.fold import check_foldable, fold
 from rankopt._build.provenance import plan_of, remember_plan
 from rankopt._model import measure, surgery
@@ -219,8 +219,12 @@ class Run:
             if budget is not None and axis in budget.axes:
                 _check_axis(budget, axis, Figure(float(count(original)), float(count(small))))
         if budget is not None and "macs" in budget.axes and self.inputs is not None:
-            before, after = (measure.count_macs(each, self.inputs) for each in (original, small))
-            _check_axis(budget, "macs", Figure(float(before), float(after)))
+            inputs = measure.to_device(self.inputs, surgery.device_of(original))
+            with torch.no_grad(), measure.preserve_rng():
+                before, after = (
+                    macs_of(each, inputs) for each in (original, surgery.unwrap(small))
+                )
+            _check_axis(budget, "macs", Figure(*map(float, counts)))
 
     def _gives_the_same(self, small: nn.Module, reloaded: nn.Module) -> bool:
         """Whether outputs were found identical; False where they hold no tensor to compare."""

@@ -67,14 +67,20 @@ def copied(model: nn.Module) -> dict[str, Any]:
     return kept
 
 
+@torch.no_grad()
 def put_back(model: nn.Module, kept: Mapping[str, Any]) -> None:
     """Give a model what `copied` kept of it."""
     state = OrderedDict(kept)
     state._metadata = getattr(kept, "_metadata", None)  # type: ignore[attr-defined]
     for name, owner, key in list(_unsaved(model)):
-        buffer = state.pop(name, None)  # None: of an older checkpoint
-        if buffer is not None:
-            owner._buffers[key] = buffer.detach().to(owner._buffers[key].device, copy=True)
+        buffer, held = state.pop(name, None), owner._buffers[key]
+        if buffer is None:  # of an older checkpoint
+            continue
+        buffer = buffer.detach().to(held.device)
+        if buffer.shape != held.shape or buffer.dtype != held.dtype:
+            owner._buffers[key] = buffer.clone()
+        elif not torch.equal(buffer, held):  # in place, as others may refer to it
+            held.copy_(buffer)
     model.load_state_dict(state)
 
 
