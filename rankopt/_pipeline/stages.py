@@ -221,9 +221,7 @@ class Run:
         if budget is not None and "macs" in budget.axes and self.inputs is not None:
             inputs = measure.to_device(self.inputs, surgery.device_of(original))
             with torch.no_grad(), measure.preserve_rng():
-                before, after = (
-                    macs_of(each, inputs) for each in (original, surgery.unwrap(small))
-                )
+                counts = [macs_of(surgery.unwrap(each), inputs) for each in (self.model, small)]
             _check_axis(budget, "macs", Figure(*map(float, counts)))
 
     def _gives_the_same(self, small: nn.Module, reloaded: nn.Module) -> bool:

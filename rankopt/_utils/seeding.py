@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from types import ModuleType
 from typing import Any, Final
 
 import numpy as np
@@ -65,7 +66,7 @@ def random_sources(holders: Iterable[Any], without: tuple[type, ...] = ()) -> li
 
 def _held(one: Any) -> Collection[Any]:
     """What an object holds that may hold generators, or be one."""
-    if isinstance(one, (type, str, bytes, torch.Tensor, np.ndarray)):
+    if isinstance(one, (type, ModuleType, str, bytes, torch.Tensor, np.ndarray)):
         return ()
     if isinstance(one, Mapping):
         return list(one.values()) if type(one) is dict and len(one) <= LONGEST else ()
