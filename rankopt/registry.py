@@ -71,8 +71,12 @@ class Registry(Generic[T]):
         """Class decorator that adds a class under `name` in this process.
 
         Raises:
-            RegistryError: The name is taken.
+            RegistryError: The name is taken, or is none.
         """
+        if not isinstance(name, str):
+            raise RegistryError(
+                f"register takes the name of a {self.kind}, such as @register('mine'), not {name!r}"
+            )
 
         def add(cls: type[T]) -> type[T]:
             if name in self._registered or name in self._installed:
@@ -131,7 +135,7 @@ class Registry(Generic[T]):
         """An instance: `spec` itself, or the class of that name with `settings`.
 
         Raises:
-            RegistryError: As `get`, or an unknown setting.
+            RegistryError: As `get`, an unknown setting, or a class that cannot be made.
             ValueError: A setting out of range, from the class itself.
         """
         if isinstance(spec, self.base):
@@ -155,7 +159,12 @@ class Registry(Generic[T]):
                 f"{self.kind} {spec!r} has no setting {', '.join(unknown)}; "
                 f"it has {', '.join(known) or 'none'}"
             )
-        return cls(**settings)
+        try:
+            return cls(**settings)
+        except TypeError as error:
+            raise RegistryError(
+                f"{self.kind} {spec!r} of {self.origin(spec)} cannot be made: {error}"
+            ) from error
 
 
 strategies: Final = Registry("rankopt.strategies", "strategy", Strategy)  # type: ignore[type-abstract]

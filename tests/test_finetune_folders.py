@@ -68,19 +68,28 @@ def test_a_run_that_stopped_early_of_other_weights_says_so(tmp_path):
         rankopt.finetune(small, in_batches(x, y), evaluate=lambda model: next(values), **settings)
 
 
-def test_samplers_with_a_generator_of_their_own_resume(tmp_path):
-    def run(folder, **settings):
+def check_resumes(loader, folder):
+    """An interrupted run ends with the weights of a whole one."""
+
+    def run(name, epochs):
         _, small, x, y = problem(count=64)
-        own = torch.Generator().manual_seed(3)
-        sampler = WeightedRandomSampler(torch.arange(1.0, 65), 64, generator=own)
-        train = DataLoader(TensorDataset(x, y), batch_size=16, sampler=sampler)
-        rankopt.finetune(small, train, epochs=3, folder=folder, **settings)
+        arguments = {"folder": folder / name, "evaluate": interrupted_at(epochs)}
+        rankopt.finetune(small, loader(x, y), epochs=3, **arguments)
         return snapshot(small)
 
-    whole = run(tmp_path / "whole", evaluate=interrupted_at(99))
+    whole = run("whole", 99)
     with pytest.raises(KeyboardInterrupt):
-        run(tmp_path / "cut", evaluate=interrupted_at(2))
-    assert equal(whole, run(tmp_path / "cut", evaluate=interrupted_at(99)))
+        run("cut", 2)
+    assert equal(whole, run("cut", 99))
+
+
+def test_samplers_with_a_generator_of_their_own_resume(tmp_path):
+    def loader(x, y):
+        own = torch.Generator().manual_seed(3)
+        sampler = WeightedRandomSampler(torch.arange(1.0, 65), 64, generator=own)
+        return DataLoader(TensorDataset(x, y), batch_size=16, sampler=sampler)
+
+    check_resumes(loader, tmp_path)
 
 
 def test_what_a_killed_writer_left_is_removed(tmp_path):
@@ -176,17 +185,11 @@ class Permuted:
 
 @pytest.mark.parametrize("kind", ["torch", "numpy", "older numpy", "python"])
 def test_data_sets_and_samplers_with_generators_of_their_own_resume(kind, tmp_path):
-    def run(folder, **settings):
-        _, small, x, y = problem(count=64)
+    def loader(x, y):
         inner = torch.utils.data.Subset(Source(x, y, kind), range(64))
-        train = DataLoader(inner, batch_sampler=Permuted())
-        rankopt.finetune(small, train, epochs=3, folder=folder, **settings)
-        return snapshot(small)
+        return DataLoader(inner, batch_sampler=Permuted())
 
-    whole = run(tmp_path / "whole", evaluate=interrupted_at(99))
-    with pytest.raises(KeyboardInterrupt):
-        run(tmp_path / "cut", evaluate=interrupted_at(2))
-    assert equal(whole, run(tmp_path / "cut", evaluate=interrupted_at(99)))
+    check_resumes(loader, tmp_path)
 
 
 class Counting(torch.nn.Module):

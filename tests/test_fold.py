@@ -135,3 +135,14 @@ def test_what_cannot_be_folded():
         fold(rankopt.apply(dense, plan), dense)
     with pytest.raises(ModelError, match="carries no plan"):
         fold(dense, dense)
+
+
+def test_factors_that_were_untied_are_not_dropped():
+    model = nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 32)).eval()
+    model[2].weight = model[0].weight
+    small = rankopt.apply(model, rankopt.search(model, "params<=60%"))
+    x = torch.randn(4, 32)
+    assert torch.allclose(rankopt.fold(small, model)(x), small(x), atol=1e-5)
+    small[2].first.weight = nn.Parameter(torch.randn_like(small[2].first.weight))
+    with pytest.raises(ModelError, match="2 has other values than 0, and both are one tensor"):
+        rankopt.fold(small, model)

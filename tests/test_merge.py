@@ -241,7 +241,12 @@ class ReadsANorm(Reader):
         return self.bn2.weight.abs().sum()
 
 
-@pytest.mark.parametrize("kind", [ReadsAWeight, ReadsANorm])
+class ReadsAWidth(Reader):
+    def scale(self):
+        return self.bn2.num_features
+
+
+@pytest.mark.parametrize("kind", [ReadsAWeight, ReadsANorm, ReadsAWidth])
 @pytest.mark.parametrize("inputs", ["none", "example_inputs", "calibration"])
 def test_blocks_whose_own_forward_reads_them_stay(kind, inputs):
     x = torch.randn(8, 32, 6, 6)
@@ -251,5 +256,5 @@ def test_blocks_whose_own_forward_reads_them_stay(kind, inputs):
         "calibration": {"calibration": [x]},
     }
     assert rankopt.merge(Reader().eval(), **given[inputs]).conv2.out_channels < 16
-    with pytest.raises(ModelError, match="its weight is read"):
+    with pytest.raises(ModelError, match="its (weight|num_features) is read"):
         rankopt.merge(kind().eval(), **given[inputs])

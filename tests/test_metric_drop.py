@@ -7,6 +7,7 @@ import rankopt
 import rankopt_strategies
 from rankopt._model import measure
 from rankopt.errors import BudgetError, BudgetInfeasible, EvaluationError, RankoptWarning
+from rankopt.strategy import Strategy, Tags
 from rankopt.testing import ModelledClock, planted_inputs, planted_model
 
 DATA = [planted_inputs(32)]
@@ -181,3 +182,26 @@ def test_a_bound_in_milliseconds_holds_too():
     budget = f"metric_drop<=1, minimize=params, latency_ms<={asked}"
     with pytest.raises(BudgetInfeasible):
         rankopt.search(model, budget, **{**loose, "evaluate": strict})
+
+
+def test_a_strategy_that_searches_under_a_bound_on_the_metric_can_ask_for_options():
+    class Smallest(Strategy):
+        name = "smallest"
+        promises = Tags(metric_drop=True)
+
+        def search(self, problem):
+            assert problem.axes == ("macs",)
+            chosen = [(site, site.methods[0]) for site in problem.sites]
+            assert all(problem.frontier(site, method) for site, method in chosen)
+            options = [
+                problem.option(site, method, [1 for _ in method.rank_axes(site.layer)], "small")
+                for site, method in chosen
+            ]
+            return problem.plan(self, options)
+
+    model = planted_model()
+    plan = rankopt.search(
+        model, "metric_drop<=100, minimize=macs", strategy=Smallest(),
+        example_inputs=planted_inputs(), evaluate=lambda model: 0.0,
+    )  # fmt: skip
+    assert plan.changes

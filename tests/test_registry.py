@@ -98,3 +98,16 @@ def test_a_plug_in_that_leaves_python_breaks_no_others(tmp_path, monkeypatch):
     made = registry(("leaving", "leaving_plug_in:X"))
     with pytest.raises(RegistryError, match="failed to import: SystemExit: 3"):
         made.get("leaving")
+
+
+def test_plug_ins_that_cannot_be_made_and_names_that_are_none():
+    made = registry()
+
+    @made.register("abstract")
+    class Abstract(Strategy):
+        name = "abstract"
+
+    with pytest.raises(RegistryError, match="'abstract' of .* cannot be made: Can't instantiate"):
+        made.create("abstract")
+    with pytest.raises(RegistryError, match="register takes the name of a strategy"):
+        made.register(Abstract)

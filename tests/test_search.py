@@ -17,9 +17,11 @@ from rankopt.errors import (
     DeadlineExceeded,
     LayerError,
     ModelError,
+    PlanError,
     RankoptError,
     RegistryError,
 )
+from rankopt.strategy import Strategy
 from rankopt.testing import ModelledClock, planted_inputs, planted_model
 
 
@@ -339,3 +341,30 @@ def test_the_reason_that_keeps_most_parameters_is_named():
     ends = [nn.Linear(2, 64), nn.Linear(64, 64), nn.Linear(64, 64)]
     with pytest.raises(BudgetInfeasible, match="mostly for this reason: ignored by the user"):
         rankopt.search(nn.Sequential(*small, *ends), "params<=1%", ignore=["5"])
+
+
+def test_under_a_budget_on_macs_it_is_the_reason_that_keeps_most_macs():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.wide, self.body = nn.Conv2d(3, 64, 3, padding=1), nn.Conv2d(64, 64, 1)
+            self.head = nn.Linear(64, 512)  # more parameters, but run once
+
+        def forward(self, x):
+            return self.head(self.body(self.wide(x)).mean((2, 3)))
+
+    with pytest.raises(BudgetInfeasible, match="mostly for this reason: .*only 3 input"):
+        rankopt.search(Net(), "macs<=5%", example_inputs=torch.randn(1, 3, 32, 32), ignore=["head"])
+
+
+def test_methods_that_were_not_asked_for_are_refused():
+    class Stubborn(Strategy):
+        name = "stubborn"
+
+        def search(self, problem):
+            plan = rankopt.search(model, "params<=90%", methods="tucker2")
+            return dataclasses.replace(plan, strategy=self.describe(0))
+
+    model = planted_model()
+    with pytest.raises(PlanError, match="chose tucker2 for layer .*; asked for were svd"):
+        rankopt.search(model, "params<=90%", strategy=Stubborn(), methods="svd")

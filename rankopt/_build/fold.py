@@ -79,15 +79,18 @@ def fold(model: nn.Module, original: nn.Module) -> nn.Module:
     chains = dict(surgery.named_modules(small))
     layers: dict[str, Any] = dict(surgery.named_modules(result))
     targets = [name for decision in plan.changes for name in decision.targets]
+    written: dict[Tensor, tuple[str, Tensor]] = {}
     with torch.no_grad():
         for name in targets:
             chain, layer = chains.get(name), layers.get(name)
             if not isinstance(chain, nn.Sequential) or not hasattr(layer, "weight"):
                 raise _unfoldable(name)
             weight = effective_weight(chain)
+            assert layer is not None
             slot = canonical_weight(layer)
             if slot.shape != weight.shape:
                 raise _unfoldable(name)
+            _check_tied(name, weight, *written.setdefault(layer.weight, (name, weight)))
             slot.copy_(weight)
             bias = getattr(layer, "bias", None)
             if bias is not None:
@@ -120,21 +123,25 @@ def _copy_kept(small: nn.Module, result: nn.Module, targets: list[str]) -> None:
     ]
     for name in sorted(states[0].keys() ^ states[1].keys()):
         raise _unfoldable(name)
-    first: dict[Tensor, str] = {}
+    written: dict[Tensor, tuple[str, Tensor]] = {}
     for name, value in states[0].items():
-        if surgery.is_extra_state(name):
-            continue
-        slot = states[1][name]
-        tied = first.setdefault(slot, name)
-        if (held := states[0][tied]) is not value and not torch.equal(held, value):
-            raise ModelError(
-                f"{name} has other values than {tied}, and both are one tensor in the original "
-                "architecture; give one in which they are two"
-            )
-        slot.copy_(value)
+        if not surgery.is_extra_state(name):
+            slot = states[1][name]
+            _check_tied(name, value, *written.setdefault(slot, (name, value)))
+            slot.copy_(value)
     for name, module in surgery.named_modules(result):
         if (held := f"{name}._extra_state".removeprefix(".")) in states[0]:
             module.set_extra_state(states[0][held])
+
+
+def _check_tied(name: str, value: Tensor, first: str, held: Tensor) -> None:
+    """Raise if one tensor of the original is to hold two."""
+    if value is held or value.is_meta or torch.equal(value, held):
+        return
+    raise ModelError(
+        f"{name} has other values than {first}, and both are one tensor in the original "
+        "architecture; give one in which they are two"
+    )
 
 
 def _unfoldable(name: str) -> ModelError:

@@ -31,7 +31,7 @@ from rankopt.errors import ModelError
 
 __all__ = ["Call", "Probe", "probe", "static_reads"]
 
-# What a chain of factors does not offer under the same name.
+# What a chain of factors does not offer under the same name, or a narrower norm as it was.
 _READS: Final = frozenset(
     {
         "weight",
@@ -47,6 +47,9 @@ _READS: Final = frozenset(
         "groups",
         "padding_mode",
         "nf",
+        "num_features",
+        "running_mean",
+        "running_var",
         "nx",
         "in_proj_weight",
     }

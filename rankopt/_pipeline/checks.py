@@ -1,4 +1,4 @@
-"""What `rankopt.compress` refuses before it does any work."""
+"""What `rankopt.compress` refuses: before it does any work, and of what came of it."""
 
 from __future__ import annotations
 
@@ -9,14 +9,17 @@ from typing import Any, Final
 from torch import nn
 
 from rankopt._build.apply import apply
+from rankopt._build.compare import Figure
 from rankopt._search.search import search
+from rankopt.budget import Budget
+from rankopt.errors import RankoptError
 from rankopt.training.finetune import check_request, finetune
 from rankopt.training.front import check_fronts
 from rankopt.training.launcher import require_accelerate
 from rankopt.training.repair import check_settings, recover
 from rankopt.training.schedules import Schedule
 
-__all__ = ["TUNING", "check_stages"]
+__all__ = ["TUNING", "check_budget", "check_stages"]
 
 # The function of each stage, and how many of its arguments `compress` gives by position.
 FUNCTIONS: Final[Mapping[str, tuple[Callable[..., Any], int]]] = {
@@ -57,3 +60,24 @@ def check_stages(model: nn.Module, stages: Mapping[str, Any], train: Any) -> Non
         if known is not None and isinstance(recipe.freezing, Schedule):
             check_fronts(known, recipe.freezing.modules())
         require_accelerate()
+
+
+def check_budget(budget: Budget | None, figures: Mapping[str, Figure | None]) -> None:
+    """Hold counted figures to the budget; latency was held by the search.
+
+    Args:
+        budget: The user's; None for none.
+        figures: By axis; other entries are left alone.
+
+    Raises:
+        RankoptError: One is above it.
+    """
+    for axis in ("params", "macs", "memory"):
+        figure = figures.get(axis)
+        if budget is None or axis not in budget.axes or figure is None:
+            continue
+        if figure.after > budget.ratio(axis) * figure.before:
+            raise RankoptError(
+                f"the result's {axis} is {100 * figure.ratio:.2f}% of the original's, above the "
+                f"budget ({budget.explain()}); no output was written"
+            )

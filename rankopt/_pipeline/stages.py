@@ -22,7 +22,7 @@ from rankopt._model import measure, surgery
 from rankopt._model.inputs import digest, hold, tensors_in
 from rankopt._model.metric import Evaluate, metric_of
 from rankopt._model.spelled import spelled
-from rankopt._pipeline.checks import TUNING
+from rankopt._pipeline.checks import TUNING, check_budget
 from rankopt._search.opening import uses_metric
 from rankopt._search.search import DEFAULT_STRATEGY, search
 from rankopt._utils.files import write_text
@@ -198,7 +198,7 @@ class Run:
         identical = self.inputs is not None and self._gives_the_same(small, reloaded)
         original = surgery.unwrap(self.model)  # what was read back is not compiled either
         comparison = compare(original, reloaded, example_inputs=self.inputs, seed=self.seed)
-        _check_budget(plan.budget if budget is None else budget, comparison)
+        check_budget(plan.budget if budget is None else budget, vars(comparison))
         metric = self._metric(reloaded)
         if self.dense_metric is not None and metric is not None:
             comparison = replace(comparison, metric=Figure(self.dense_metric, metric))
@@ -209,20 +209,17 @@ class Run:
         return comparison
 
     def _check_counts(self, budget: Budget | None, small: nn.Module) -> None:
-        """Hold what was applied to the budget; recovering and fine-tuning change no counts.
-
-        Raises:
-            RankoptError: The plan, of a function in place of `search` say, breaks it.
-        """
-        original = surgery.unwrap(self.model)
-        for axis, count in (("params", measure.count_params), ("memory", measure.count_memory)):
-            if budget is not None and axis in budget.axes:
-                _check_axis(budget, axis, Figure(float(count(original)), float(count(small))))
+        """Hold what was applied to the budget; recovering and fine-tuning change no counts."""
+        models = [surgery.unwrap(self.model), surgery.unwrap(small)]
+        figures = {
+            "params": Figure(*map(measure.count_params, models)),
+            "memory": Figure(*map(measure.count_memory, models)),
+        }
         if budget is not None and "macs" in budget.axes and self.inputs is not None:
-            inputs = measure.to_device(self.inputs, surgery.device_of(original))
-            with torch.no_grad(), measure.preserve_rng():
-                counts = [macs_of(surgery.unwrap(each), inputs) for each in (self.model, small)]
-            _check_axis(budget, "macs", Figure(*map(float, counts)))
+            inputs = measure.to_device(self.inputs, surgery.device_of(models[0]))
+            with measure.preserve_rng():
+                figures["macs"] = Figure(*(macs_of(each, inputs) for each in models))
+        check_budget(budget, figures)
 
     def _gives_the_same(self, small: nn.Module, reloaded: nn.Module) -> bool:
         """Whether outputs were found identical; False where they hold no tensor to compare."""
@@ -376,22 +373,6 @@ def _begun(done: Iterable[str], order: list[str]) -> list[str]:
     if any(number > 1 for number, _ in reached):
         return order
     return order[: max((order.index(name) + 1 for _, name in reached), default=0)]
-
-
-def _check_budget(budget: Budget | None, found: Comparison) -> None:
-    """Hold the counted figures of the file to the budget; latency was held by the search."""
-    for axis in ("params", "macs", "memory"):
-        figure = getattr(found, axis)
-        if budget is not None and axis in budget.axes and figure is not None:
-            _check_axis(budget, axis, figure)
-
-
-def _check_axis(budget: Budget, axis: str, figure: Figure) -> None:
-    if figure.after > budget.ratio(axis) * figure.before:
-        raise RankoptError(
-            f"the result's {axis} is {100 * figure.ratio:.2f}% of the original's, above the "
-            f"budget ({budget.explain()}); no output was written"
-        )
 
 
 def _planned(plan: RankPlan) -> str:

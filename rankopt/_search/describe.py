@@ -30,7 +30,7 @@ from rankopt.registry import decompositions
 from rankopt.strategy import Problem, Site
 from rankopt.strategy.settings import Settings
 
-__all__ = ["describe", "problem_of", "refused", "selected"]
+__all__ = ["as_text", "describe", "problem_of", "refused", "selected"]
 
 # Samples of calibration inputs that show how layers are used; BatchNorm in training needs two.
 SHOWN: Final = 2
@@ -127,6 +127,7 @@ def problem_of(
 ) -> Problem:
     if isinstance(methods, str) or not isinstance(methods, Iterable):
         methods = [methods]
+    methods = list(methods)
     available = [decompositions.create(method) for method in methods]
     modules = dict(surgery.named_modules(view))
 
@@ -147,8 +148,13 @@ def problem_of(
         totals["macs"] = seen.macs
     return Problem(
         layers=tuple(layers), sites=tuple(sites), budget=budget, totals=totals, weight=weight,
-        **vars(settings),
+        methods=tuple(as_text(methods)), **vars(settings),
     )  # fmt: skip
+
+
+def as_text(values: Iterable[Any]) -> list[str]:
+    """Names and globs; functions and instances only as a remark."""
+    return [one if isinstance(one, str) else f"<{one!r}>" for one in values]
 
 
 def _with_values(layer: Layer, weight: Callable[[Layer], Tensor]) -> Layer:

@@ -66,7 +66,8 @@ def nearest(
     best, least, tried = None, float("inf"), list[dict[str, Any]]()
     try:
         for weighed in _values(fisher):
-            plan = find(problem.with_fisher(weighed))
+            variant = "fisher" if weighed and fisher == SEARCH else ""
+            plan = find(problem.with_fisher(weighed, variant=variant))
             for ordered in _values(asymmetric):
                 made = fitted_in_order(plan) if ordered else plan
                 found = problem.distance(made.decisions)

@@ -22,7 +22,7 @@ from rankopt._search.opening import check_request, open_problem
 from rankopt._timing.profile_table import ProfileTable, check_table
 from rankopt.budget import Budget
 from rankopt.errors import PlanError
-from rankopt.plan import RankPlan
+from rankopt.plan import MERGE, RankPlan
 from rankopt.registry import strategies
 from rankopt.strategy import Problem, Strategy, check_timeout
 from rankopt.strategy.rank_choices import check_round_to, check_rounding
@@ -195,4 +195,11 @@ def _searched(strategy: Strategy, problem: Problem) -> RankPlan:
             f"strategy {strategy.name!r} returned a {type(plan).__name__}, not a RankPlan; its "
             "search() has to return problem.plan(self, options)"
         )
+    allowed = {method.name for site in problem.sites for method in site.methods} | {MERGE}
+    for decision in plan.changes:
+        if decision.method not in allowed:
+            raise PlanError(
+                f"strategy {strategy.name!r} chose {decision.method} for layer "
+                f"{decision.targets[0]}; asked for were {', '.join(problem.methods)}"
+            )
     return plan

@@ -13,6 +13,7 @@ from rankopt._model import measure, surgery
 from rankopt._model.inputs import MAX_SAMPLES
 from rankopt._model.metric import Evaluate, EvaluateBatch
 from rankopt._model.patterns import Patterns
+from rankopt._search.describe import as_text
 from rankopt._search.model_clock import ModelClock, bounds_latency, price_time
 from rankopt._search.opening import open_problem
 from rankopt._search.verify import environment
@@ -220,7 +221,7 @@ def study(
             extra={
                 "environment": environment(opened.source, example_inputs),
                 **({"profile": _settings(table)} if timed else {}),
-                **{key: _names(key, value) for key, value in chosen.items()},
+                **{key: _names(value) for key, value in chosen.items()},
             },
             finish=lambda plan: opened.finish(plan, seconds=plan.seconds),
         )
@@ -254,13 +255,11 @@ def _choice(
     return "search" if wanted == "search" else bool(wanted)
 
 
-def _names(key: str, value: Any) -> list[str] | None:
-    """Globs and names as text; functions and instances only as a remark."""
+def _names(value: Any) -> list[str] | None:
     if value is None:
         return None
     single = isinstance(value, (str, Decomposition)) or callable(value)
-    every = [value] if single else list(value)
-    return [one if isinstance(one, str) else f"<{one!r}>" for one in every]
+    return as_text([value] if single else value)
 
 
 def _table(known: Mapping[str, Any] | None) -> ProfileTable:

@@ -77,7 +77,7 @@ def open_study(
         if confidence is not None and not (is_number(confidence) and 0.5 < confidence < 1):
             raise StudyError(f"confidence={confidence!r}: expected a number above 0.5 and below 1")
         _check_budget(problem, sense)
-        request = {
+        request: dict[str, Any] = {
             "schema": SCHEMA,
             "version": __version__,
             "model": dict(problem.model),
@@ -94,7 +94,7 @@ def open_study(
             asked = {
                 "space": space,
                 "sizes": sorted({float(size) for size in sizes or ()}),
-                "methods": (extra or {}).get("methods"),
+                "methods": list(problem.methods),
             }
             given = {key: value for key, value in asked.items() if value}
             check_request(known, {**request, **given, "totals": problem.totals}, name)
@@ -120,6 +120,7 @@ def open_study(
                     "seed": seed,
                     "plan": template(problem, settings.pop("environment", {})),
                     "times": _times(problem),
+                    "methods": list(problem.methods),
                     **settings,
                 }
                 inner.set_metric_names(["metric", axis])

@@ -11,6 +11,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+import torch
+
 from rankopt._study.devices import timing_lock
 from rankopt._study.front import Front, timed
 from rankopt._study.front_times import time_front
@@ -245,7 +247,6 @@ class Study:
     def _run_one(self) -> None:
         """Ask for a trial, run it, tell the storage."""
         import optuna
-        import torch
 
         assert self._runner is not None
         claimed: list[int] = []

@@ -62,6 +62,9 @@ class Problem:
         asymmetric: Whether the factors of the plan will be made in order, see
             `rankopt.plan.Factors`, or ``search`` where both are tried; bases and errors are those
             of dense inputs nevertheless.
+        methods: The decompositions asked for, as text; a site has those that apply to it.
+        variant: What tells this problem from the others of a search that tries several ways of
+            making factors; empty for the first.
         calibration: Digest of the calibration inputs, for the plan.
         times: Measures layers, dense and decomposed; None without example inputs or
             where neither budget nor strategy asks for time.
@@ -96,6 +99,8 @@ class Problem:
     weigh: Callable[[], Mapping[str, Moments]] | None = None
     fisher: bool = False
     asymmetric: bool | str = False
+    methods: tuple[str, ...] = ()
+    variant: str = ""
     calibration: str | None = None
     times: SiteTimes | None = None
     measure: Callable[[Sequence[Option]], Measured] | None = None
@@ -120,9 +125,9 @@ class Problem:
         other._bases = self._bases
         return other
 
-    def with_fisher(self, fisher: bool = True) -> Problem:
+    def with_fisher(self, fisher: bool = True, *, variant: str = "") -> Problem:
         """The same problem with outputs weighed by the Fisher information, or alike."""
-        other = replace(self, fisher=fisher)
+        other = replace(self, fisher=fisher, variant=variant)
         other._bases = self._bases
         return other
 

@@ -159,13 +159,14 @@ def infeasible(
     """
     reached = ", ".join(f"{axis} {100 * share:.2f}%" for axis, share in shares.items())
     free = sum(not option.keeps for option in smallest)
-    reasons: Counter[str] = Counter()  # by the parameters that stay for each
+    axis = "macs" if "macs" in budget.axes else "params"
+    reasons: Counter[str] = Counter()  # by what stays for each
     for option in smallest:
         if option.keeps and option.reason:
-            reasons[option.reason] += int(option.cost["params"])
+            reasons[option.reason] += int(option.cost[axis])
     for layer in layers:
         if layer.refusal:
-            reasons[layer.refusal] += layer.params
+            reasons[layer.refusal] += getattr(layer, axis) or 0
     common = reasons.most_common(1)
     why = f", mostly for this reason: {common[0][0]}" if common else ""
     return BudgetInfeasible(

@@ -324,7 +324,7 @@ class Loop:
                 "began_with": self.began_with,
                 "best_epoch": self.best_epoch,
                 "best": self.best,
-                "model": files.copied(self.plain),
+                "model": files.held(self.plain),
                 "average": None if self.average is None else self.average.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
                 "scaler": None if scaler is None else scaler.state_dict(),

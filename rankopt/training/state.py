@@ -28,6 +28,7 @@ __all__ = [
     "RECORD",
     "copied",
     "fingerprint",
+    "held",
     "load_state",
     "put_back",
     "save_state",
@@ -49,22 +50,23 @@ def fingerprint(model: nn.Module) -> dict[str, str | None]:
     return {"plan": decisions, "model": measure.structure_digest(model)}
 
 
-def copied(model: nn.Module) -> dict[str, Any]:
-    """All that a model holds, as later steps leave it: its state, and buffers that no state has.
+def held(model: nn.Module) -> dict[str, Any]:
+    """All that a model holds: its state, and buffers that no state has.
 
     With the versions of its modules: some cannot load a state without, such as torchvision's
     MNASNet.
     """
-    state = model.state_dict()
-    kept = OrderedDict(
-        (key, value.detach().clone() if isinstance(value, Tensor) else value)
-        for key, value in state.items()
-    )
-    if hasattr(state, "_metadata"):
-        kept._metadata = state._metadata  # type: ignore[attr-defined]
-    for name, owner, key in _unsaved(model):
-        kept[name] = owner._buffers[key].detach().clone()
-    return kept
+    state: dict[str, Any] = model.state_dict()
+    state.update((name, owner._buffers[key].detach()) for name, owner, key in _unsaved(model))
+    return state
+
+
+def copied(model: nn.Module) -> dict[str, Any]:
+    """What a model holds, as later steps leave it."""
+    state = held(model)
+    for key, value in state.items():
+        state[key] = value.clone() if isinstance(value, Tensor) else value
+    return state
 
 
 @torch.no_grad()
@@ -73,14 +75,14 @@ def put_back(model: nn.Module, kept: Mapping[str, Any]) -> None:
     state = OrderedDict(kept)
     state._metadata = getattr(kept, "_metadata", None)  # type: ignore[attr-defined]
     for name, owner, key in list(_unsaved(model)):
-        buffer, held = state.pop(name, None), owner._buffers[key]
+        buffer, current = state.pop(name, None), owner._buffers[key]
         if buffer is None:  # of an older checkpoint
             continue
-        buffer = buffer.detach().to(held.device)
-        if buffer.shape != held.shape or buffer.dtype != held.dtype:
+        buffer = buffer.to(current.device)
+        if buffer.shape != current.shape or buffer.dtype != current.dtype:
             owner._buffers[key] = buffer.clone()
-        elif not torch.equal(buffer, held):  # in place, as others may refer to it
-            held.copy_(buffer)
+        elif not torch.equal(buffer, current):  # in place, as others may refer to it
+            current.copy_(buffer)
     model.load_state_dict(state)
 
 

@@ -76,7 +76,7 @@ class OptunaSearch(Strategy):
             problem,
             storage=self.storage,
             where=self.storage or "memory",
-            name=_of_variant(self.study, problem),
+            name=f"{self.study}, {problem.variant}" if problem.variant else self.study,
             objective=objective,
             direction="minimize" if losses else self.direction,
             space=self.space,
@@ -84,7 +84,6 @@ class OptunaSearch(Strategy):
             sampler=self.sampler,
             confidence=self.confidence,
             seed=problem.seed,
-            extra={"methods": _methods(problem)},
         )
         # A trial under way when the time runs out is given up; what finished counts.
         with contextlib.suppress(DeadlineExceeded), warnings.catch_warnings():
@@ -96,13 +95,3 @@ class OptunaSearch(Strategy):
         if not study.points:
             problem.check_deadline()
         return replace(study.best(problem.budget), strategy=self.describe(problem.seed))
-
-
-def _of_variant(name: str, problem: Problem) -> str:
-    """One study for each way of making factors: a search may try several with one storage."""
-    return f"{name}, fisher" if problem.fisher else name
-
-
-def _methods(problem: Problem) -> list[str]:
-    """Names of what the study may choose from: one that is resumed has no others."""
-    return sorted({method.name for site in problem.sites for method in site.methods})

@@ -389,26 +389,3 @@ def test_needs_are_a_set_of_names():
     assert Tags(needs=["calibration"]).needs == frozenset({"calibration"})
     with pytest.raises(ValueError, match="needs='calibration': expected a set of names"):
         Tags(needs="calibration")
-
-
-def test_a_strategy_that_searches_under_a_bound_on_the_metric_can_ask_for_options():
-    class Smallest(Strategy):
-        name = "smallest"
-        promises = Tags(metric_drop=True)
-
-        def search(self, problem):
-            assert problem.axes == ("macs",)
-            chosen = [(site, site.methods[0]) for site in problem.sites]
-            assert all(problem.frontier(site, method) for site, method in chosen)
-            options = [
-                problem.option(site, method, [1 for _ in method.rank_axes(site.layer)], "small")
-                for site, method in chosen
-            ]
-            return problem.plan(self, options)
-
-    model = planted_model()
-    plan = rankopt.search(
-        model, "metric_drop<=100, minimize=macs", strategy=Smallest(),
-        example_inputs=planted_inputs(), evaluate=lambda model: 0.0,
-    )  # fmt: skip
-    assert plan.changes

@@ -138,7 +138,7 @@ def test_a_search_goes_on_with_the_same_methods_only(tmp_path):
     storage = f"sqlite:///{tmp_path / 'kept.db'}"
     search_with(storage)
     search_with(storage)
-    with pytest.raises(StudyError, match="has methods .*, the request cp, svd"):
+    with pytest.raises(StudyError, match="has methods .*, the request svd, cp"):
         search_with(storage, methods=("svd", "cp"))
 
 
@@ -147,3 +147,20 @@ def test_gaussian_processes_in_a_search(space):
     strategy = rankopt_strategies.OptunaSearch(n_trials=14, sampler="gp", space=space)
     more = {"example_inputs": planted_inputs(), "evaluate": closeness}
     assert rankopt.search(planted_model(), "macs<=60%", strategy=strategy, **more).changes
+
+
+@pytest.mark.parametrize("fisher", [False, True])
+def test_a_search_goes_on_with_a_study_of_layers_that_take_few_methods(fisher, tmp_path):
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 32)), torch.randn(16, 32)
+    want = model.eval()(x).detach()
+    storage = f"sqlite:///{tmp_path / 'kept.db'}"
+    more = {"example_inputs": x, "calibration": [x], "fisher": fisher}
+    more["evaluate"] = lambda other: -float((other(x) - want).detach().square().mean())
+    study = rankopt.study(model, "macs<=60%", storage=storage, objective="macs", **more)
+    study.run(2)
+    strategy = rankopt_strategies.OptunaSearch(n_trials=1, storage=storage)
+    rankopt.search(model, "macs<=60%", strategy=strategy, **more)
+    assert len(study.optuna.trials) >= 3
+    with pytest.raises(StudyError, match="has methods svd, tucker2, spatial_svd, the request svd"):
+        rankopt.search(model, "macs<=60%", strategy=strategy, methods="svd", **more)
