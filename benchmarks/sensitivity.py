@@ -192,7 +192,7 @@ def rows(
             plan = opened.finish(strategy.search(problem), seconds=0.0)
             small = rankopt.apply(model, plan, calibration=data)
             found[name] = unseen.correct(small, held)
-        weighed = problem.with_fisher()
+        weighed = problem.with_factors(fisher=True)
         plan = opened.finish(Knapsack().search(weighed), seconds=0.0)
         small = rankopt.apply(model, plan, calibration=data)
         found["default, outputs weighed by Fisher"] = unseen.correct(small, held)

@@ -8,7 +8,7 @@ from typing import Any, Final, TypeVar
 
 from rankopt.errors import PlanError
 
-__all__ = ["check_keys", "check_plain", "listed", "number", "pretty", "refuse_constant", "typed"]
+__all__ = ["check_keys", "listed", "number", "plain", "pretty", "refuse_constant", "typed"]
 
 LINE_WIDTH: Final = 110
 
@@ -47,21 +47,25 @@ def check_keys(values: Any, expected: set[str], where: str) -> None:
         )
 
 
-def check_plain(value: Any, where: str) -> None:
-    """Raise `PlanError` where no JSON can hold a value, naming the entry within."""
+def plain(value: Any, where: str) -> Any:
+    """A value as JSON gives it back, tuples as lists.
+
+    Raises:
+        PlanError: No JSON can hold it; the message names the entry within.
+    """
     if isinstance(value, dict):
-        for key, item in value.items():
+        for key in value:
             typed(key, str, f"{where}: key")
-            check_plain(item, f"{where}[{key!r}]")
-    elif isinstance(value, (list, tuple)):
-        for index, item in enumerate(value):
-            check_plain(item, f"{where}[{index}]")
-    elif isinstance(value, float):
-        number(value, where)
-    elif value is not None and not isinstance(value, (str, bool, int)):
-        raise PlanError(
-            f"{where}: a {type(value).__name__} is no JSON; use text, numbers, lists and dicts"
-        )
+        return {key: plain(item, f"{where}[{key!r}]") for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item, f"{where}[{index}]") for index, item in enumerate(value)]
+    if isinstance(value, float):
+        return number(value, where)
+    if value is None or isinstance(value, (str, bool, int)):
+        return value
+    raise PlanError(
+        f"{where}: a {type(value).__name__} is no JSON; use text, numbers, lists and dicts"
+    )
 
 
 def pretty(value: Any, indent: int = 0) -> str:

@@ -17,6 +17,7 @@ from rankopt._build.provenance import change_since_built, plan_of
 from rankopt._build.skeletons import build_empty
 from rankopt._build.state import cast_unstored, filled, stored, unstored_dtypes
 from rankopt._model import surgery
+from rankopt._utils.arguments import check_integer
 from rankopt._utils.files import atomic_path, check_writable, write_text
 from rankopt.errors import CheckpointError, PlanError, RankoptError
 from rankopt.plan import RankPlan
@@ -61,16 +62,18 @@ def save(
     Args:
         model: From `rankopt.apply` or `rankopt.load`, possibly trained since.
         path: Ends in ``.safetensors``.
-        plan: Only for models built by other means.
+        plan: Only for models built by other means; of others their own.
         max_shard_bytes: Largest file.
 
     Raises:
-        CheckpointError: The model carries no plan, was given other parameters since it was
-            built, holds state that is no plain tensor, has a state dict without its factors or
-            with tensors that a hook made, or see `check_target`.
+        CheckpointError: The model carries no plan, or another than `plan`, was given other
+            parameters since it was built, holds state that is no plain tensor, has a state dict
+            without its factors or with tensors that a hook made, or see `check_target`.
         RankoptError: The folder cannot be written.
+        ValueError: `max_shard_bytes` is no positive integer.
     """
     surgery.check_model(model, swapped=path)
+    check_integer("max_shard_bytes", max_shard_bytes, 1)
     target = Path(os.path.realpath(check_target(path)))  # shards lie beside where a link leads
     built_by = plan_of(model)
     plan = built_by if plan is None else plan
@@ -79,7 +82,12 @@ def save(
             f"this {type(model).__name__} was not built by rankopt.apply or rankopt.load; "
             "pass the plan it was built by as plan="
         )
-    change = change_since_built(model) if plan == built_by else None
+    if built_by is not None and _built(plan) != _built(built_by):
+        raise CheckpointError(
+            f"plan= is not the one this {type(model).__name__} was built by, so load would build "
+            "another model from it; leave plan= out"
+        )
+    change = change_since_built(model) if built_by is not None else None
     if change is not None:
         raise CheckpointError(
             f"this {type(model).__name__} was changed since rankopt built it ({change}), so load "
@@ -115,6 +123,11 @@ def save(
         raise
     _unlink_shards(target, old - set(names))
     target.unlink(missing_ok=True)  # of an earlier save in one file
+
+
+def _built(plan: RankPlan) -> list[Any]:
+    """What `load` builds by."""
+    return [(decision.targets, decision.method, dict(decision.args)) for decision in plan.changes]
 
 
 def _write(target: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
@@ -188,12 +201,13 @@ def load(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     surgery.check_model(model, swapped=path)
     metadata, tensors = _read(Path(path))
     plan = _plan_in(metadata, path)
-    for alias, name in json.loads(metadata.get(_ALIASES, "{}")).items():
+    for alias, name in _texts_in(metadata, _ALIASES, path).items():
         if name not in tensors:
             raise CheckpointError(f"{path}: {alias} is an alias of {name}, which is missing")
         tensors[alias] = tensors[name]
     result = _skeleton(model, plan, tensors)
-    layouts = json.loads(metadata.get(_LAYOUTS, "{}"))
+    layouts = _texts_in(metadata, _LAYOUTS, path)
+    dtypes = _texts_in(metadata, _BUFFERS, path)
     device = surgery.device_of(model)
     if device.type == "meta":  # a skeleton: the values come from the file
         device = torch.device("cpu")
@@ -205,7 +219,7 @@ def load(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
                 "build the model on the CPU"
             )
     result = filled(result, surgery.unwrap(model), tensors, layouts, device, path)
-    cast_unstored(result, json.loads(metadata.get(_BUFFERS, "{}")))
+    cast_unstored(result, dtypes)
     return result
 
 
@@ -257,6 +271,16 @@ def _texts(content: Any, key: str) -> dict[str, str]:
     if not isinstance(found, dict) or not all(isinstance(text, str) for text in found.values()):
         raise TypeError(f"{key} is no object of texts")
     return found
+
+
+def _texts_in(
+    metadata: Mapping[str, str], key: str, path: str | os.PathLike[str]
+) -> dict[str, str]:
+    """An entry of the metadata that maps names to texts; empty where there is none."""
+    try:
+        return _texts({key: json.loads(metadata.get(key, "{}"))}, key)
+    except (ValueError, TypeError, RecursionError) as error:
+        raise CheckpointError(f"{path}: its metadata are damaged: {key}: {error}") from error
 
 
 def _read_file(path: Path, *, weights: bool) -> tuple[dict[str, str], dict[str, Tensor]]:

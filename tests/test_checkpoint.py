@@ -9,6 +9,7 @@ from torch import nn
 
 import rankopt
 from rankopt import checkpoint, export
+from rankopt._build.state import cast_unstored
 from rankopt.errors import CheckpointError, ModelError, PlanError, RankoptError
 from rankopt.testing import planted_inputs, planted_model
 
@@ -165,6 +166,41 @@ def test_files_that_do_not_fit(small, tmp_path, change, error, match):
     rewritten(path, change)
     with pytest.raises(error, match=match):
         rankopt.load(planted_model(), path)
+
+
+@pytest.mark.parametrize("key", ["aliases", "layouts", "buffers"])
+@pytest.mark.parametrize("text", ["{", "[]", '{"a": 1}'])
+def test_damaged_metadata(small, tmp_path, key, text):
+    path = tmp_path / "s.safetensors"
+    rankopt.save(small, path)
+    rewritten(path, lambda tensors, metadata: metadata.update({f"rankopt.{key}": text}))
+    with pytest.raises(CheckpointError, match=rf"metadata are damaged: rankopt.{key}: "):
+        rankopt.load(planted_model(), path)
+
+
+def test_a_dtype_that_torch_does_not_know(small):
+    small.register_buffer("scale", torch.ones(1), persistent=False)
+    cast_unstored(small, {"scale": "float64"})
+    assert small.scale.dtype == torch.float64
+    for name in ("float1", "nn"):
+        with pytest.raises(CheckpointError, match=f"'{name}' is no dtype of torch"):
+            cast_unstored(small, {"scale": name})
+
+
+def test_another_plan_is_refused(small, tmp_path):
+    path = tmp_path / "s.safetensors"
+    plan = rankopt.search(planted_model(), "params<=80%", strategy="energy")
+    with pytest.raises(CheckpointError, match=r"plan= is not the one this .* was built by"):
+        rankopt.save(small, path, plan=plan)
+    assert not path.exists()
+    rankopt.save(small, path, plan=rankopt.RankPlan.from_json(small.rankopt_plan.to_json()))
+    assert rankopt.load_plan(path) == small.rankopt_plan
+
+
+@pytest.mark.parametrize("limit", [None, 0, -1])
+def test_shards_have_a_size(small, tmp_path, limit):
+    with pytest.raises(ValueError, match=f"max_shard_bytes={limit}: expected an integer"):
+        rankopt.save(small, tmp_path / "s.safetensors", max_shard_bytes=limit)
 
 
 def test_another_architecture(small, tmp_path):

@@ -6,11 +6,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import rankopt
 from rankopt._model.hooks import hooked
 from rankopt._model.inputs import divergence
-from rankopt.errors import ModelError
+from rankopt.errors import ModelError, RankoptWarning
 from rankopt.testing import planted_inputs, planted_model
 from rankopt.training import Distillation, Distiller
 
@@ -300,3 +301,76 @@ def test_a_model_that_was_compiled_before_it_was_watched_says_so(pair):
         torch.compiler.reset()
         distiller.teach(x)
         assert distiller.loss(compiled(x))[1]["outputs"] > 0
+
+
+class Twice(nn.Module):
+    """One layer that runs twice in a forward pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.head = nn.Linear(32, 32), nn.Linear(32, 4)
+
+    def forward(self, x):
+        x = x + self.layer(x).relu_()
+        return self.head(x + self.layer(x))
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_layer_that_runs_twice_is_compared_twice(compiled):
+    torch.manual_seed(0)
+    teacher, x = Twice(), torch.randn(8, 32)
+    plan = rankopt.search(teacher, "params<=60%", methods=["svd"], only=["layer"])
+    small = rankopt.apply(teacher, plan)
+    with torch.no_grad():
+        x1, x2 = (x + model.layer(x).relu() for model in (teacher, small))
+        first = F.mse_loss(small.layer(x), teacher.layer(x)).item()
+        second = F.mse_loss(small.layer(x2), teacher.layer(x1)).item()
+    expected = pytest.approx((first + second) / 2)
+    run = torch.compile(small, backend="eager") if compiled else small
+    with Distiller(small, teacher, Distillation(labels=0, weights=0, outputs=1)) as distiller:
+        for _ in range(3):
+            distiller.teach(x)
+            assert distiller.loss(run(x))[1]["outputs"].item() == expected
+            # Evaluations in between are no further calls, and hold no more memory.
+            with torch.no_grad():
+                for _ in range(4):
+                    small(x[:3])
+            assert [len(kept) for kept in distiller._layers._seen[0].found().values()] == [2]
+        distiller.teach(x)
+        small(x[:3])
+        assert distiller.loss(small(x))[1]["outputs"].item() == expected  # of the last pass
+    torch.compiler.reset()
+
+
+class Checkpointed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.head = nn.Linear(32, 32), nn.Linear(32, 4)
+        self.reentrant = True
+
+    def forward(self, x):
+        return self.head(checkpoint(self.layer, x, use_reentrant=self.reentrant))
+
+
+@pytest.mark.parametrize("trains", ["distiller", "recover"])
+def test_outputs_without_a_gradient_are_told_of(trains):
+    torch.manual_seed(0)
+    teacher, x = Checkpointed(), torch.randn(32, 32, requires_grad=True)
+    plan = rankopt.search(teacher, "params<=60%", methods=["svd"], only=["layer"])
+    small = rankopt.apply(teacher, plan)
+
+    def train():
+        if trains == "recover":
+            rankopt.recover(small, teacher=teacher, calibration=[x], steps=2)
+            return
+        with Distiller(small, teacher, Distillation(labels=0, weights=0, outputs=1)) as distiller:
+            distiller.teach(x)
+            distiller.loss(small(x))
+
+    with pytest.warns(RankoptWarning, match="layer trains, but its output has no gradient.*_reent"):
+        train()
+    small.layer.requires_grad_(False)
+    train()  # what is frozen needs none
+    small.layer.requires_grad_(True)
+    small.reentrant = False
+    train()

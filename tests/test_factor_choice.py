@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 from itertools import product
 
+import optuna
 import pytest
 import torch
 
 import rankopt
+from rankopt._model.metric import metric_of
 from rankopt.cli import main
 from rankopt.errors import BudgetError, ModelError
 from rankopt.testing import planted_model
-from rankopt_strategies import Relaxed
+from rankopt_strategies import OptunaSearch, Relaxed
 
 BUDGET = "params<=30%"
 
@@ -94,3 +96,21 @@ def test_in_the_shell(tmp_path, capsys):
     options = ["--budget", BUDGET, "--calibration", data, "--search-factors", "--json"]
     assert main(["search", spec, *options]) == 0
     assert len(json.loads(capsys.readouterr().out)["extensions"]["factors"]) == 4
+
+
+def test_plans_judged_by_the_metric_are_judged_with_the_factors_they_get(case, tmp_path):
+    model, data = case
+    near = rankopt.Agreement(model, data)
+    searched = OptunaSearch(n_trials=5, storage=f"sqlite:///{tmp_path}/trials.db")
+    settings = {"calibration": data, "evaluate": near, "strategy": searched}
+    plan = rankopt.search(model, BUDGET, **settings, asymmetric="search", fisher="search")
+    small = rankopt.apply(model, plan, calibration=data)
+    assert plan.extensions["study"]["metric"] == pytest.approx(metric_of(near, small), rel=1e-3)
+    kinds = {(entry["fisher"], entry["asymmetric"]) for entry in plan.extensions["factors"]}
+    assert len(kinds) == 4
+    names = optuna.get_all_study_names(searched.storage)
+    assert sorted(names) == [
+        "rankopt", "rankopt, asymmetric", "rankopt, fisher", "rankopt, fisher, asymmetric",
+    ]  # fmt: skip
+    again = rankopt.search(model, BUDGET, **settings, asymmetric="search", fisher="search")
+    assert again.decisions == plan.decisions

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import random
+import time
+from enum import Enum, IntEnum
 
 import numpy as np
 import pytest
@@ -11,6 +14,7 @@ from finetuning import equal, in_batches, problem, snapshot
 from torch.utils.data import DataLoader, TensorDataset, WeightedRandomSampler
 
 import rankopt
+from rankopt._utils import locks
 from rankopt.errors import CheckpointError, RankoptError, RankoptWarning, TrainingError
 from rankopt.training import state
 
@@ -266,3 +270,94 @@ def test_streams_without_a_length_train_with_a_folder(tmp_path):
     train = DataLoader(torch.utils.data.ChainDataset([Stream()]), batch_size=16)
     done = rankopt.finetune(small, train, epochs=1, batches_per_epoch=4, folder=tmp_path)
     assert len(done.history) == 1
+
+
+def test_a_folder_in_use_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(locks, "PATIENCE", 0.3)
+    _, small, x, y = problem(count=64)
+    given = snapshot(small)
+    with state.sole(tmp_path), pytest.raises(CheckpointError, match="in use by another run"):
+        rankopt.finetune(small, in_batches(x, y), epochs=1, folder=tmp_path)
+    assert equal(snapshot(small), given)
+    # A worker that was forked meanwhile does not keep it.
+    with state.sole(tmp_path):
+        worker = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+        worker.start()
+    try:
+        rankopt.finetune(small, in_batches(x, y), epochs=1, folder=tmp_path)
+    finally:
+        worker.kill()
+        worker.join()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["record.jsonl", "training.pt"]
+
+
+class Kind(Enum):
+    A = "a"
+
+
+class Level(IntEnum):
+    LOW = 1
+
+
+def odd_optimizer(value):
+    def make(parameters):
+        made = torch.optim.SGD(parameters, lr=0.01)
+        made.param_groups[0]["odd"] = value
+        return made
+
+    return make
+
+
+@pytest.mark.parametrize("value", [np.ones(2), Kind.A, np.datetime64("2026-01-01")])
+def test_what_cannot_be_read_back_is_refused_before_the_first_epoch(tmp_path, value):
+    _, small, x, y = problem(count=64)
+    given = snapshot(small)
+    settings = {"epochs": 1, "folder": tmp_path, "optimizer": odd_optimizer(value)}
+    with pytest.raises(CheckpointError, match="would hold objects .*train without folder="):
+        rankopt.finetune(small, in_batches(x, y), **settings)
+    assert equal(snapshot(small), given)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("value", [Level.LOW, np.float32(2), torch.float16, None])
+def test_numbers_of_any_kind_are_read_back(tmp_path, value):
+    _, small, x, y = problem(count=64)
+    settings = {"epochs": 2, "folder": tmp_path, "optimizer": odd_optimizer(value)}
+    with pytest.raises(KeyboardInterrupt):
+        rankopt.finetune(small, in_batches(x, y), **settings, evaluate=interrupted_at(2))
+    assert len(rankopt.finetune(small, in_batches(x, y), **settings).history) == 2
+
+
+def test_a_checkpoint_that_cannot_be_read(tmp_path, monkeypatch):
+    _, small, x, y = problem(count=64)
+    rankopt.finetune(small, in_batches(x, y), epochs=1, folder=tmp_path)
+
+    def refuse(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(torch, "load", refuse)
+    with pytest.raises(CheckpointError, match=r"cannot read .*training.pt: Permission denied"):
+        rankopt.finetune(small, in_batches(x, y), epochs=1, folder=tmp_path)
+
+
+class Growing(torch.nn.Module):
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+        self.register_buffer("seen", torch.zeros(0))
+
+    def forward(self, x):
+        if self.training:
+            self.seen = torch.cat([self.seen, torch.ones(1)])
+        return self.layer(x)
+
+
+def test_buffers_that_grow_are_put_back(tmp_path):
+    torch.manual_seed(0)
+    model = Growing(torch.nn.Linear(8, 2))
+    x, y = torch.randn(32, 8), torch.randint(2, (32,))
+    values = iter([0.0, 1.0, 0.5])
+    data = in_batches(x, y)
+    done = rankopt.finetune(model, data, epochs=2, evaluate=lambda _: next(values), folder=tmp_path)
+    assert done.best_epoch == 0
+    assert len(model.seen) == len(data)

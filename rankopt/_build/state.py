@@ -113,12 +113,19 @@ def cast_unstored(model: nn.Module, dtypes: Mapping[str, str]) -> None:
     for name, parameter in model.named_parameters():
         dtype = dtypes.get(surgery.normalised(name))
         if dtype is not None:
-            parameter.data = parameter.data.to(getattr(torch, dtype))
+            parameter.data = parameter.data.to(_dtype(dtype))
     for name, buffer in list(model.named_buffers()):
         dtype = dtypes.get(surgery.normalised(name))
         if dtype is not None:
             owner, _, key = name.rpartition(".")
-            model.get_submodule(owner)._buffers[key] = buffer.to(getattr(torch, dtype))
+            model.get_submodule(owner)._buffers[key] = buffer.to(_dtype(dtype))
+
+
+def _dtype(name: str) -> torch.dtype:
+    found = getattr(torch, name, None)
+    if not isinstance(found, torch.dtype):
+        raise CheckpointError(f"the file's metadata are damaged: {name!r} is no dtype of torch")
+    return found
 
 
 def filled(

@@ -46,18 +46,26 @@ def check_choices(calibration: Any, *, drops: bool, **choices: Choice) -> None:
 
 
 def nearest(
-    problem: Problem, find: Callable[[Problem], RankPlan], *, asymmetric: Choice, fisher: Choice
+    problem: Problem,
+    find: Callable[[Problem], RankPlan],
+    *,
+    asymmetric: Choice,
+    fisher: Choice,
+    judged: bool,
 ) -> RankPlan:
     """The plan whose model's outputs are nearest to the dense model's on calibration inputs.
 
     Ranks are searched once without and once with the Fisher information, if that is to be found
-    out; every plan is built and its BatchNorm settled as `rankopt.apply` would.
+    out, and by a strategy that judges plans by the metric once for factors in order, too. Every
+    plan is built and its BatchNorm settled as `rankopt.apply` would.
 
     Args:
         problem: With calibration inputs.
         find: Searches the ranks for a problem.
         asymmetric: As of `rankopt.search`.
         fisher: As of `rankopt.search`.
+        judged: Whether plans that `find` returns were judged by the metric, with the factors
+            that their problem says.
 
     Raises:
         DeadlineExceeded: Before there was a plan.
@@ -66,9 +74,16 @@ def nearest(
     best, least, tried = None, float("inf"), list[dict[str, Any]]()
     try:
         for weighed in _values(fisher):
-            variant = "fisher" if weighed and fisher == SEARCH else ""
-            plan = find(problem.with_fisher(weighed, variant=variant))
+            plan: RankPlan | None = None
             for ordered in _values(asymmetric):
+                if plan is None or judged:
+                    searched = {"fisher": weighed and fisher == SEARCH}
+                    searched["asymmetric"] = judged and ordered and asymmetric == SEARCH
+                    variant = ", ".join(name for name, on in searched.items() if on)
+                    in_order = ordered if judged else asymmetric
+                    plan = find(
+                        problem.with_factors(fisher=weighed, asymmetric=in_order, variant=variant)
+                    )
                 made = fitted_in_order(plan) if ordered else plan
                 found = problem.distance(made.decisions)
                 tried.append({"fisher": weighed, "asymmetric": ordered, "divergence": found})

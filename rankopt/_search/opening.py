@@ -28,7 +28,7 @@ from rankopt._model.inputs import (
 from rankopt._model.metric import Evaluate, EvaluateBatch
 from rankopt._model.patterns import Patterns
 from rankopt._model.probe import Probe
-from rankopt._plan_json import check_plain
+from rankopt._plan_json import plain
 from rankopt._search.describe import describe, problem_of, selected
 from rankopt._search.trial import TrialModel
 from rankopt._search.verify import environment, verify
@@ -86,14 +86,16 @@ class Opened:
             PlanError: Its settings or extensions cannot be written down.
             ModelError: The compressed model fails.
         """
-        check_plain(dict(plan.strategy), "strategy")
-        check_plain(dict(plan.extensions), "extensions")
+        strategy = plain(dict(plan.strategy), "strategy")
+        extensions = plain(dict(plan.extensions), "extensions")
         skeleton = surgery.clone(self.view, share=self.view.parameters())
         return replace(
             verify(
                 plan, skeleton, self.seen, self.inputs, asked=asked, original=self.problem.totals
             ),
             model=self.problem.model,
+            strategy=strategy,
+            extensions=extensions,
             environment=environment(self.source, self.inputs),
             seconds=round(seconds, 3),
         )

@@ -179,7 +179,8 @@ def search(
             return fitted_in_order(plan) if asymmetric is True else plan
 
         if SEARCH in (asymmetric, fisher):
-            plan = nearest(problem, find, asymmetric=asymmetric, fisher=fisher)
+            judged = "evaluate" in chosen.promises.needs
+            plan = nearest(problem, find, asymmetric=asymmetric, fisher=fisher, judged=judged)
         elif "metric_drop" in (allowed.axes if allowed else ()) and not chosen.promises.metric_drop:
             plan = within_drop(chosen, problem, find)
         else:

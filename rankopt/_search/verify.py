@@ -45,7 +45,8 @@ def verify(
         seen: What a run on the inputs showed.
         inputs: Example inputs.
         asked: The user's budget; None for the one the plan names.
-        original: Axis to the model's figure, of axes that the plan says nothing of.
+        original: Axis to the model's figure; of what is missing the plan's word is taken, and
+            of time, which it may have measured anew.
     """
     built = fill_skeleton(view, plan)
     measured: dict[str, float] = {
@@ -64,8 +65,8 @@ def verify(
     timed = plan.totals.get(LATENCY, {}).get("measured")
     if timed is not None:
         measured[LATENCY] = timed
-    before = dict(original or {})
-    before |= {axis: float(entry["before"] or 0) for axis, entry in plan.totals.items()}
+    before = {axis: float(entry["before"] or 0) for axis, entry in plan.totals.items()}
+    before |= {axis: value for axis, value in (original or {}).items() if axis != LATENCY}
     budget = asked or plan.budget
     bounded = {axis for axis in budget.axes if axis in RATIO_AXES} if budget else set()
     if unknown := bounded - (measured.keys() & before.keys()):
@@ -82,7 +83,7 @@ def verify(
     totals = {
         axis: {**entry, "measured": measured.get(axis)} for axis, entry in plan.totals.items()
     }
-    return replace(plan, totals=totals, budget=plan.budget or asked)
+    return replace(plan, totals=totals, budget=budget)
 
 
 def _name(plan: RankPlan) -> str:

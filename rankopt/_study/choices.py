@@ -34,7 +34,7 @@ class SwitchedSpace(Space):
         weighed = spec.get(FISHER)
         made = spec if weighed is not None else None
         self._plain = kind(problem, axis, made)
-        self._weighed = kind(problem.with_fisher(), axis, weighed)
+        self._weighed = kind(problem.with_factors(fisher=True), axis, weighed)
         self.problem, self.axis, self.shares = self._plain.problem, axis, self._plain.shares
         self.switches = (FISHER,)
 

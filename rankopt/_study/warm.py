@@ -77,7 +77,7 @@ def queue_warm_starts(
         label = f"{name} at {share:.0%}" + (f", {chosen}" if on else "")
         if label in queued:
             continue
-        given = problem.with_fisher() if on and FISHER in space.switches else problem
+        given = problem.with_factors(fisher=True) if on and FISHER in space.switches else problem
         limits = Budget.from_dict({**space.shares, axis: share})
         try:
             with warnings.catch_warnings():

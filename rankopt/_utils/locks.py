@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Final
 
-__all__ = ["lock", "turn"]
+__all__ = ["alone", "lock", "turn"]
+
+# Workers of a loader hold what their process held for some seconds after it was killed.
+PATIENCE: Final = 15.0
 
 
 def lock(handle: int, *, wait: bool) -> bool:
@@ -30,4 +36,28 @@ def turn(handle: int) -> Iterator[None]:
         lock(handle, wait=True)
         yield
     finally:
+        os.close(handle)
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[bool]:
+    """Hold the lock on a folder; whether it was got, which may take seconds.
+
+    Everyone gets it where the file system or Windows has no such locks.
+    """
+    if sys.platform == "win32":
+        yield True
+        return
+    import fcntl
+
+    handle, end = os.open(folder, os.O_RDONLY), time.monotonic() + PATIENCE
+    try:
+        got = True
+        with suppress(OSError):
+            while not (got := lock(handle, wait=False)) and time.monotonic() < end:
+                time.sleep(0.1)
+        yield got
+    finally:
+        with suppress(OSError):  # by name: forked processes hold the file too
+            fcntl.flock(handle, fcntl.LOCK_UN)
         os.close(handle)

@@ -125,9 +125,17 @@ class Problem:
         other._bases = self._bases
         return other
 
-    def with_fisher(self, fisher: bool = True, *, variant: str = "") -> Problem:
-        """The same problem with outputs weighed by the Fisher information, or alike."""
-        other = replace(self, fisher=fisher, variant=variant)
+    def with_factors(
+        self,
+        *,
+        fisher: bool | None = None,
+        asymmetric: bool | str | None = None,
+        variant: str | None = None,
+    ) -> Problem:
+        """The same problem with factors made in another way; None for what is said already."""
+        changes = {"fisher": fisher, "asymmetric": asymmetric, "variant": variant}
+        given = {name: value for name, value in changes.items() if value is not None}
+        other: Problem = replace(self, **given)  # type: ignore[arg-type]
         other._bases = self._bases
         return other
 

@@ -15,14 +15,19 @@ import torch
 from torch import nn
 
 import rankopt
+from rankopt._build.fold import effective_weight
+from rankopt._decompositions.base import Decomposition
 from rankopt._model import measure
 from rankopt._model.layers import canonical_weight, find_layers
+from rankopt._model.metric import metric_of
 from rankopt._timing.modelled_clock import ModelledClock
 from rankopt._timing.profile_table import ProfileTable
+from rankopt.agreement import Agreement
 from rankopt.errors import BudgetInfeasible, DeadlineExceeded
 from rankopt.plan import Decision, RankPlan
 from rankopt.registry import strategies
 from rankopt.strategy import Problem, Strategy, Tags
+from rankopt.strategy.rank_choices import rounded_rank
 from rankopt.testing.check import Check
 from rankopt.testing.planted import planted_inputs, planted_model
 
@@ -30,6 +35,10 @@ __all__ = ["check_strategy", "squared_error", "strategy_checks"]
 
 # Rounding of Gram-based errors in float64: square roots of 1e-16 relative energies.
 FLOAT64_ERROR: Final = 1e-6
+# Errors of what is built in float32.
+FLOAT32_ERROR: Final = 1e-4
+# Share by which a stated error may miss that of the built weight, as estimates by bounds do.
+ESTIMATED: Final = 0.01
 
 
 def check_strategy(strategy: Strategy | str, **search_arguments: Any) -> None:
@@ -54,7 +63,11 @@ def strategy_checks(strategy: Strategy | str, **search_arguments: Any) -> list[C
         suite.refuses_infeasible_budgets,
         suite.leaves_the_model_alone,
         suite.leaves_generators_alone,
+        suite.leaves_torch_alone,
         suite.chooses_feasible_ranks,
+        suite.heeds_methods,
+        suite.heeds_round_to,
+        suite.states_true_figures,
         suite.leaves_ignored_layers,
         suite.plan_round_trips,
         suite.plan_applies,
@@ -67,6 +80,8 @@ def strategy_checks(strategy: Strategy | str, **search_arguments: Any) -> list[C
         checks.append(suite.is_monotone)
     if made.promises.unbudgeted:
         checks.append(suite.answers_without_a_budget)
+    if made.promises.metric_drop:
+        checks.append(suite.keeps_the_metric)
     return [Check(made.name, check.__name__, check) for check in checks]
 
 
@@ -135,13 +150,54 @@ class _StrategySuite:
         self.plan(self.BUDGETS[0], model)
         assert _generators() == before, "a global random generator moved"
 
+    def leaves_torch_alone(self) -> None:
+        before = _torch_settings()
+        self.plan(self.BUDGETS[0])
+        after = _torch_settings()
+        changed = sorted(name for name in before if before[name] != after[name])
+        assert not changed, f"settings of torch changed: {', '.join(changed)}"
+
     def chooses_feasible_ranks(self) -> None:
         model = planted_model()
         layers = {layer.name: layer for layer in find_layers(model)}
         for decision in self.plan(self.BUDGETS[1], model).changes:
-            settings = {key: value for key, value in decision.args.items() if key != "ranks"}
-            method = rankopt.decompositions.create(decision.method, **settings)
-            method.check_ranks(layers[decision.targets[0]], decision.ranks)
+            _method(decision).check_ranks(layers[decision.targets[0]], decision.ranks)
+
+    def heeds_methods(self) -> None:
+        plan = self.plan("params<=70%", methods=["svd"])
+        assert plan.changes, "nothing was decomposed"
+        used = {decision.method for decision in plan.changes}
+        assert used <= {"svd"}, f"methods=['svd'] gave {', '.join(sorted(used))}"
+
+    def heeds_round_to(self) -> None:
+        model = planted_model()
+        layers = {layer.name: layer for layer in find_layers(model)}
+        for decision in self.plan(self.BUDGETS[0], model, round_to=4).changes:
+            axes = _method(decision).rank_axes(layers[decision.targets[0]])
+            for rank, axis in zip(decision.ranks, axes, strict=True):
+                rounded = rank == rounded_rank(rank, axis, 4, "down")
+                assert rounded, f"round_to=4 gave rank {rank} for {decision.targets[0]}"
+
+    def states_true_figures(self) -> None:
+        model = planted_model()
+        plan = self.plan(self.BUDGETS[0], model)
+        small = rankopt.apply(model, plan, **_sources(self.arguments, plan))
+        for axis in ("params", "memory", "macs"):
+            costs = [decision.cost[axis] for decision in plan if axis in decision.cost]
+            saved = sum(before - after for before, after in costs)
+            entry = plan.totals[axis]
+            total = float(entry["before"] or 0) - float(entry["predicted"] or 0)
+            assert saved == total, f"{axis}: the layers save {saved:g}, the model {total:g}"
+        for decision in plan.changes:
+            name = decision.targets[0]
+            weight = canonical_weight(model.get_submodule(name))
+            chain = small.get_submodule(name)
+            assert isinstance(chain, nn.Sequential)
+            if decision.factors.kind == "weights" and decision.error is not None:
+                with torch.no_grad():
+                    found = float((effective_weight(chain) - weight).norm() / weight.norm())
+                near = abs(found - decision.error) <= FLOAT32_ERROR + ESTIMATED * found
+                assert near, f"error of {name}: stated {decision.error:.4g}, is {found:.4g}"
 
     def leaves_ignored_layers(self) -> None:
         plan = self.plan("params<=90%", ignore=["hid*"])
@@ -208,6 +264,20 @@ class _StrategySuite:
         assert plan.budget is None
         assert plan.changes, "nothing was decomposed"
 
+    def keeps_the_metric(self) -> None:
+        model = planted_model(noise=0.5)
+        evaluate = Agreement(model, [planted_inputs(32)])
+
+        def loss(plan: RankPlan) -> float:
+            small = rankopt.apply(model, plan, **_sources(self.arguments, plan))
+            return -metric_of(evaluate, small)
+
+        judged = {"evaluate": evaluate} if "evaluate" in self.strategy.promises.needs else {}
+        allowed = loss(self.plan(self.BUDGETS[1], model, **judged)) / 2
+        plan = self.plan(f"metric_drop<={allowed:.9f}, minimize=params", model, evaluate=evaluate)
+        found = loss(plan)
+        assert found <= allowed + FLOAT32_ERROR, f"the metric drops by {found:.4g} of {allowed:.4g}"
+
 
 @contextmanager
 def _questions(interrupt_at: int | None = None) -> Iterator[list[str]]:
@@ -232,10 +302,13 @@ def _questions(interrupt_at: int | None = None) -> Iterator[list[str]]:
 
 def squared_error(model: nn.Module, decision: Decision) -> float:
     """‖W − Ŵ‖² / ‖W‖² of one decision, whatever the plan says of it."""
-    settings = {key: value for key, value in decision.args.items() if key != "ranks"}
-    method = rankopt.decompositions.create(decision.method, **settings)
     weight = canonical_weight(model.get_submodule(decision.targets[0]))
-    return float(method.prepare(weight).error(decision.ranks)) ** 2
+    return float(_method(decision).prepare(weight).error(decision.ranks)) ** 2
+
+
+def _method(decision: Decision) -> Decomposition:
+    settings = {key: value for key, value in decision.args.items() if key != "ranks"}
+    return rankopt.decompositions.create(decision.method, **settings)
 
 
 def _sources(arguments: dict[str, Any], plan: RankPlan) -> dict[str, Any]:
@@ -252,6 +325,20 @@ def _snapshot(model: nn.Module) -> dict[str, Any]:
         "flags": [parameter.requires_grad for parameter in model.parameters()],
         "grads": [parameter.grad is None for parameter in model.parameters()],
         "identity": [id(parameter) for parameter in model.parameters()],
+    }
+
+
+def _torch_settings() -> dict[str, Any]:
+    """What holds for all of torch, with a name for each."""
+    return {
+        "default dtype": torch.get_default_dtype(),
+        "default device": str(torch.get_default_device()),
+        "gradients": torch.is_grad_enabled(),
+        "threads": torch.get_num_threads(),
+        "deterministic algorithms": torch.are_deterministic_algorithms_enabled(),
+        "matmul precision": torch.get_float32_matmul_precision(),
+        "anomaly detection": torch.is_anomaly_enabled(),
+        "autocast": (torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda")),
     }
 
 

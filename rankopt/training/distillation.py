@@ -45,7 +45,7 @@ class Distillation:
         labels: Of the task's own loss. 0 trains without labels; give `logits` a weight then.
         weights: λ of mean (W − Ŵ)², summed over the decomposed layers.
         outputs: λ of mean (O − Ô)² over the outputs of the decomposed layers and of
-            `features`, summed over the layers.
+            `features`, summed over the layers; of one that runs several times the mean.
         logits: Of T²·KL(teacher ‖ model) at temperature T; mean squared error where there
             is one output column.
         temperature: T.
@@ -184,9 +184,9 @@ class Distiller:
             ]
             parts["weights"] = torch.stack(errors).sum()
         if settings.outputs:
-            pairs = self._layers.named_pairs()
-            errors = [_mean_squared(*pair) for pair in pairs]
-            missing = {*settings.features} - {name for name, _, _ in pairs}
+            pairs = self._layers.pairs()
+            errors = [_mean_squared(name, calls) for name, calls in pairs.items()]
+            missing = {*settings.features} - pairs.keys()
             if missing:
                 raise ModelError(
                     f"features: {min(missing)} gave no tensor to compare in this batch: it did "
@@ -307,13 +307,15 @@ def _compared(model: nn.Module, teacher: nn.Module, settings: Distillation) -> l
     return list(dict.fromkeys([*decomposed(model), *settings.features]))
 
 
-def _mean_squared(name: str, wanted: Tensor, found: Tensor) -> Tensor:
-    if wanted.shape != found.shape:
-        raise ModelError(
-            f"layer {name}: the teacher's output is {list(wanted.shape)}, the model's "
-            f"{list(found.shape)}"
-        )
-    return F.mse_loss(found.float(), wanted.float())
+def _mean_squared(name: str, calls: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """Of a layer's outputs, averaged over its calls in a forward pass."""
+    for wanted, found in calls:
+        if wanted.shape != found.shape:
+            raise ModelError(
+                f"layer {name}: the teacher's output is {list(wanted.shape)}, the model's "
+                f"{list(found.shape)}"
+            )
+    return torch.stack([F.mse_loss(found.float(), old.float()) for old, found in calls]).mean()
 
 
 def _divergence(wanted: Any, found: Any, temperature: float) -> Tensor:

@@ -152,6 +152,9 @@ class Loop:
         given, finished = self.began_with, False
         try:
             with stack:
+                if self.folder is not None and self.accelerator.is_main_process:
+                    stack.enter_context(files.sole(self.folder))
+                    files.check_kept(self.plain, self.optimizer.optimizer)
                 good = files.copied(self.plain)
                 self._resume()
                 if not self.history:

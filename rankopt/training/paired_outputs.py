@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack, suppress
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -12,9 +12,12 @@ from torch import Tensor, nn
 from rankopt._model import surgery
 from rankopt._model.hooks import hooked
 from rankopt._model.inputs import compared
-from rankopt.errors import CalibrationError
+from rankopt.errors import CalibrationError, warn
 
 __all__ = ["PairedOutputs"]
+
+# A module's name, which of its calls, whether it trains and whether there are gradients.
+_Mode: TypeAlias = tuple[str, int, bool, bool]
 
 
 class PairedOutputs:
@@ -33,9 +36,12 @@ class PairedOutputs:
         ours = dict(surgery.named_modules(surgery.unwrap(model)))
         theirs = dict(surgery.named_modules(teacher))
         self.names = [name for name in names if name in ours and name in theirs]
-        self._seen = (_Outputs(), _Outputs())
-        self._watched = [(ours, self._seen[0]), (theirs, self._seen[1])]
+        taught = _Outputs()
+        self._ours = ours
+        self._seen = (_Outputs(like=taught), taught)
+        self._watched = [(ours, self._seen[0]), (theirs, taught)]
         self._hooks = ExitStack()
+        self._checked = False
         self.watching = False  # whether outputs are being stored
 
     def __enter__(self) -> PairedOutputs:
@@ -54,42 +60,66 @@ class PairedOutputs:
         self.forget()
 
     def forget(self) -> None:
-        """Before a forward of both: layers may not run in each."""
+        """Before a forward of the teacher, and then of the model: layers may not run in each."""
         for seen in self._seen:
             seen.clear()
 
-    def named_pairs(self) -> list[tuple[str, Tensor, Tensor]]:
-        """(name, the teacher's output, the model's) of each that ran in both alike.
+    def pairs(self) -> dict[str, list[tuple[Tensor, Tensor]]]:
+        """By name (the teacher's output, the model's) of each call in both models' last pass.
 
         Where a model routes samples by their values, a layer may have had others in the
-        teacher; such pairs are left out.
+        teacher, or other calls; such are left out.
+
+        Warns:
+            RankoptWarning: A layer trains, but its output has no gradient. Once.
         """
-        ours, theirs = (seen.found() for seen in self._seen)
-        both = [(n, theirs[n], ours[n]) for n in self.names if n in ours and n in theirs]
-        return [pair for pair in both if not _rerouted(pair[1].shape, pair[2].shape)]
+        theirs, ours = (seen.found() for seen in reversed(self._seen))
+        found = {}
+        for name in self.names:
+            calls = list(zip(theirs.get(name, []), ours.get(name, []), strict=False))
+            alike = len(theirs.get(name, [])) == len(ours.get(name, []))
+            if kept := [pair for pair in calls if alike and not _rerouted(*pair)]:
+                found[name] = kept
+        if not self._checked and torch.is_grad_enabled():
+            self._checked = True
+            self._check_gradients(found)
+        return found
 
     def ran(self) -> bool:
         """Whether any of the model's layers reported an output since `forget`."""
         return bool(self._seen[0].found())
 
-    def pairs(self) -> list[tuple[Tensor, Tensor]]:
-        """As `named_pairs`, without the names."""
-        return [(wanted, found) for _, wanted, found in self.named_pairs()]
+    def _check_gradients(self, pairs: dict[str, list[tuple[Tensor, Tensor]]]) -> None:
+        for name, calls in pairs.items():
+            trains = any(p.requires_grad for p in self._ours[name].parameters())
+            if trains and not any(found.requires_grad for _, found in calls):
+                warn(
+                    f"layer {name} trains, but its output has no gradient to learn from the "
+                    "teacher's by: it is computed under no_grad, as checkpointing does with "
+                    "use_reentrant=True; use_reentrant=False keeps it"
+                )
+                return
 
 
 class _Outputs:
-    """What modules gave in the last forward pass.
+    """What modules gave in the last forward pass, call by call.
 
     A copy is kept of an output that is then written into, such as by `nn.ReLU(inplace=True)`:
-    in the first pass of every module and mode of all outputs, later of those alone. Compiled
+    in the first pass of every module, call and mode of all outputs, later of those alone. Compiled
     models copy them all.
+
+    Args:
+        like: Of the other model, in which a pass has just ended: a call more than a module
+            had there is the first of another pass, as where the model is evaluated. Without
+            it, a pass ends by `clear`.
     """
 
-    def __init__(self) -> None:
-        self._kept: dict[str, Tensor] = {}
+    def __init__(self, like: _Outputs | None = None) -> None:
+        self._like = like
+        self._kept: dict[str, list[Tensor]] = {}
         # The output itself with its version, of those copied to find out whether it changes.
-        self._tried: dict[tuple[str, bool, bool], tuple[Tensor, int]] = {}
-        self._written: dict[tuple[str, bool, bool], bool] = {}
+        self._tried: dict[_Mode, tuple[Tensor, int]] = {}
+        self._written: dict[_Mode, bool] = {}
 
     def hook(self, name: str) -> Callable[..., None]:
         """To be registered with a module; keeps its output under `name`."""
@@ -97,17 +127,26 @@ class _Outputs:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
             with suppress(CalibrationError):  # it may return no tensor of floats
                 found = compared(output)
-                mode = (name, module.training, torch.is_grad_enabled())
+                before = self._calls(name)
+                mode = (name, len(before), module.training, torch.is_grad_enabled())
                 # Inference tensors have no version; the compiler would guard every tensor kept.
                 versioned = not (torch.compiler.is_compiling() or found.is_inference())
                 if versioned and mode not in self._written:
                     self._tried[mode] = (found, found._version)
-                self._kept[name] = found.clone() if self._written.get(mode, True) else found
+                kept = found.clone() if self._written.get(mode, True) else found
+                self._kept[name] = [*before, kept]
 
         return hook
 
-    def found(self) -> dict[str, Tensor]:
-        """Name to output."""
+    def _calls(self, name: str) -> list[Tensor]:
+        """Outputs of a module in this pass so far."""
+        known = self._kept.get(name, [])
+        if self._like is None or len(known) < len(self._like._kept.get(name, [])):
+            return known
+        return []
+
+    def found(self) -> dict[str, list[Tensor]]:
+        """Name to outputs."""
         for mode, (output, version) in self._tried.items():
             self._written[mode] = output._version != version
         self._tried.clear()
@@ -119,6 +158,7 @@ class _Outputs:
         self._tried.clear()
 
 
-def _rerouted(wanted: torch.Size, found: torch.Size) -> bool:
+def _rerouted(wanted: Tensor, found: Tensor) -> bool:
     """Whether two outputs differ in the number of rows alone."""
-    return wanted != found and wanted[1:] == found[1:] and len(wanted) > 1
+    old, new = wanted.shape, found.shape
+    return old != new and old[1:] == new[1:] and len(old) > 1

@@ -28,7 +28,10 @@ def repair_loss(layers: PairedOutputs, inputs: Any) -> Tensor:
         wanted = run(layers.teacher, inputs)
     found = run(layers.model, inputs)
     total = _output_loss(wanted, found)
-    errors = [relative_error(*pair, exact=False) for pair in layers.pairs()]
+    errors = [
+        torch.stack([relative_error(*pair, exact=False) for pair in calls]).mean()
+        for calls in layers.pairs().values()
+    ]
     total = total + FEATURES * torch.stack(errors).mean() if errors else total
     if not total.requires_grad:
         raise ModelError(

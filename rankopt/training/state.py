@@ -10,6 +10,9 @@ import hashlib
 import json
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from enum import Enum
+from io import BytesIO
 from pathlib import Path
 from typing import Any, Final
 
@@ -20,18 +23,21 @@ from torch import Tensor, nn
 from rankopt._build.provenance import plan_of
 from rankopt._model import measure
 from rankopt._utils.files import atomic_path, write_text
+from rankopt._utils.locks import alone
 from rankopt._utils.strict_json import strict_json
 from rankopt.errors import CheckpointError, RankoptError
 
 __all__ = [
     "CHECKPOINT",
     "RECORD",
+    "check_kept",
     "copied",
     "fingerprint",
     "held",
     "load_state",
     "put_back",
     "save_state",
+    "sole",
     "write_record",
 ]
 
@@ -74,9 +80,11 @@ def put_back(model: nn.Module, kept: Mapping[str, Any]) -> None:
     """Give a model what `copied` kept of it."""
     state = OrderedDict(kept)
     state._metadata = getattr(kept, "_metadata", None)  # type: ignore[attr-defined]
-    for name, owner, key in list(_unsaved(model)):
-        buffer, current = state.pop(name, None), owner._buffers[key]
-        if buffer is None:  # of an older checkpoint
+    unsaved = {name for name, _, _ in _unsaved(model)}
+    for name, owner, key in list(_buffers(model)):
+        buffer = state.pop(name, None) if name in unsaved else state.get(name)
+        current = owner._buffers[key]
+        if not isinstance(buffer, Tensor):  # of an older checkpoint, or named by a hook
             continue
         buffer = buffer.to(current.device)
         if buffer.shape != current.shape or buffer.dtype != current.dtype:
@@ -86,12 +94,33 @@ def put_back(model: nn.Module, kept: Mapping[str, Any]) -> None:
     model.load_state_dict(state)
 
 
-def _unsaved(model: nn.Module) -> Iterator[tuple[str, Any, str]]:
-    """Buffers with ``persistent=False``: (name, module, name in it)."""
+def _buffers(model: nn.Module) -> Iterator[tuple[str, Any, str]]:
+    """(name, module, name in it)."""
     for prefix, owner in model.named_modules():
-        for key in sorted(owner._non_persistent_buffers_set):
-            if owner._buffers.get(key) is not None:
+        for key in sorted(owner._buffers):
+            if owner._buffers[key] is not None:
                 yield f"{prefix}.{key}" if prefix else key, owner, key
+
+
+def _unsaved(model: nn.Module) -> Iterator[tuple[str, Any, str]]:
+    """Buffers with ``persistent=False``."""
+    return (found for found in _buffers(model) if found[2] in found[1]._non_persistent_buffers_set)
+
+
+@contextmanager
+def sole(folder: Path) -> Iterator[None]:
+    """Keep other runs out of a folder.
+
+    Raises:
+        CheckpointError: There is one.
+    """
+    with alone(folder) as got:
+        if not got:
+            raise CheckpointError(
+                f"{folder} is in use by another run, which may be of this very training; wait "
+                "until it has ended, or give another folder="
+            )
+        yield
 
 
 def save_state(
@@ -105,12 +134,47 @@ def save_state(
             raise RankoptError(
                 f"cannot write {folder / name}: {error}; is the disk full?"
             ) from error
+        check_readable(temporary)
+
+
+def check_kept(model: nn.Module, optimizer: Any) -> None:
+    """Raise where a checkpoint of them could not be read back, before there is anything to lose.
+
+    Raises:
+        CheckpointError: See `check_readable`.
+    """
+    extra = {key: value for key, value in held(model).items() if not isinstance(value, Tensor)}
+    groups = [
+        {key: value for key, value in group.items() if key != "params"}
+        for group in optimizer.param_groups
+    ]
+    with BytesIO() as written:
+        torch.save(_plain({"model": extra, "optimizer": groups}), written)
+        written.seek(0)
+        check_readable(written)
+
+
+def check_readable(checkpoint: Any) -> None:
+    """Raise unless the checkpoint, a path or an open file, holds tensors and plain values alone.
+
+    Raises:
+        CheckpointError: It holds objects of classes, which are not read back.
+    """
+    classes = torch.serialization.get_unsafe_globals_in_checkpoint(checkpoint)
+    if classes:
+        raise CheckpointError(
+            f"a checkpoint would hold objects ({', '.join(sorted(classes))}), which cannot be read "
+            "back; keep tensors, numbers and text in the optimiser's groups and state, and in "
+            "extra state of modules, or train without folder="
+        )
 
 
 def _plain(value: Any) -> Any:
-    """NumPy's numbers as Python's: the reader of checkpoints knows no others."""
+    """NumPy's numbers and enumerated ones as Python's: readers of checkpoints know no others."""
     if isinstance(value, np.generic):
         return value.item()
+    if isinstance(value, Enum) and isinstance(value, (int, str)):
+        return value.value
     if type(value) is dict:
         return {key: _plain(part) for key, part in value.items()}
     if type(value) in (list, tuple):
@@ -134,6 +198,8 @@ def load_state(
         return None
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from error
     except Exception as error:  # torch's reader of a damaged file may raise anything
         raise CheckpointError(f"{path} is damaged: {type(error).__name__}: {error}") from error
     if not isinstance(state, dict) or state.get("schema") != SCHEMA:

@@ -282,6 +282,94 @@ def test_the_contract_catches_hidden_draws_and_missed_deadlines():
         suite["stops_at_the_deadline"]()
 
 
+def test_the_contract_catches_plans_that_are_not_what_they_say():
+    @dataclasses.dataclass(frozen=True)
+    class Made(Energy):
+        name = "made"
+        fault: str = ""
+
+        def search(self, problem):
+            if self.fault == "globals":
+                torch.use_deterministic_algorithms(True)
+            if self.fault == "step":
+                problem = dataclasses.replace(problem, round_to=1)
+            plan = super().search(problem)
+            changed = []
+            for decision in plan:
+                if self.fault == "cost" and not decision.keeps:
+                    cost = {**decision.cost, "params": (decision.cost["params"][0], 1)}
+                    decision = dataclasses.replace(decision, cost=cost)
+                if self.fault == "methods" and not decision.keeps:
+                    decision = dataclasses.replace(decision, method="tt")
+                if self.fault == "error" and not decision.keeps:
+                    decision = dataclasses.replace(decision, error=decision.error / 2)
+                changed.append(decision)
+            return dataclasses.replace(plan, decisions=tuple(changed))
+
+    def check(fault, name):
+        next(c for c in strategy_checks(Made(0.5, fault)) if c.name == name)()
+
+    for fault, name, match in [
+        ("globals", "leaves_torch_alone", "settings of torch changed: deterministic algorithms"),
+        ("step", "heeds_round_to", "round_to=4 gave rank"),
+        ("cost", "states_true_figures", "params: the layers save"),
+        ("error", "states_true_figures", "error of .* stated"),
+    ]:
+        check("", name)
+        try:
+            with pytest.raises(AssertionError, match=match):
+                check(fault, name)
+        finally:
+            torch.use_deterministic_algorithms(False)
+    with pytest.raises(PlanError, match="chose tt for layer .*; asked for were svd"):
+        check("methods", "heeds_methods")
+
+
+def test_the_contract_catches_metrics_that_are_lost():
+    @dataclasses.dataclass(frozen=True)
+    class Bold(Energy):
+        name = "bold"
+        tags = Tags(metric_drop=True)
+
+        def search(self, problem):
+            bold = problem.budget.metric_drop is not None
+            budget = rankopt.Budget(params=0.2) if bold else problem.budget
+            return super().search(problem.with_budget(budget))
+
+    checks = {check.name: check for check in strategy_checks(Bold())}
+    with pytest.raises(AssertionError, match="the metric drops by"):
+        checks["keeps_the_metric"]()
+
+
+def test_the_plan_names_the_budget_that_was_asked_for():
+    @dataclasses.dataclass(frozen=True)
+    class Strict(Energy):
+        name = "strict"
+
+        def search(self, problem):
+            plan = super().search(problem.with_budget(rankopt.Budget(params=0.4)))
+            totals = {axis: {**entry, "before": 10**9} for axis, entry in plan.totals.items()}
+            return dataclasses.replace(plan, totals=totals)
+
+    plan = rankopt.search(planted_model(), "params<=60%", strategy=Strict())
+    assert plan.budget == rankopt.Budget(params=0.6)
+    with pytest.raises(RankoptError, match="breaks its budget"):
+        rankopt.search(planted_model(), "params<=30%", strategy=Strict())
+
+
+def test_settings_may_be_tuples():
+    @dataclasses.dataclass(frozen=True)
+    class Layered(Energy):
+        name = "layered"
+        order: tuple[str, ...] = ("hidden", "head")
+
+    for check in strategy_checks(Layered()):
+        if check.name in ("plan_round_trips", "is_deterministic"):
+            check()
+    plan = rankopt.search(planted_model(), "params<=60%", strategy=Layered())
+    assert plan.strategy["settings"]["order"] == ["hidden", "head"]
+
+
 def test_a_strategy_that_returns_no_plan_is_named():
     @dataclasses.dataclass(frozen=True)
     class Forgetful(Energy):
