@@ -86,6 +86,8 @@ def put_back(model: nn.Module, kept: Mapping[str, Any]) -> None:
         current = owner._buffers[key]
         if not isinstance(buffer, Tensor):  # of an older checkpoint, or named by a hook
             continue
+        if name not in unsaved and buffer.shape == current.shape:  # loading does it
+            continue
         buffer = buffer.to(current.device)
         if buffer.shape != current.shape or buffer.dtype != current.dtype:
             owner._buffers[key] = buffer.clone()
