@@ -363,7 +363,7 @@ def test_outputs_without_a_gradient_are_told_of(trains):
         if trains == "recover":
             rankopt.recover(small, teacher=teacher, calibration=[x], steps=2)
             return
-        with Distiller(small, teacher, Distillation(labels=0, weights=0, outputs=1)) as distiller:
+        with Distiller(small, teacher, Distillation(labels=0)) as distiller:
             distiller.teach(x)
             distiller.loss(small(x))
 

@@ -168,6 +168,7 @@ class Distiller:
         """
         settings = self.settings
         parts: dict[str, Tensor] = {}
+        pairs: dict[str, list[tuple[Tensor, Tensor]]] = {}
         if settings.labels:
             if task is None:
                 raise ModelError(
@@ -202,6 +203,8 @@ class Distiller:
         if not parts:
             raise ModelError("the plan decomposed no layer, so there is nothing to distil")
         total = torch.stack([getattr(settings, name) * part for name, part in parts.items()]).sum()
+        if total.requires_grad:
+            self._layers.check_gradients(pairs)
         return total, {name: part.detach() for name, part in parts.items()}
 
     def _check_reported(self) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack, suppress
 from typing import Any, TypeAlias
 
@@ -69,9 +69,6 @@ class PairedOutputs:
 
         Where a model routes samples by their values, a layer may have had others in the
         teacher, or other calls; such are left out.
-
-        Warns:
-            RankoptWarning: A layer trains, but its output has no gradient. Once.
         """
         theirs, ours = (seen.found() for seen in reversed(self._seen))
         found = {}
@@ -80,16 +77,21 @@ class PairedOutputs:
             alike = len(theirs.get(name, [])) == len(ours.get(name, []))
             if kept := [pair for pair in calls if alike and not _rerouted(*pair)]:
                 found[name] = kept
-        if not self._checked and torch.is_grad_enabled():
-            self._checked = True
-            self._check_gradients(found)
         return found
 
     def ran(self) -> bool:
         """Whether any of the model's layers reported an output since `forget`."""
         return bool(self._seen[0].found())
 
-    def _check_gradients(self, pairs: dict[str, list[tuple[Tensor, Tensor]]]) -> None:
+    def check_gradients(self, pairs: Mapping[str, Iterable[tuple[Tensor, Tensor]]]) -> None:
+        """Of `pairs`, where the loss made of them has a gradient, at the first time.
+
+        Warns:
+            RankoptWarning: A layer trains, but its output has no gradient.
+        """
+        if self._checked:
+            return
+        self._checked = True
         for name, calls in pairs.items():
             trains = any(p.requires_grad for p in self._ours[name].parameters())
             if trains and not any(found.requires_grad for _, found in calls):

@@ -28,9 +28,10 @@ def repair_loss(layers: PairedOutputs, inputs: Any) -> Tensor:
         wanted = run(layers.teacher, inputs)
     found = run(layers.model, inputs)
     total = _output_loss(wanted, found)
+    pairs = layers.pairs()
     errors = [
         torch.stack([relative_error(*pair, exact=False) for pair in calls]).mean()
-        for calls in layers.pairs().values()
+        for calls in pairs.values()
     ]
     total = total + FEATURES * torch.stack(errors).mean() if errors else total
     if not total.requires_grad:
@@ -38,6 +39,7 @@ def repair_loss(layers: PairedOutputs, inputs: Any) -> Tensor:
             "recover needs the gradient of the model's output, which has none: is it computed "
             "under no_grad, or does it not depend on what trains?"
         )
+    layers.check_gradients(pairs)
     return total
 
 
