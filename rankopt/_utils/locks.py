@@ -58,6 +58,6 @@ def alone(folder: Path) -> Iterator[bool]:
                 time.sleep(0.1)
         yield got
     finally:
-        with suppress(OSError):  # by name: forked processes hold the file too
+        with suppress(OSError):  # closing would not do: forked processes hold it too
             fcntl.flock(handle, fcntl.LOCK_UN)
         os.close(handle)

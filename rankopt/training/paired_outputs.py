@@ -70,13 +70,15 @@ class PairedOutputs:
         Where a model routes samples by their values, a layer may have had others in the
         teacher, or other calls; such are left out.
         """
-        theirs, ours = (seen.found() for seen in reversed(self._seen))
+        ours, theirs = (seen.found() for seen in self._seen)
         found = {}
         for name in self.names:
-            calls = list(zip(theirs.get(name, []), ours.get(name, []), strict=False))
-            alike = len(theirs.get(name, [])) == len(ours.get(name, []))
-            if kept := [pair for pair in calls if alike and not _rerouted(*pair)]:
-                found[name] = kept
+            old, new = theirs.get(name, []), ours.get(name, [])
+            if len(old) != len(new):
+                continue
+            pairs = zip(old, new, strict=True)
+            if calls := [pair for pair in pairs if not _rerouted(*pair)]:
+                found[name] = calls
         return found
 
     def ran(self) -> bool:
